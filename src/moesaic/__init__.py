@@ -1,0 +1,63 @@
+"""moesaic: turn one dense LLM checkpoint into a Mixture-of-Experts checkpoint, and measure what it cost.
+
+The public names are resolved on first use, so that ``import moesaic`` costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from moesaic.blueprint import Blueprint, LayerPlan, Router
+    from moesaic.calibration.config import CalibrationConfig
+    from moesaic.convert import convert
+    from moesaic.errors import MoesaicError
+    from moesaic.evaluate.run import evaluate
+    from moesaic.layout import Layout
+    from moesaic.nn.register import register
+    from moesaic.plan import plan
+    from moesaic.undo import undo
+    from moesaic.verify import verify_output as verify
+
+_PUBLIC = {
+    "Blueprint": "moesaic.blueprint:Blueprint",
+    "CalibrationConfig": "moesaic.calibration.config:CalibrationConfig",
+    "Layout": "moesaic.layout:Layout",
+    "LayerPlan": "moesaic.blueprint:LayerPlan",
+    "MoesaicError": "moesaic.errors:MoesaicError",
+    "Router": "moesaic.blueprint:Router",
+    "convert": "moesaic.convert:convert",
+    "evaluate": "moesaic.evaluate.run:evaluate",
+    "plan": "moesaic.plan:plan",
+    "register": "moesaic.nn.register:register",
+    "undo": "moesaic.undo:undo",
+    "verify": "moesaic.verify:verify_output",
+}
+__all__ = [
+    "Blueprint",
+    "CalibrationConfig",
+    "LayerPlan",
+    "Layout",
+    "MoesaicError",
+    "Router",
+    "convert",
+    "evaluate",
+    "plan",
+    "register",
+    "undo",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'moesaic' has no attribute {name!r}")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,5 @@
+"""``python -m moesaic``."""
+
+from moesaic.cli.main import main
+
+main()

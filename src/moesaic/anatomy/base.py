@@ -1,0 +1,162 @@
+"""What a model is made of, as data: where each FFN sits, what its tensors are called, how wide it is.
+
+A :class:`Family` is one small table (see ``llama.py``); an :class:`Anatomy` is that table applied to one ``config.json``.
+No torch here: ``moesaic plan`` reads only this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moesaic.errors import UnsupportedModelError
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class FFNNames:
+    """Names of an FFN's projections, relative to its module. ``{name}.weight`` and, where present, ``{name}.bias``.
+
+    ``fused``: ``up`` holds gate and up as one matrix [2F, D], gate first (Phi-3). ``transposed``: matrices are stored
+    [in, out] (GPT-2's Conv1D).
+    """
+
+    up: str
+    down: str
+    gate: str | None = None
+    fused: bool = False
+    transposed: bool = False
+
+    @property
+    def gated(self) -> bool:
+        """Whether the FFN has a gate path."""
+        return self.gate is not None or self.fused
+
+
+# gate_proj, up_proj, down_proj: what most gated families call them.
+GATED_PROJ = FFNNames(gate="gate_proj", up="up_proj", down="down_proj")
+
+
+@dataclass(frozen=True)
+class MoENames:
+    """Where an existing MoE keeps its experts (hierarchical conversion), relative to the decoder layer.
+
+    ``experts``: module that holds the experts, both in the checkpoint and in the model, except that the checkpoint may call
+    the enclosing block otherwise: ``block_on_disk`` (Mixtral: ``block_sparse_moe``) against ``block`` (``mlp``).
+    ``names``: projection names of one expert on disk. ``shared``: an always-on expert beside them.
+    """
+
+    block: str
+    block_on_disk: str
+    names: FFNNames
+    expert_count: str
+    expert_width: str
+    shared: str | None = None
+    shared_names: FFNNames | None = None
+    shared_width: str | None = None
+    dense_names: FFNNames | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model family lays out its checkpoint.
+
+    Attributes:
+        name: Short name, as in ``moesaic methods`` and the docs.
+        model_types: Values of ``model_type`` in config.json.
+        layers: Module path of the decoder layers.
+        ffn: Module of the FFN inside a decoder layer (``mlp``; OPT has none of its own and uses ``fc1``).
+        names: Projections, relative to ``ffn`` ("" when ``ffn`` itself is the up projection, as in OPT).
+        bypass: Submodules of the decoder layer that become the identity because the FFN module takes over their work.
+        d_model, d_ff, num_layers, activation: Keys of config.json.
+        d_ff_default: Computes d_ff where config.json may leave it out (GPT-2: 4 x n_embd).
+        activation_of: Computes the activation where the value of its key is not the whole story (Gemma).
+        prefix: Prefix of the base model's tensors; checkpoints without it are read as well.
+        refuse: Returns the reason why a config of this family cannot be converted, or None.
+        moe: Set for families that are MoE already.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    layers: str
+    ffn: str
+    names: FFNNames
+    bypass: tuple[str, ...] = ()
+    d_model: str = "hidden_size"
+    d_ff: str = "intermediate_size"
+    num_layers: str = "num_hidden_layers"
+    activation: str = "hidden_act"
+    d_ff_default: Callable[[Config], int] | None = None
+    activation_of: Callable[[Config], str] | None = None
+    prefix: str = "model"
+    refuse: Callable[[Config], str | None] | None = None
+    moe: MoENames | None = None
+
+
+@dataclass(frozen=True)
+class FFNSite:
+    """One FFN of one model.
+
+    Attributes:
+        path: Module path in the model, and the key in a blueprint: ``model.layers.3.mlp``.
+        layer: Decoder layer index.
+        expert: Index of the expert when the site is a routed expert of an existing MoE.
+        d_ff: Neurons.
+        names: Projection names relative to ``disk_path``.
+        disk_path: Where its tensors are in the checkpoint; differs from ``path`` only where transformers renames a block.
+    """
+
+    path: str
+    layer: int
+    d_ff: int
+    names: FFNNames
+    disk_path: str
+    expert: int | None = None
+
+    def tensor_names(self) -> dict[str, str]:
+        """Checkpoint names by role (``gate``, ``up``, ``down``), without ``.weight`` or ``.bias``."""
+        roles = {"up": self.names.up, "down": self.names.down}
+        if self.names.gate is not None:
+            roles["gate"] = self.names.gate
+        return {role: self._join(name) for role, name in roles.items()}
+
+    def _join(self, name: str) -> str:
+        # OPT: the site is fc1 itself, and its siblings are written "../fc2".
+        if name.startswith("../"):
+            return f"{self.disk_path.rpartition('.')[0]}.{name.removeprefix('../')}"
+        return f"{self.disk_path}.{name}" if name else self.disk_path
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A :class:`Family` applied to one config: the sizes and the list of FFN sites of a model."""
+
+    family: Family
+    config: Config = field(repr=False)
+    num_layers: int
+    d_model: int
+    d_ff: int
+    activation: str
+    sites: tuple[FFNSite, ...] = field(repr=False)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the FFNs have a gate path."""
+        return self.sites[0].names.gated
+
+    def sites_of(self, layer: int) -> tuple[FFNSite, ...]:
+        """The FFN sites of one decoder layer (one for a dense model, several for a MoE)."""
+        return tuple(site for site in self.sites if site.layer == layer)
+
+    def layer_path(self, layer: int) -> str:
+        """Module path of a decoder layer."""
+        return f"{self.family.layers}.{layer}"
+
+
+def require(config: Config, key: str, model_type: str) -> Any:
+    """``config[key]``, or an UnsupportedModelError that names the missing key."""
+    if config.get(key) is None:
+        raise UnsupportedModelError(f"config.json of this {model_type} model has no {key!r}", "the config is incomplete")
+    return config[key]

@@ -1,0 +1,23 @@
+"""GPT-2: ungated, tanh GELU, biases, matrices stored [in, out]."""
+
+from moesaic.anatomy.base import Config, Family, FFNNames
+
+
+def _refuse(config: Config) -> str | None:
+    return "it has cross-attention, so it is the decoder of another model" if config.get("add_cross_attention") else None
+
+
+FAMILY = Family(
+    name="gpt2",
+    model_types=("gpt2",),
+    layers="transformer.h",
+    ffn="mlp",
+    names=FFNNames(up="c_fc", down="c_proj", transposed=True),
+    d_model="n_embd",
+    d_ff="n_inner",
+    num_layers="n_layer",
+    activation="activation_function",
+    d_ff_default=lambda config: 4 * config["n_embd"],
+    prefix="transformer",
+    refuse=_refuse,
+)

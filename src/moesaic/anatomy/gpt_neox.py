@@ -1,0 +1,12 @@
+"""GPT-NeoX and Pythia: ungated, GELU, biases. Attention and FFN may run in parallel, which leaves the FFN as it is."""
+
+from moesaic.anatomy.base import Family, FFNNames
+
+FAMILY = Family(
+    name="gpt_neox",
+    model_types=("gpt_neox",),
+    layers="gpt_neox.layers",
+    ffn="mlp",
+    names=FFNNames(up="dense_h_to_4h", down="dense_4h_to_h"),
+    prefix="gpt_neox",
+)

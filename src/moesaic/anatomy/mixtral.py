@@ -1,0 +1,20 @@
+"""Mixtral: already a MoE, every layer sparse. The checkpoint calls the block ``block_sparse_moe``, transformers ``mlp``."""
+
+from moesaic.anatomy.base import Family, FFNNames, MoENames
+
+_EXPERT = FFNNames(gate="w1", up="w3", down="w2")
+
+FAMILY = Family(
+    name="mixtral",
+    model_types=("mixtral",),
+    layers="model.layers",
+    ffn="mlp",
+    names=_EXPERT,
+    moe=MoENames(
+        block="mlp",
+        block_on_disk="block_sparse_moe",
+        names=_EXPERT,
+        expert_count="num_local_experts",
+        expert_width="intermediate_size",
+    ),
+)

@@ -1,0 +1,18 @@
+"""OLMoE: already a MoE, every layer sparse, no shared expert."""
+
+from moesaic.anatomy.base import GATED_PROJ, Family, MoENames
+
+FAMILY = Family(
+    name="olmoe",
+    model_types=("olmoe",),
+    layers="model.layers",
+    ffn="mlp",
+    names=GATED_PROJ,
+    moe=MoENames(
+        block="mlp",
+        block_on_disk="mlp",
+        names=GATED_PROJ,
+        expert_count="num_experts",
+        expert_width="intermediate_size",
+    ),
+)

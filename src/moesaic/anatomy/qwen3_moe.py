@@ -1,0 +1,19 @@
+"""Qwen3-MoE: already a MoE, no shared expert; some layers may be dense."""
+
+from moesaic.anatomy.base import GATED_PROJ, Family, MoENames
+
+FAMILY = Family(
+    name="qwen3_moe",
+    model_types=("qwen3_moe",),
+    layers="model.layers",
+    ffn="mlp",
+    names=GATED_PROJ,
+    moe=MoENames(
+        block="mlp",
+        block_on_disk="mlp",
+        names=GATED_PROJ,
+        expert_count="num_experts",
+        expert_width="moe_intermediate_size",
+        dense_names=GATED_PROJ,
+    ),
+)

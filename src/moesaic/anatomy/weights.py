@@ -1,0 +1,117 @@
+"""From a checkpoint to the plain tensors of one FFN. D model width, F neurons."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from moesaic.anatomy.base import FFNSite
+from moesaic.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moesaic.checkpoint.reader import Checkpoint
+    from moesaic.nn.ffn import FFNWeights
+
+
+def stored_path(checkpoint: Checkpoint, site: FFNSite) -> str:
+    """The site's module path as the checkpoint spells it: ``disk_path``, or that without the base model's prefix.
+
+    GPT-2 is stored as ``h.0.mlp`` by some and as ``transformer.h.0.mlp`` by others. Raises CheckpointError when the
+    checkpoint holds neither.
+    """
+    return _stored_site(checkpoint, site).disk_path
+
+
+def ffn_tensor_names(checkpoint: Checkpoint, site: FFNSite) -> set[str]:
+    """Names of all tensors in the checkpoint that make up this FFN. Raises CheckpointError when a matrix is missing."""
+    names = set[str]()
+    for base in _stored_site(checkpoint, site).tensor_names().values():
+        checkpoint.info(f"{base}.weight")
+        names |= {name for name in (f"{base}.weight", f"{base}.bias") if name in checkpoint}
+    return names
+
+
+def load_ffn(checkpoint: Checkpoint, site: FFNSite, activation: str) -> FFNWeights:
+    """The weights of one FFN, in the checkpoint's dtype, as [F, D] and [D, F] however they are stored.
+
+    Args:
+        checkpoint: Where to read.
+        site: Which FFN.
+        activation: As a transformers config calls it.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape than the config says, or holds NaN or infinity.
+    """
+    from moesaic.nn.ffn import FFNWeights
+
+    names = site.names
+    bases = _stored_site(checkpoint, site).tensor_names()
+    up_rows = 2 * site.d_ff if names.fused else site.d_ff
+    up_FD = _matrix(checkpoint, bases["up"], names.transposed)
+    _check_shape(checkpoint, bases["up"], up_FD, (up_rows, None))
+    d_model = up_FD.shape[1]
+    down_DF = _matrix(checkpoint, bases["down"], names.transposed)
+    _check_shape(checkpoint, bases["down"], down_DF, (d_model, site.d_ff))
+    gate_FD = gate_bias_F = None
+    up_bias_F = _bias(checkpoint, bases["up"], up_rows)
+    if names.fused:
+        gate_FD, up_FD = up_FD.chunk(2)
+        if up_bias_F is not None:
+            gate_bias_F, up_bias_F = up_bias_F.chunk(2)
+    elif "gate" in bases:
+        gate_FD = _matrix(checkpoint, bases["gate"], names.transposed)
+        _check_shape(checkpoint, bases["gate"], gate_FD, (site.d_ff, d_model))
+        gate_bias_F = _bias(checkpoint, bases["gate"], site.d_ff)
+    return FFNWeights(
+        up_FD=up_FD,
+        down_DF=down_DF,
+        activation=activation,
+        gate_FD=gate_FD,
+        gate_bias_F=gate_bias_F,
+        up_bias_F=up_bias_F,
+        down_bias_D=_bias(checkpoint, bases["down"], d_model),
+    )
+
+
+def _stored_site(checkpoint: Checkpoint, site: FFNSite) -> FFNSite:
+    without_prefix = site.disk_path.partition(".")[2]
+    candidates = [site, dataclasses.replace(site, disk_path=without_prefix)]
+    for candidate in candidates:
+        if f"{candidate.tensor_names()['up']}.weight" in checkpoint:
+            return candidate
+    raise CheckpointError(
+        f"{checkpoint.folder}: no tensor {site.tensor_names()['up']}.weight, though config.json describes it",
+        "config.json and the weights belong to different models, or the download is incomplete",
+    )
+
+
+def _matrix(checkpoint: Checkpoint, base: str, transposed: bool) -> Tensor:
+    tensor = checkpoint.finite_tensor(f"{base}.weight")
+    return tensor.T.contiguous() if transposed and tensor.dim() == 2 else tensor
+
+
+def _bias(checkpoint: Checkpoint, base: str, size: int) -> Tensor | None:
+    name = f"{base}.bias"
+    if name not in checkpoint:
+        return None
+    bias = checkpoint.finite_tensor(name)
+    if bias.shape != (size,):
+        raise _shape_error(checkpoint, name, tuple(bias.shape), f"[{size}]")
+    return bias
+
+
+def _check_shape(checkpoint: Checkpoint, base: str, matrix: Tensor, wanted: tuple[int, int | None]) -> None:
+    """``matrix`` is already [out, in]; None in ``wanted`` stands for any size."""
+    fits = matrix.dim() == 2 and all(want in (None, have) for want, have in zip(wanted, matrix.shape, strict=True))
+    if not fits:
+        text = ", ".join("any" if want is None else str(want) for want in wanted)
+        raise _shape_error(checkpoint, f"{base}.weight", tuple(matrix.shape), f"[{text}]")
+
+
+def _shape_error(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], wanted: str) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.info(name).file}: tensor {name} is {list(shape)}, config.json asks for {wanted}",
+        "config.json and the weights belong to different models",
+    )

@@ -1,0 +1,140 @@
+"""What to calibrate on, as data: text sources with weights, how many tokens, which window, which precision. No torch here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from moesaic.calibration.samples import MIX, SAMPLES
+from moesaic.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+MIX_NAME = "mix"
+RECORD_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+"""Suffixes of files that hold records, of which one field is the text."""
+
+_WEIGHT = re.compile(r"(?P<rest>.+)=(?P<weight>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
+_FIELD = re.compile(rf"(?P<path>.+({'|'.join(map(re.escape, RECORD_SUFFIXES))})):(?P<field>[^:/\\]+)")
+
+
+class Source(BaseModel):
+    """One text to calibrate on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(
+        min_length=1,
+        description="A built-in sample (wikitext, c4, code, wiki, tiny), `mix`, or the path of a text file, a folder of text "
+        "files, a .jsonl or a .parquet file. A built-in name wins; write ./code for a folder of that name.",
+    )
+    weight: float = Field(
+        1.0, allow_inf_nan=False, description="Share of the windows that come from this source, relative to the others."
+    )
+    field: str | None = Field(
+        None, description="Field of a .jsonl record or column of a .parquet file that holds the text; `text` when left out."
+    )
+
+    @field_validator("weight")
+    @classmethod
+    def _positive(cls, weight: float) -> float:
+        if weight <= 0:
+            raise InputError(f"calibration weight {weight:g} is not positive", "leave a source out that should not count")
+        return weight
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """Read the command line's form: ``NAME[:FIELD][=WEIGHT]``, e.g. ``c4``, ``docs/``, ``corpus.parquet:content=2.0``.
+
+        Raises InputError for an empty name or a weight that is not positive.
+        """
+        rest, weight, field = text.strip(), 1.0, None
+        if match := _WEIGHT.fullmatch(rest):
+            rest, weight = match["rest"], float(match["weight"])
+        if match := _FIELD.fullmatch(rest):
+            rest, field = match["path"], match["field"]
+        if not rest:
+            raise InputError("an empty calibration source", f"give a path, {MIX_NAME} or one of {', '.join(SAMPLES)}")
+        return cls(name=rest, weight=weight, field=field)
+
+    @property
+    def builtin(self) -> bool:
+        """Whether the name is one of the shipped samples."""
+        return self.name in SAMPLES
+
+    @property
+    def label(self) -> str:
+        """The source as the user wrote it, without the weight."""
+        return self.name if self.field is None else f"{self.name}:{self.field}"
+
+    @property
+    def kind(self) -> str:
+        """How it is read: ``builtin``, ``jsonl``, ``parquet`` or ``text``."""
+        return "builtin" if self.builtin else RECORD_SUFFIXES.get(Path(self.name).suffix.lower(), "text")
+
+
+class CalibrationConfig(BaseModel):
+    """The calibration text and how it is cut into token windows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sources: tuple[Source, ...] = Field(
+        (Source(name="wikitext"),),
+        description="Texts, mixed by weight: `wikitext` (as in the papers), `c4`, `code`, `wiki`, `tiny`, `mix` (wikitext 2, c4 1, "
+        "code 1), or paths such as docs/, data.jsonl:text, corpus.parquet:content=2.0.",
+    )
+    tokens: int = Field(16384, gt=0, description="Calibration tokens in all (T), rounded up to whole windows.")
+    window: int = Field(
+        2048, gt=1, description="Tokens per window; clipped to `tokens` and to the longest context of the model."
+    )
+    seed: int = Field(0, description="Decides where in the text the windows lie and their order.")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Precision in which the model runs during calibration; `auto` is bfloat16 on a CPU that multiplies it natively, "
+        "else float32.",
+    )
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _read_sources(cls, value: Any) -> Any:
+        entries = [value] if isinstance(value, str) else value
+        if isinstance(entries, list | tuple):
+            return tuple(Source.parse(entry) if isinstance(entry, str) else entry for entry in entries)
+        return entries
+
+    @field_validator("sources")
+    @classmethod
+    def _some_sources(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        if not sources:
+            raise InputError("no calibration source", f"give a path, {MIX_NAME} or one of {', '.join(SAMPLES)}")
+        return sources
+
+    def expanded(self) -> tuple[Source, ...]:
+        """The sources with ``mix`` replaced by its parts and repeated ones added up, in order of first mention."""
+        weights: dict[tuple[str, str | None], float] = {}
+        for source in self.sources:
+            parts = MIX if source.name == MIX_NAME else {source.name: 1.0}
+            for name, share in parts.items():
+                share = share / sum(parts.values()) * source.weight
+                weights[name, source.field] = weights.get((name, source.field), 0.0) + share
+        return tuple(Source(name=name, field=field, weight=weight) for (name, field), weight in weights.items())
+
+    def resolved_dtype(self) -> torch.dtype:
+        """The dtype that ``compute_dtype`` means on this machine."""
+        import torch
+
+        if self.compute_dtype != "auto":
+            return getattr(torch, self.compute_dtype)
+        return torch.bfloat16 if _multiplies_bfloat16() else torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the CPU has bf16 matrix instructions (AVX512-BF16, AMX, or Arm's BF16), so that bf16 is faster than fp32."""
+    import torch
+
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that we allow
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))

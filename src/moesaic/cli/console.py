@@ -1,0 +1,87 @@
+"""Talking to people: prose and progress on stderr, results on stdout; plain lines when stderr is no terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+
+def say(text: str = "") -> None:
+    """One line of prose on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(text: str) -> None:
+    """One line of result on stdout."""
+    print(text, flush=True)
+
+
+def emit_json(data: Any) -> None:
+    """A result as JSON on stdout."""
+    emit(json.dumps(data, indent=2, sort_keys=False))
+
+
+def fail(message: str, hint: str, code: int) -> NoReturn:
+    """The one way to end with an error: a line, a hint, an exit code."""
+    say(f"error: {message}")
+    if hint:
+        say(f"hint: {hint}")
+    sys.exit(code)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain text table, first column left-aligned, the others right-aligned."""
+    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))]
+        return "  ".join([first, *rest]).rstrip()
+
+    return "\n".join([line(headers), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
+
+
+def duration(seconds: float) -> str:
+    """``75`` -> ``1:15``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+class ConsoleProgress:
+    """Progress with ETA: one line rewritten on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._terminal = sys.stderr.isatty()
+        self._label, self._total, self._done = "", 0, 0
+        self._started = self._last = 0.0
+
+    def start(self, label: str, total: int) -> None:
+        """A phase of ``total`` steps begins."""
+        self._label, self._total, self._done = label, total, 0
+        self._started = self._last = time.monotonic()
+
+    def advance(self, detail: str = "") -> None:
+        """One step is done."""
+        self._done += 1
+        now = time.monotonic()
+        last_step = self._done == self._total
+        if self._quiet or (not self._terminal and not last_step and now - self._last < 10):
+            return
+        self._last = now
+        spent = now - self._started
+        left = spent / self._done * (self._total - self._done)
+        text = f"{self._label}  {self._done}/{self._total}  {duration(spent)} spent, {duration(left)} left"
+        if self._terminal:
+            print(f"\r\x1b[2K{text}", end="\n" if last_step else "", file=sys.stderr, flush=True)
+        else:
+            say(text)
+
+    def note(self, text: str) -> None:
+        """A remark on a line of its own."""
+        if not self._quiet:
+            if self._terminal and 0 < self._done < self._total:
+                say()
+            say(text)

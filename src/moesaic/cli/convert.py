@@ -1,0 +1,63 @@
+"""``moesaic convert MODEL OUT``: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesaic.cli import options as opt
+from moesaic.cli.console import ConsoleProgress, emit, emit_json
+
+
+def attach(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command(name="convert")(run)
+
+
+def run(
+    model: opt.Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create; it appears when complete and verified.")],
+    config: opt.Config = None,
+    method: opt.Method = None,
+    layout: opt.LayoutText = None,
+    active: opt.Active = None,
+    options: opt.Set = None,
+    calib: opt.Calib = None,
+    calib_tokens: opt.CalibTokens = None,
+    calib_window: opt.CalibWindow = None,
+    dense_layers: opt.DenseLayers = None,
+    hierarchical: opt.Hierarchical = None,
+    seed: opt.Seed = None,
+    blueprint: Annotated[Path | None, typer.Option("--blueprint", help="Apply a saved blueprint in place of a method.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away an unfinished run of another conversion.")] = False,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Convert a dense checkpoint into a MoE checkpoint. Interrupted, the same command resumes."""
+    settings = opt.make_settings(
+        config=config,
+        method=method,
+        layout=layout,
+        active=active,
+        options=options,
+        calib=calib,
+        calib_tokens=calib_tokens,
+        calib_window=calib_window,
+        dense_layers=dense_layers,
+        hierarchical=hierarchical,
+        seed=seed,
+    )
+    from moesaic.convert import convert
+
+    done = convert(model, out, settings=settings, blueprint=blueprint, restart=restart, progress=ConsoleProgress(quiet))
+    if as_json:
+        emit_json({"output": str(done.output)} | done.results)
+        return
+    parity = done.results["parity"]
+    emit(f"{done.output}: {len(done.blueprint.sites)} FFNs by {settings.method} in {done.results['conversion']['seconds']:.0f} s")
+    if parity["all_on"] is not None:
+        emit(f"all experts on against dense: relative logit difference {parity['all_on']:.1e}")
+    emit(f"written FFNs against the blueprint's oracle: relative difference {parity['oracle']:.1e}")
+    emit(f"next: moesaic eval {done.output} --baseline {model}")

@@ -1,0 +1,42 @@
+"""``moesaic demo``: a real 135M model, end to end and offline: convert, evaluate, generate; one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesaic.cli import options as opt
+from moesaic.cli.console import ConsoleProgress, emit, emit_json, table
+
+
+def attach(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command(name="demo")(run)
+
+
+def run(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the converted models.")] = Path("moesaic-demo"),
+    windows: Annotated[int, typer.Option("--windows", help="Evaluation windows of 1024 tokens.", min=1)] = 8,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Convert SmolLM2-135M by CMoE and MLPMoE, and measure both beside the dense model and two controls."""
+    from moesaic.demo import demo
+
+    result = demo(out, windows=windows, progress=ConsoleProgress(quiet))
+    if as_json:
+        emit_json(result.to_dict())
+        return
+    emit("")
+    emit(f"SmolLM2-135M-Instruct, {result.protocol}, {result.machine}")
+    emit("")
+    rows = [
+        [r.model, f"{r.active:.0%}", f"{r.parameters / 1e6:.1f} M", f"{r.perplexity:.2f}", f"{r.ratio:.3f}", f"{r.prefill:.0f}", f"{r.decode:.1f}"]
+        for r in result.rows
+    ]
+    emit(table(["model", "active FFN", "parameters", "perplexity", "x dense", "prefill tok/s", "decode tok/s"], rows))
+    emit("")
+    emit(f"{result.spoken_by} says: {result.sentence}")
+    emit(f"checkpoints: {', '.join(str(path) for path in result.outputs)} ({result.seconds:.0f} s in all)")

@@ -1,0 +1,68 @@
+"""``moesaic eval OUT --baseline MODEL``: perplexity beside the dense model and the controls, router fidelity, speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moesaic.cli import options as opt
+from moesaic.cli.console import ConsoleProgress, emit, emit_json, table
+
+
+def attach(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command(name="eval")(run)
+
+
+def run(
+    model: opt.Model,
+    baseline: Annotated[str | None, typer.Option("--baseline", help="The dense model, under the same protocol.")] = None,
+    text: Annotated[Path | None, typer.Option("--text", help="UTF-8 text file. Default: WikiText-2 raw test, shipped.")] = None,
+    window: Annotated[int, typer.Option("--window", help="Tokens per window.", min=2)] = 2048,
+    limit: Annotated[int | None, typer.Option("--limit", help="Windows to evaluate. Default: all.", min=1)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="16 windows of 1024 tokens.")] = False,
+    controls: Annotated[bool, typer.Option("--controls", help="Also static pruning and a random partition at the same active fraction.")] = False,
+    fidelity: Annotated[bool, typer.Option("--fidelity/--no-fidelity", help="Router fidelity on the first windows.")] = True,
+    speed: Annotated[bool, typer.Option("--speed", help="Prefill and decode speed beside the baseline.")] = False,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Measure a converted model beside the dense one. Results go to stdout and into OUT/results.json."""
+    from moesaic.evaluate.run import evaluate
+
+    results = evaluate(
+        model,
+        baseline=baseline,
+        text=text,
+        window=1024 if quick else window,
+        limit=16 if quick and limit is None else limit,
+        controls=controls,
+        fidelity=fidelity,
+        speed=speed,
+        progress=ConsoleProgress(quiet),
+    )
+    emit_json(results) if as_json else emit(render(results))
+
+
+def render(results: dict[str, Any]) -> str:
+    """The results as plain tables."""
+    rows = []
+    for label, result in results["perplexity"].items():
+        ratio = result.get("ratio_to_dense")
+        interval = f"{ratio['ratio']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio else ""
+        rows.append([label, f"{result['value']:.2f}", interval])
+    parts = [results["protocol"], "", table(["model", "perplexity", "ratio to dense [95 %]"], rows)]
+    if "active_ffn_fraction" in results:
+        parts.append(f"\nactive FFN fraction {results['active_ffn_fraction']:.1%}, {results['parameters'] / 1e6:.1f} M parameters")
+    if summary := results.get("fidelity", {}).get("summary"):
+        parts.append(
+            f"router: {summary['overlap']:.1%} of the oracle's experts chosen (chance {summary['chance']:.1%}); "
+            f"energy kept {summary['energy_router']:.1%}, oracle {summary['energy_oracle']:.1%}; "
+            f"load entropy {summary['load_entropy']:.3f}, dead experts {summary['dead_experts']:.0f}"
+        )
+    if speed := results.get("speed"):
+        speeds = [[k, f"{v['prefill']:.1f}", f"{v['decode']:.1f}"] for k, v in speed.items()]
+        parts.append("\n" + table(["model", "prefill tokens/s", "decode tokens/s"], speeds))
+    return "\n".join(parts)

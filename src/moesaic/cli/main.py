@@ -1,0 +1,57 @@
+"""The command line: one file per verb beside this one; errors become one line and a hint here."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+import typer
+
+from moesaic.cli import convert, demo, doctor, eval, inspect, methods, plan, undo, verify
+from moesaic.cli.console import fail
+from moesaic.errors import MoesaicError
+
+app = typer.Typer(
+    name="moesaic",
+    help="Turn one dense LLM checkpoint into a Mixture-of-Experts checkpoint, and measure what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _verb in (demo, plan, convert, eval, inspect, verify, undo, methods, doctor):
+    _verb.attach(app)
+
+
+@app.callback()
+def _options(debug: bool = typer.Option(False, "--debug", help="Show the trace of an error.")) -> None:
+    """Exit codes: 0 ok, 1 user or input error, 2 usage, 3 verification failed, 4 out of resources, 130 interrupted."""
+
+
+def main() -> None:
+    """Run the command line and exit with its code. ``--debug`` counts at any place of the line."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except MoesaicError as error:
+        if debug:
+            raise
+        fail(error.message, error.hint, error.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted", "the same command resumes an unfinished conversion", 130)
+    except BrokenPipeError:  # the reader of our stdout (head, less) is gone: not an error, and nothing more can be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except MemoryError:
+        fail("out of memory", "lower --calib-tokens, or use a machine with more memory", 4)
+    except OSError as error:
+        if debug:
+            raise
+        disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fail(str(error), "free some disk space and run the same command again" if disk_full else "", 4 if disk_full else 1)
+    except Exception as error:
+        if debug:
+            raise
+        fail(f"internal error: {type(error).__name__}: {' '.join(str(error).split())}", "--debug shows the trace; please report it", 1)

@@ -1,0 +1,85 @@
+"""Options that several verbs share, and how they become :class:`moesaic.settings.ConvertSettings`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moesaic.errors import InputError
+from moesaic.layout import Layout
+
+if TYPE_CHECKING:
+    from moesaic.settings import ConvertSettings
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, .gguf file or hub id.")]
+Folder = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `moesaic convert` wrote.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file with settings; flags override it.")]
+Method = Annotated[str | None, typer.Option("--method", "-m", help="Method, see `moesaic methods`. Default: cmoe.")]
+LayoutText = Annotated[str | None, typer.Option("--layout", help="SxAyEz: x shared, y active routed, z units in all. E.g. S3A3E8.")]
+Active = Annotated[float | None, typer.Option("--active", help="Active FFN fraction in place of --layout, e.g. 0.75.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable. See `moesaic methods NAME`.")]
+Calib = Annotated[list[str] | None, typer.Option("--calib", metavar="SOURCE", help="Calibration text: wikitext, c4, code, mix, a file or a folder; SOURCE=WEIGHT mixes. Repeatable.")]
+CalibTokens = Annotated[int | None, typer.Option("--calib-tokens", help="Calibration tokens.")]
+CalibWindow = Annotated[int | None, typer.Option("--calib-window", help="Tokens per calibration window.")]
+DenseLayers = Annotated[str | None, typer.Option("--dense-layers", help="Layers to leave dense, e.g. 0,1,-1.")]
+Hierarchical = Annotated[bool | None, typer.Option("--hierarchical", help="Convert the experts of a model that is MoE already.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of calibration windows and of the method.")]
+
+
+def make_settings(
+    *,
+    config: Path | None,
+    method: str | None,
+    layout: str | None,
+    active: float | None,
+    options: list[str] | None,
+    calib: list[str] | None,
+    calib_tokens: int | None,
+    calib_window: int | None,
+    dense_layers: str | None,
+    hierarchical: bool | None,
+    seed: int | None,
+) -> ConvertSettings:
+    """Flags over the YAML file over the defaults. Raises InputError for unknown keys and values that do not parse."""
+    from moesaic.settings import ConvertSettings, build, load_settings
+
+    values = load_settings(config) if config is not None else {}
+    if layout is not None and active is not None:
+        raise InputError("both --layout and --active are given", "give one of them")
+    method_options = dict(values.get("options") or {}) | _pairs(options)
+    if layout is not None:
+        method_options["layout"] = str(Layout.parse(layout))
+    if active is not None:
+        method_options["layout"] = str(Layout.from_active_fraction(active))
+    calibration = dict(values.get("calibration") or {})
+    given = {"sources": calib, "tokens": calib_tokens, "window": calib_window, "seed": seed}
+    calibration |= {key: value for key, value in given.items() if value is not None}
+    flags: dict[str, Any] = {"method": method, "hierarchical": hierarchical, "seed": seed}
+    if dense_layers is not None:
+        flags["dense_layers"] = _layers(dense_layers)
+    values |= {key: value for key, value in flags.items() if value is not None}
+    return build(ConvertSettings, values | {"options": method_options, "calibration": calibration}, "settings")
+
+
+def _pairs(options: list[str] | None) -> dict[str, Any]:
+    """``["s_max=0.4"]`` -> ``{"s_max": 0.4}``; values are read as YAML scalars."""
+    import yaml
+
+    pairs = {}
+    for option in options or []:
+        key, equals, value = option.partition("=")
+        if not equals or not key:
+            raise InputError(f"cannot read --set {option!r}", "write --set key=value")
+        pairs[key.strip().replace("-", "_")] = yaml.safe_load(value)
+    return pairs
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise InputError(f"cannot read --dense-layers {text!r}", "write e.g. --dense-layers 0,1,-1") from error

@@ -1,0 +1,61 @@
+"""``moesaic plan MODEL``: what a conversion would make, without reading a weight."""
+
+from __future__ import annotations
+
+import typer
+
+from moesaic.cli import options as opt
+from moesaic.cli.console import duration, emit, emit_json
+
+
+def attach(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command(name="plan")(run)
+
+
+def run(
+    model: opt.Model,
+    config: opt.Config = None,
+    method: opt.Method = None,
+    layout: opt.LayoutText = None,
+    active: opt.Active = None,
+    options: opt.Set = None,
+    calib: opt.Calib = None,
+    calib_tokens: opt.CalibTokens = None,
+    calib_window: opt.CalibWindow = None,
+    dense_layers: opt.DenseLayers = None,
+    hierarchical: opt.Hierarchical = None,
+    seed: opt.Seed = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Show shapes, parameters, memory and time of a conversion, before it runs."""
+    settings = opt.make_settings(
+        config=config,
+        method=method,
+        layout=layout,
+        active=active,
+        options=options,
+        calib=calib,
+        calib_tokens=calib_tokens,
+        calib_window=calib_window,
+        dense_layers=dense_layers,
+        hierarchical=hierarchical,
+        seed=seed,
+    )
+    from moesaic.plan import plan
+
+    report = plan(model, settings)
+    if as_json:
+        emit_json(report.to_dict())
+        return
+    kind = "gated" if report.gated else "ungated"
+    emit(f"model       {report.model_type}: {report.layers} layers, {kind} FFN of {report.d_ff} neurons, width {report.d_model}")
+    emit(f"method      {report.method}" + (f" {report.layout}" if report.layout else ""))
+    if report.layout:
+        routed = f"{report.experts} routed experts of {report.expert_width}, top-{report.top_k}"
+        emit(f"each FFN    shared expert of {report.shared_width} + {routed}")
+    emit(f"active      {report.active_ffn_fraction:.1%} of the FFN in {report.converted_layers} of {report.layers} layers")
+    emit(f"parameters  FFN {report.ffn_parameters / 1e6:.1f} M, active {report.active_ffn_parameters / 1e6:.1f} M, routers {report.router_parameters / 1e6:.2f} M")
+    emit(f"forecast    about {duration(report.seconds)} min, peak memory about {report.peak_bytes / 1e9:.1f} GB")
+    for remark in report.remarks:
+        emit(f"note        {remark}")

@@ -1,0 +1,24 @@
+"""``moesaic undo OUT DENSE``: the dense checkpoint back from a partition, exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesaic.cli import options as opt
+from moesaic.cli.console import emit
+
+
+def attach(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command(name="undo")(run)
+
+
+def run(folder: opt.Folder, dense: Annotated[Path, typer.Argument(metavar="DENSE", help="Folder to create.")]) -> None:
+    """Rebuild the dense checkpoint, tensor for tensor, from a conversion that lost nothing."""
+    from moesaic.undo import undo
+
+    undo(folder, dense)
+    emit(f"{dense}: the dense model that {folder} was made from")

@@ -1,0 +1,41 @@
+"""The controls that every figure stands beside: static pruning and a random partition at the same active fraction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moesaic.anatomy import read_anatomy
+from moesaic.blueprint import Blueprint
+from moesaic.calibration.config import CalibrationConfig
+from moesaic.convert import decide, prepare
+from moesaic.materialise import apply_blueprint
+from moesaic.progress import Progress
+from moesaic.settings import ConvertSettings
+
+CONTROLS = ("static", "random")
+
+
+def active_fraction(blueprint: Blueprint) -> float:
+    """Share of the converted FFNs' neurons that one token uses; layers left dense are not counted."""
+    active = sum(plan.active_neurons for plan in blueprint.sites.values())
+    return active / sum(plan.d_ff for plan in blueprint.sites.values())
+
+
+def control_model(
+    name: str, baseline: Path, blueprint: Blueprint, calibration: CalibrationConfig, progress: Progress
+) -> Any:
+    """The dense model, in memory, converted by a control at the active fraction and in the layers of ``blueprint``."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(baseline, dtype="auto")
+    anatomy = read_anatomy(model.config.to_dict())
+    dense = {site.layer for site in anatomy.sites if site.path not in blueprint.sites}
+    layout = blueprint.config.get("layout")
+    options = {"layout": layout} if layout else {"active": active_fraction(blueprint)}
+    settings = ConvertSettings(
+        method=name, options=options, calibration=calibration, dense_layers=tuple(sorted(dense))
+    )
+    control = decide(prepare(baseline, settings), progress)
+    apply_blueprint(model, control, anatomy)
+    return model.eval()

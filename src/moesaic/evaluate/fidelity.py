@@ -1,0 +1,131 @@
+"""Router fidelity: does the router pick the experts that matter?
+
+The oracle of a token is the set of the K routed experts with the largest output energy |E_j(x)|^2. Measured on held-out text through
+the converted model itself, so each layer sees what it sees in use.
+
+Axes: T tokens, E routed experts, K active.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.nn.modeling_moesaic import MoEFeedForward
+
+
+@dataclass(frozen=True)
+class SiteFidelity:
+    """Router fidelity of one FFN.
+
+    Attributes:
+        site: Module path.
+        tokens: Tokens measured.
+        overlap: Mean share of the router's K experts that are the oracle's; K/E for a random router, 1 for the oracle.
+        chance: K/E.
+        energy_router: Share of the routed experts' summed output energy that the router's choice keeps.
+        energy_oracle: The same for the oracle: the ceiling.
+        load: Share of all assignments that each expert received; sums to 1.
+        load_entropy: Entropy of ``load`` over log E: 1 is perfectly balanced.
+        dead: Experts that no token chose.
+    """
+
+    site: str
+    tokens: int
+    overlap: float
+    chance: float
+    energy_router: float
+    energy_oracle: float
+    load: tuple[float, ...]
+    load_entropy: float
+    dead: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For results.json."""
+        return asdict(self) | {"load": list(self.load)}
+
+
+class _Tally:
+    def __init__(self, site: str, ffn: MoEFeedForward) -> None:
+        self.site, self.ffn = site, ffn
+        self.tokens = 0
+        self.hits = self.kept = self.best = self.total = 0.0
+        self.load_E = torch.zeros(ffn.spec["experts"], dtype=torch.float64)
+
+    def add(self, x_TD: Tensor) -> None:
+        energy_TE = expert_energy(self.ffn, x_TD)
+        index_TK, _ = self.ffn.route(x_TD)
+        oracle_TK = energy_TE.topk(index_TK.shape[1], dim=1).indices
+        chosen_TE = torch.zeros_like(energy_TE).scatter_(1, index_TK, 1.0)
+        oracle_TE = torch.zeros_like(energy_TE).scatter_(1, oracle_TK, 1.0)
+        # Per-token shares: a few tokens own most of a layer's energy and would otherwise be all that is measured.
+        share_TE = energy_TE / energy_TE.sum(dim=1, keepdim=True).clamp(min=1e-30)
+        self.tokens += len(x_TD)
+        self.hits += (chosen_TE * oracle_TE).sum().item() / index_TK.shape[1]
+        self.kept += (share_TE * chosen_TE).sum().item()
+        self.best += (share_TE * oracle_TE).sum().item()
+        self.load_E += chosen_TE.sum(dim=0).double()
+
+    def result(self) -> SiteFidelity:
+        experts = len(self.load_E)
+        load_E = self.load_E / self.load_E.sum().clamp(min=1)
+        entropy = -(load_E * load_E.clamp(min=1e-30).log()).sum().item()
+        tokens = max(self.tokens, 1)
+        return SiteFidelity(
+            site=self.site,
+            tokens=self.tokens,
+            overlap=self.hits / tokens,
+            chance=self.ffn.spec["top_k"] / experts,
+            energy_router=self.kept / tokens,
+            energy_oracle=self.best / tokens,
+            load=tuple(load_E.tolist()),
+            load_entropy=entropy / math.log(experts) if experts > 1 else 1.0,
+            dead=int((self.load_E == 0).sum()),
+        )
+
+
+def expert_energy(ffn: MoEFeedForward, x_TD: Tensor) -> Tensor:
+    """Output energy |E_j(x)|^2 of every routed expert at gate weight 1, fp32 [T, E]."""
+    hidden_TF = ffn.hidden(x_TD)
+    energies = []
+    for expert in range(ffn.spec["experts"]):
+        columns = ffn.expert_slice(expert)
+        y_TD = nn.functional.linear(hidden_TF[:, columns], ffn.down_proj.weight[:, columns])
+        energies.append(y_TD.float().square().sum(dim=1))
+    return torch.stack(energies, dim=1)
+
+
+@torch.inference_mode()
+def router_fidelity(model: nn.Module, ids_NW: Tensor) -> list[SiteFidelity]:
+    """Fidelity of every routed FFN of a converted model over the windows ``ids_NW``; [] when nothing is routed."""
+    tallies, handles = [], []
+    for site, module in model.named_modules():
+        if isinstance(module, MoEFeedForward) and module.spec["router"] != "static":
+            tally = _Tally(site, module)
+            tallies.append(tally)
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _module, args, tally=tally: tally.add(args[0].reshape(-1, args[0].shape[-1]))
+                )
+            )
+    try:
+        if tallies:
+            for ids_W in ids_NW:
+                model(input_ids=ids_W[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [tally.result() for tally in tallies]
+
+
+def summarise(sites: list[SiteFidelity]) -> dict[str, float]:
+    """Means over the sites, and the number of dead experts in all."""
+    if not sites:
+        return {}
+    keys = ("overlap", "chance", "energy_router", "energy_oracle", "load_entropy")
+    summary = {key: sum(getattr(site, key) for site in sites) / len(sites) for key in keys}
+    return summary | {"dead_experts": float(sum(site.dead for site in sites))}

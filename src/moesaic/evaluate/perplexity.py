@@ -1,0 +1,107 @@
+"""Perplexity under one protocol, with paired confidence intervals.
+
+Protocol: one token stream of the joined text, non-overlapping windows, no BOS inserted, the first token of each window is not
+predicted, loss in fp32, mean over all predicted tokens. An incomplete last window is left out. The name of a result says all of it:
+``ppl[wikitext2-raw/test w2048 n=all]``.
+
+Axes: N windows, W tokens per window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moesaic.errors import InputError
+from moesaic.progress import Progress, Silent
+
+_LOSS_ROWS = 256  # positions per fp32 log-softmax: bounds the copy at 256 x V x 4 bytes
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """One model's perplexity on one text.
+
+    ``window_nll``: summed negative log-likelihood per window, in nats; ``predicted``: predicted tokens per window.
+    """
+
+    name: str
+    value: float
+    predicted: int
+    window_nll: tuple[float, ...] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For results.json."""
+        return asdict(self) | {"window_nll": list(self.window_nll)}
+
+
+def token_windows(tokenizer: Any, text: str, window: int, limit: int | None) -> Tensor:
+    """The text as ids_NW. Raises InputError when it is shorter than one window."""
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+    count = len(ids) // window
+    if count == 0:
+        raise InputError(f"the evaluation text has {len(ids)} tokens, a window has {window}", "use a smaller --window")
+    count = count if limit is None else min(count, limit)
+    return ids[: count * window].view(count, window)
+
+
+def protocol_name(dataset: str, window: int, limit: int | None) -> str:
+    """The name under which a perplexity is reported."""
+    return f"ppl[{dataset} w{window} n={'all' if limit is None else limit}]"
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Callable[..., Any],
+    ids_NW: Tensor,
+    name: str,
+    *,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of a transformers causal language model over ``ids_NW``, one window at a time."""
+    progress = progress or Silent()
+    progress.start(name, len(ids_NW))
+    window_nll = []
+    for ids_W in ids_NW:
+        logits_WV = model(input_ids=ids_W[None], use_cache=False).logits[0]
+        nll = 0.0
+        for rows, targets in zip(logits_WV[:-1].split(_LOSS_ROWS), ids_W[1:].split(_LOSS_ROWS), strict=True):
+            nll += F.cross_entropy(rows.float(), targets, reduction="sum").item()
+        window_nll.append(nll)
+        progress.advance()
+    predicted = ids_NW.shape[0] * (ids_NW.shape[1] - 1)
+    total = sum(window_nll)
+    value = math.exp(total / predicted) if total / predicted < 700 else math.inf
+    return Perplexity(name, value, predicted, tuple(window_nll))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against a baseline on the same windows: ratio of perplexities and its 95 % interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float]:
+        """For results.json."""
+        return asdict(self)
+
+
+def compare(model: Perplexity, baseline: Perplexity, *, resamples: int = 2000, seed: int = 0) -> Comparison:
+    """Paired bootstrap over windows of ``model / baseline``. Raises InputError when the two saw different windows."""
+    if model.name != baseline.name or len(model.window_nll) != len(baseline.window_nll):
+        raise InputError(f"cannot compare {model.name} with {baseline.name}", "evaluate both under one protocol")
+    per_window = model.predicted / len(model.window_nll)
+    difference_N = (np.array(model.window_nll) - np.array(baseline.window_nll)) / per_window
+    generator = np.random.default_rng(seed)
+    draws = generator.integers(len(difference_N), size=(resamples, len(difference_N)))
+    low, high = np.quantile(difference_N[draws].mean(axis=1), [0.025, 0.975])
+    return Comparison(float(np.exp(difference_N.mean())), float(np.exp(low)), float(np.exp(high)))

@@ -1,0 +1,174 @@
+"""One evaluation: a converted model, the dense model beside it, the controls, router fidelity and speed; one dictionary out."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moesaic.blueprint import JSON_NAME, Blueprint
+from moesaic.calibration.config import CalibrationConfig
+from moesaic.calibration.samples import evaluation_text
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.source import resolve_model
+from moesaic.errors import InputError
+from moesaic.evaluate.controls import CONTROLS, active_fraction, control_model
+from moesaic.evaluate.fidelity import router_fidelity, summarise
+from moesaic.evaluate.perplexity import Perplexity, compare, perplexity, protocol_name, token_windows
+from moesaic.evaluate.speed import measure
+from moesaic.progress import Progress, Silent
+
+RESULTS = "results.json"
+_FIDELITY_WINDOWS = 2
+
+
+@dataclass
+class _Run:
+    """State of one evaluation: the protocol, and what has been measured."""
+
+    name: str
+    ids_NW: Tensor
+    progress: Progress
+    measured: dict[str, Perplexity] = field(default_factory=dict)
+
+    def perplexity(self, label: str, model: Any) -> None:
+        self.progress.note(f"perplexity of {label}")
+        self.measured[label] = perplexity(model, self.ids_NW, self.name, progress=self.progress)
+
+    def table(self) -> dict[str, Any]:
+        dense = self.measured.get("dense")
+        return {
+            label: result.to_dict()
+            | ({"ratio_to_dense": compare(result, dense).to_dict()} if dense and label != "dense" else {})
+            for label, result in self.measured.items()
+        }
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    text: str | Path | None = None,
+    window: int = 2048,
+    limit: int | None = None,
+    controls: bool = False,
+    fidelity: bool = True,
+    speed: bool = False,
+    save: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint, usually a converted one, beside its dense source.
+
+    Args:
+        model: Folder of any causal language model.
+        baseline: The dense model under the same protocol; without it no ratio is given.
+        text: A UTF-8 text file; default: the shipped WikiText-2 raw test split.
+        window: Tokens per window.
+        limit: Number of windows; None is all.
+        controls: Also convert the baseline by the ``static`` and ``random`` controls at the same active fraction.
+        fidelity: Measure router fidelity on the first windows.
+        speed: Measure prefill and decode speed beside the baseline.
+        save: Merge the results into the folder's results.json when it is a moesaic output.
+
+    Returns:
+        ``{"protocol", "perplexity": {label: ...}, "fidelity", "speed", "parameters", ...}``, ready for JSON.
+
+    Raises:
+        InputError: A path or text that cannot be used; ``controls`` without ``baseline`` or blueprint.
+    """
+    import moesaic.nn.modeling_moesaic  # noqa: F401  (registers the architecture with transformers' Auto classes)
+    from moesaic.nn.register import register
+
+    register()
+    folder = resolve_model(str(model))
+    blueprint = Blueprint.load(folder) if (folder / JSON_NAME).exists() else None
+    if controls and (baseline is None or blueprint is None):
+        raise InputError("controls need the dense model and a blueprint", "add --baseline MODEL; evaluate a moesaic output")
+    dataset = "wikitext2-raw/test" if text is None else Path(text).name
+    ids_NW = token_windows(_tokenizer(folder), _read(text), window, limit)
+    run = _Run(protocol_name(dataset, window, limit), ids_NW, progress or Silent())
+    results: dict[str, Any] = {"protocol": run.name}
+    dense_folder = None if baseline is None else resolve_model(str(baseline))
+    if dense_folder is not None:
+        with _loaded(dense_folder) as dense:
+            results["parameters_dense"] = dense.num_parameters()
+            run.perplexity("dense", dense)
+    with _loaded(folder) as converted:
+        results["parameters"] = converted.num_parameters()
+        run.perplexity("model", converted)
+        if fidelity and blueprint is not None:
+            results["fidelity"] = _fidelity(converted, ids_NW[:_FIDELITY_WINDOWS])
+        if speed and dense_folder is not None:
+            with _loaded(dense_folder) as dense:
+                results["speed"] = {k: v.to_dict() for k, v in measure({"dense": dense, "model": converted}).items()}
+    if blueprint is not None:
+        results["active_ffn_fraction"] = active_fraction(blueprint)
+    if controls and dense_folder is not None and blueprint is not None:
+        for name in CONTROLS:
+            control = control_model(name, dense_folder, blueprint, _calibration(folder), run.progress)
+            run.perplexity(name, control)
+            del control
+            gc.collect()
+    results["perplexity"] = run.table()
+    if save and blueprint is not None:
+        merge_results(folder, {"evaluation": {run.name: results}})
+    return results
+
+
+@contextmanager
+def _loaded(folder: Path) -> Iterator[Any]:
+    """A model in memory for the length of a block."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    try:
+        yield model
+    finally:
+        del model
+        gc.collect()
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    from moesaic.convert import load_tokenizer
+
+    return load_tokenizer(AutoTokenizer, folder)
+
+
+def _read(text: str | Path | None) -> str:
+    if text is None:
+        return evaluation_text()
+    try:
+        return Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"evaluation text {text} cannot be read", "give a UTF-8 text file") from error
+
+
+def _fidelity(model: Any, ids_NW: Tensor) -> dict[str, Any]:
+    sites = router_fidelity(model, ids_NW)
+    return {"summary": summarise(sites), "sites": [site.to_dict() for site in sites]}
+
+
+def _calibration(folder: Path) -> CalibrationConfig:
+    """The calibration that the converted model was made with, so that controls see the same text."""
+    recorded = Checkpoint(folder).config["moesaic"].get("calibration")
+    return CalibrationConfig() if recorded is None else CalibrationConfig.model_validate(recorded)
+
+
+def merge_results(folder: Path, new: dict[str, Any]) -> None:
+    """Merge top-level and ``evaluation`` entries into the folder's results.json, atomically."""
+    path = folder / RESULTS
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for key, value in new.items():
+        merged = {**results.get(key, {}), **value} if isinstance(value, dict) else value
+        results[key] = merged
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)

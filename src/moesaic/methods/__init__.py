@@ -1,0 +1,27 @@
+"""The methods, one line each: name -> (module, what it does). Modules are imported when used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from moesaic.errors import InputError
+
+if TYPE_CHECKING:
+    from moesaic.methods.base import MethodModule
+
+METHODS: dict[str, str] = {
+    "cmoe": "shared and routed experts from activation patterns, analytic router, no training (arXiv 2502.04416)",
+    "mlpmoe": "exact static slicing; Fractal Fade and Compensated Pruning as options; no data (arXiv 2511.21089)",
+    "moefication": "balanced k-means on the weight rows, similarity router (arXiv 2110.01786)",
+    "llama_moe": "random or contiguous disjoint experts (LLaMA-MoE, arXiv 2406.16554), without its training",
+    "static": "control: keep the neurons of largest mean output energy, no routing",
+    "random": "control: random balanced partition with a random linear router",
+}
+
+
+def get_method(name: str) -> MethodModule:
+    """The module of a method. Raises InputError, listing the names, for an unknown one."""
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}", f"known: {', '.join(METHODS)}")
+    return importlib.import_module(f"moesaic.methods.{name}")  # type: ignore[return-value]

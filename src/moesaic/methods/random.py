@@ -1,0 +1,43 @@
+"""Control: a random balanced partition behind a random linear router. What any method must beat.
+
+Source: ours [OURS]. A random permutation of the neurons is cut into units; the router is z = W x with W_ed ~ N(0, 1/D);
+a chosen expert counts with weight 1. Needs no data.
+
+Axes: D model width, F neurons, E routed experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from moesaic.blueprint import LayerPlan, Router
+from moesaic.layout import Layout
+from moesaic.methods.base import MethodConfig, SiteInputs
+from moesaic.methods.routed import LayoutText, routed_plan, split_units
+from moesaic.nn.ffn import FFNWeights
+
+NEEDS_CALIBRATION = False
+
+
+class Config(MethodConfig):
+    """Options of the random control."""
+
+    layout: LayoutText = Field(
+        default="S3A3E8",
+        description="SxAyEz: x shared units, y active experts, z units; as the method it stands beside.",
+    )
+
+
+def check(config: Config, d_ff: int) -> None:
+    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
+    Layout.parse(config.layout).unit_sizes(d_ff)
+
+
+def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, seed: int) -> LayerPlan:
+    """A random split; see :class:`moesaic.methods.base.MethodModule`. The same seed gives the same split."""
+    layout = Layout.parse(config.layout)
+    generator = torch.Generator().manual_seed(seed)
+    shared, experts = split_units(torch.randperm(weights.d_ff, generator=generator), layout)
+    router_ED = torch.randn(layout.routed, weights.d_model, generator=generator) / weights.d_model**0.5
+    return routed_plan(weights.d_ff, layout, shared, experts, Router("linear", {"weight": router_ED}))

@@ -1,0 +1,1 @@
+"""Feed-forward networks: the dense one as tensors, the reference MoE (the tests' oracle), and the runtime."""

@@ -1,0 +1,145 @@
+"""What a conversion would make, from config.json alone: shapes, alignment, memory and time, before any weight is read. No torch here.
+
+The figures for time and memory are forecasts from counted operations and bytes; ``docs/results`` holds measured ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moesaic.anatomy import read_anatomy
+from moesaic.anatomy.base import Anatomy
+from moesaic.errors import InputError
+from moesaic.layout import Layout
+from moesaic.settings import ConvertSettings, build, check_fits, method_config
+
+GFLOPS_PER_CORE = 45.0
+"""Sustained fp32 matmul speed of one server core (AVX-512), in 1e9 operations per second; native bf16 doubles it."""
+ALIGNMENTS = {64: "GPU kernels", 256: "GGUF K-quants"}
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """The forecast. Sizes in neurons, parameters or bytes as named; ``seconds`` and ``peak_bytes`` are estimates."""
+
+    family: str
+    model_type: str
+    layers: int
+    converted_layers: int
+    d_model: int
+    d_ff: int
+    gated: bool
+    method: str
+    layout: str | None
+    shared_width: int
+    expert_width: int
+    experts: int
+    top_k: int
+    padding_per_layer: int
+    active_ffn_fraction: float
+    ffn_parameters: int
+    active_ffn_parameters: int
+    router_parameters: int
+    seconds: float
+    peak_bytes: int
+    remarks: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"remarks": list(self.remarks)}
+
+
+def read_config(model: str | Path) -> dict[str, Any]:
+    """config.json of a local folder. Raises InputError when there is none."""
+    path = Path(model).expanduser() / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        hint = "give the folder of a Hugging Face checkpoint; a .gguf or hub id is planned after its first conversion"
+        raise InputError(f"{path} does not exist", hint) from error
+    except NotADirectoryError as error:
+        raise InputError(f"{model} is a file, not a checkpoint folder", "give the folder that holds config.json") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}", "fetch the file again") from error
+
+
+def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None = None, **values: Any) -> PlanReport:
+    """Forecast ``convert(model, ..., settings)``.
+
+    Raises:
+        InputError, UnsupportedModelError: for what ``convert`` would refuse, as far as config.json shows it.
+    """
+    if not isinstance(settings, ConvertSettings):
+        settings = build(ConvertSettings, {**(settings or {}), **values}, "settings")
+    config = method_config(settings)
+    anatomy = read_anatomy(read_config(model), hierarchical=settings.hierarchical)
+    dense_layers = check_fits(config, anatomy, settings.dense_layers)
+    sites = [site for site in anatomy.sites if site.layer not in dense_layers]
+    text = getattr(config, "layout", None)
+    layout = Layout.parse(text) if isinstance(text, str) else None
+    d_ff = sites[0].d_ff
+    matrices = 3 if anatomy.gated else 2
+    per_neuron = matrices * anatomy.d_model
+    total = sum(site.d_ff for site in anatomy.sites) * per_neuron
+    fraction = 1.0 if layout is None else layout.active_fraction
+    converted = sum(site.d_ff for site in sites) * per_neuron
+    experts = 0 if layout is None else layout.routed
+    width = max(layout.expert_sizes(d_ff), default=0) if layout is not None else 0
+    padding = sum(width - size for size in layout.expert_sizes(d_ff)) if layout is not None else 0
+    return PlanReport(
+        family=anatomy.family.name,
+        model_type=str(anatomy.config.get("model_type")),
+        layers=anatomy.num_layers,
+        converted_layers=len({site.layer for site in sites}),
+        d_model=anatomy.d_model,
+        d_ff=d_ff,
+        gated=anatomy.gated,
+        method=settings.method,
+        layout=None if layout is None else str(layout),
+        shared_width=0 if layout is None else layout.shared_size(d_ff),
+        expert_width=width,
+        experts=experts,
+        top_k=0 if layout is None else layout.active,
+        padding_per_layer=padding,
+        active_ffn_fraction=fraction,
+        ffn_parameters=total,
+        active_ffn_parameters=round(total - converted * (1 - fraction)),
+        router_parameters=len(sites) * experts * anatomy.d_model * (2 if settings.method == "cmoe" else 1),
+        seconds=_seconds(settings, anatomy, total, fraction),
+        peak_bytes=_peak_bytes(settings, anatomy, per_neuron),
+        remarks=_remarks(width, padding, anatomy),
+    )
+
+
+def _seconds(settings: ConvertSettings, anatomy: Anatomy, ffn_parameters: int, fraction: float) -> float:
+    """Two passes over the FFNs (statistics, then the converted forward) and one over attention, at a nominal speed."""
+    attention = 4 * anatomy.d_model**2 * anatomy.num_layers
+    needs_data = settings.method not in ("mlpmoe", "random")
+    operations = 2 * settings.calibration.tokens * (ffn_parameters * (1 + fraction) + attention) if needs_data else 0
+    copying = 3 * 4 * ffn_parameters / 1e9  # read, pack, write, at about 1 GB/s
+    return round(operations / (GFLOPS_PER_CORE * 1e9 * (os.cpu_count() or 1)) + copying, 1)
+
+
+def _peak_bytes(settings: ConvertSettings, anatomy: Anatomy, per_neuron: int) -> int:
+    layer = 4 * (per_neuron * anatomy.d_ff + 4 * anatomy.d_model**2)
+    vocabulary = int(anatomy.config.get("vocab_size") or 0)
+    embeddings = 4 * anatomy.d_model * vocabulary
+    hidden = 2 * 4 * settings.calibration.tokens * anatomy.d_model
+    return round(2.5 * layer + embeddings + hidden + 500e6)
+
+
+def _remarks(width: int, padding: int, anatomy: Anatomy) -> tuple[str, ...]:
+    remarks = []
+    if width:
+        missing = [f"{n} ({why})" for n, why in ALIGNMENTS.items() if width % n]
+        if missing:
+            remarks.append(f"expert width {width} is not a multiple of {', '.join(missing)}")
+    if padding:
+        remarks.append(f"{padding} padding neurons per layer, because the units do not divide {anatomy.d_ff} neurons")
+    remarks.append("the output loads in transformers with `import moesaic`, or with trust_remote_code=True and no install")
+    return tuple(remarks)

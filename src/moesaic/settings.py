@@ -1,0 +1,87 @@
+"""What one conversion is: everything the command line or a YAML file can say, checked before any work. No torch here."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moesaic.calibration.config import CalibrationConfig
+from moesaic.errors import InputError
+from moesaic.layout import Layout
+
+if TYPE_CHECKING:
+    from moesaic.anatomy.base import Anatomy
+    from moesaic.methods.base import MethodConfig
+
+
+class ConvertSettings(BaseModel):
+    """One conversion. ``moesaic convert --config run.yaml`` reads exactly these keys; unknown ones are rejected."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str = Field("cmoe", description="Method name, see `moesaic methods`.")
+    options: dict[str, Any] = Field(default_factory=dict, description="The method's own options, e.g. {layout: S3A3E8}.")
+    calibration: CalibrationConfig = Field(
+        default_factory=CalibrationConfig, description="Calibration text; unused by methods that need none."
+    )
+    hierarchical: bool = Field(False, description="Convert the experts of a model that is MoE already.")
+    dense_layers: tuple[int, ...] = Field((), description="Decoder layers to leave dense; negative counts from the end.")
+    seed: int = Field(0, description="Seed of everything random in the method.")
+
+
+def load_settings(path: Path) -> dict[str, Any]:
+    """The keys of a YAML settings file. Raises InputError when it is missing or not a mapping."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"settings file {path} does not exist", "check --config") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"settings file {path} cannot be read: {' '.join(str(error).split())}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise InputError(f"settings file {path} holds no mapping", "write `key: value` lines")
+    return data
+
+
+def build(model: type[BaseModel], values: dict[str, Any], what: str) -> Any:
+    """Validate ``values`` as ``model``; pydantic's report becomes one line and a hint with the known keys."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or what
+        if first["type"] == "extra_forbidden":
+            raise InputError(f"{what} has no option {where!r}", f"known: {', '.join(model.model_fields)}") from error
+        raise InputError(f"{what}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def method_config(settings: ConvertSettings) -> MethodConfig:
+    """The method's own config from ``settings.options``. Raises InputError for unknown methods, keys and values."""
+    from moesaic.methods import METHODS
+
+    if settings.method not in METHODS:
+        raise InputError(f"unknown method {settings.method!r}", f"known: {', '.join(METHODS)}")
+    module = importlib.import_module(f"moesaic.methods.{settings.method}")
+    return build(module.Config, settings.options, f"method {settings.method}")
+
+
+def check_fits(config: MethodConfig, anatomy: Anatomy, dense_layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Refuse experts that do not fit and layers that do not exist; returns the dense layers counted from 0."""
+    layout = getattr(config, "layout", None)
+    if isinstance(layout, str):
+        for width in {site.d_ff for site in anatomy.sites}:
+            Layout.parse(layout).unit_sizes(width)
+    resolved = []
+    for layer in dense_layers:
+        if not -anatomy.num_layers <= layer < anatomy.num_layers:
+            raise InputError(f"dense layer {layer} of a model with {anatomy.num_layers} layers", "layers count from 0")
+        resolved.append(layer % anatomy.num_layers)
+    if len(set(resolved)) == anatomy.num_layers:
+        raise InputError("every layer is kept dense", "leave at least one layer to convert")
+    return tuple(sorted(set(resolved)))

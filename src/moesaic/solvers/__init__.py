@@ -1,0 +1,1 @@
+"""Mathematics that methods share: pure functions on tensors, nothing of ours imported."""

@@ -1,0 +1,100 @@
+"""Blueprints: validation, exact save and load, digest, diff."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moesaic.blueprint import Blueprint, LayerPlan, Router, WeightFade
+from moesaic.errors import CheckpointError, InputError
+
+
+def routed_plan(seed: int = 0) -> LayerPlan:
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(seed))
+    experts = (order[3:7], torch.cat([order[7:10], torch.tensor([-1])]), torch.cat([order[10:11], torch.full((3,), -1)]))
+    router = Router("gated", {"gate": torch.randn(3, 8), "up": torch.randn(3, 8)})
+    return LayerPlan(11, order[:3], experts, 2, router, "scaled", torch.zeros(3), torch.zeros(3))
+
+
+def blueprint(seed: int = 0) -> Blueprint:
+    static = LayerPlan(5, torch.arange(0), (torch.tensor([0, 1, 2]), torch.tensor([3])), 2, fade=WeightFade((0.1, 0.2), "row"))
+    sites = {"model.layers.0.mlp": routed_plan(seed), "model.layers.1.mlp.experts.3": static}
+    return Blueprint("llama", "abc", "cmoe", {"layout": "S3A2E8"}, sites)
+
+
+def test_save_and_load_round_trip_exactly(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    original = blueprint()
+    original.save(tmp_path)
+    loaded = Blueprint.load(tmp_path)
+    assert loaded.digest() == original.digest()
+    assert original.diff(loaded) == []
+    plan = loaded.sites["model.layers.1.mlp.experts.3"]
+    assert plan.fade == WeightFade((0.1, 0.2), "row")
+    assert [len(expert) for expert in plan.experts] == [3, 1]
+
+
+def test_digest_sees_every_change() -> None:
+    torch.manual_seed(0)
+    base = blueprint()
+    plan = base.sites["model.layers.0.mlp"]
+    variants = [
+        replace(plan, top_k=1),
+        replace(plan, gate="uniform"),
+        replace(plan, shared=plan.shared.flip(0)),
+        replace(plan, selection_bias=torch.tensor([0.0, 0.0, 1e-6])),
+        replace(plan, router=Router("gated", {k: t + 1e-6 for k, t in plan.router.tensors.items()})),
+        replace(plan, bias=torch.zeros(8)),
+    ]
+    digests = {replace(base, sites=base.sites | {"model.layers.0.mlp": variant}).digest() for variant in variants}
+    assert len(digests | {base.digest()}) == len(variants) + 1
+
+
+def test_diff_names_what_changed() -> None:
+    torch.manual_seed(0)
+    a, b = blueprint(0), blueprint(1)
+    (lines,) = [[line for line in a.diff(b) if line.startswith("model.layers.0.mlp:")]]
+    assert "experts have other neurons" in lines[0]
+    b.sites.pop("model.layers.1.mlp.experts.3")
+    assert any(line.endswith("converted -> dense") for line in a.diff(b))
+
+
+def test_partition_is_recognised_and_its_size_counted() -> None:
+    plan = routed_plan()
+    assert plan.is_partition
+    assert plan.active_neurons == pytest.approx(3 + 8 * 2 / 3)
+    assert len(plan.packed) == 3 + 3 * 4
+    assert not replace(plan, shared=plan.shared[:-1]).is_partition
+    assert not replace(plan, readout=torch.zeros(8, 15)).is_partition
+    doubled = torch.cat([plan.shared[:2], plan.shared[:1]])
+    assert not replace(plan, shared=doubled).is_partition
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"top_k": 0}, "top-k 0 of 3"),
+        ({"top_k": 4}, "top-k 4 of 3"),
+        ({"router": Router("static")}, "static router with top-k 2 of 3"),
+        ({"shared": torch.tensor([11])}, "outside 0..10"),
+        ({"experts": (torch.tensor([0]), torch.tensor([1, 2]))}, "widths"),
+    ],
+)
+def test_impossible_plans_are_refused(change: dict, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        replace(routed_plan(), **change)
+
+
+def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no blueprint"):
+        Blueprint.load(tmp_path)
+    blueprint().save(tmp_path)
+    (tmp_path / "blueprint.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Blueprint.load(tmp_path)
+    blueprint().save(tmp_path)
+    path = tmp_path / "blueprint.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
+    with pytest.raises(CheckpointError, match="format 99"):
+        Blueprint.load(tmp_path)

@@ -1,0 +1,171 @@
+"""Tiny random checkpoints of every supported family, for tests: three or fewer layers, width 32, odd FFN width, nothing zero.
+
+``build_tiny("qwen3", folder)`` writes a complete Hugging Face folder in a few milliseconds: config, safetensors, tokenizer. The tokenizer
+is a byte-level BPE that encodes any text. Equal arguments give equal bytes. torch and transformers are imported when needed.
+
+Use as ``from tests.tiny_models import build_tiny, FAMILIES``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+D_MODEL = 32
+D_FF = 37
+D_EXPERT = 40  # stock grouped_mm wants rows of whole 16 bytes; pass d_ff=37 where experts_implementation is "eager"
+VOCAB = 300
+BOS, EOS, PAD = 0, 0, 1
+
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+_COMMON = {"vocab_size": VOCAB, "hidden_size": D_MODEL, "num_hidden_layers": 2, "max_position_embeddings": 512}
+_GATED = {**_COMMON, **_HEADS, "intermediate_size": D_FF}
+_GEMMA = {**_GATED, "head_dim": 8, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": D_EXPERT}
+
+# name -> (model_type, config). Every bias that a family can have is on in one entry or in a variant.
+_SPECS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {**_GATED, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {**_GATED, "sliding_window": None}),
+    "qwen2": ("qwen2", {**_GATED, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {**_GATED, "head_dim": 16, "attention_bias": True}),
+    "gemma2": ("gemma2", {**_GEMMA, "query_pre_attn_scalar": 8}),
+    "gemma3": ("gemma3_text", {**_GEMMA, "query_pre_attn_scalar": 8}),
+    "phi3": ("phi3", {**_GATED, "original_max_position_embeddings": 512}),
+    "olmo2": ("olmo2", {**_GATED, "attention_bias": True}),
+    "smollm3": ("smollm3", {**_GATED, "mlp_bias": True, "attention_bias": True, "no_rope_layers": [1, 0]}),
+    "gpt2": ("gpt2", {"vocab_size": VOCAB, "n_embd": D_MODEL, "n_layer": 2, "n_head": 4, "n_inner": D_FF}),
+    "opt": (
+        "opt",
+        {**_COMMON, "num_attention_heads": 4, "ffn_dim": D_FF, "activation_function": "relu", "word_embed_proj_dim": D_MODEL},
+    ),
+    "gpt_neox": ("gpt_neox", {**_COMMON, "num_attention_heads": 4, "intermediate_size": D_FF}),
+    "phi": ("phi", {**_COMMON, "num_attention_heads": 4, "intermediate_size": D_FF}),
+    "mixtral": (
+        "mixtral",
+        {**_GATED, "sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": D_EXPERT},
+    ),
+    "qwen2_moe": ("qwen2_moe", {**_GATED, **_MOE, "shared_expert_intermediate_size": D_FF + 6}),
+    "qwen3_moe": ("qwen3_moe", {**_GATED, **_MOE, "head_dim": 8}),
+    "olmoe": ("olmoe", {**_GATED, "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": D_EXPERT}),
+    # Variants: the rarer switches of a family.
+    "llama_bias": ("llama", {**_GATED, "mlp_bias": True, "attention_bias": True}),
+    "gpt2_default_width": ("gpt2", {"vocab_size": VOCAB, "n_embd": D_MODEL, "n_layer": 2, "n_head": 4}),
+    "opt_no_bias": ("opt", {**_COMMON, "num_attention_heads": 4, "ffn_dim": D_FF, "enable_bias": False}),
+    "opt_post_norm": (
+        "opt",
+        {**_COMMON, "num_attention_heads": 4, "ffn_dim": D_FF, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    ),
+    "gpt_neox_sequential": (
+        "gpt_neox",
+        {**_COMMON, "num_attention_heads": 4, "intermediate_size": D_FF, "use_parallel_residual": False},
+    ),
+    "gemma1": ("gemma", {**_GATED, "head_dim": 8, "hidden_act": "gelu"}),
+    "qwen2_moe_mixed": (
+        "qwen2_moe",
+        {**_GATED, **_MOE, "shared_expert_intermediate_size": D_FF + 6, "mlp_only_layers": [0], "intermediate_size": 41},
+    ),
+}
+
+MOE_FAMILIES: list[str] = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
+VARIANTS: list[str] = ["llama_bias", "gpt2_default_width", "opt_no_bias", "opt_post_norm", "gpt_neox_sequential", "gemma1"]
+MOE_VARIANTS: list[str] = ["qwen2_moe_mixed"]
+FAMILIES: list[str] = [name for name in _SPECS if name not in {*MOE_FAMILIES, *VARIANTS, *MOE_VARIANTS}]
+
+_D_FF_KEYS = {"gpt2": "n_inner", "opt": "ffn_dim", "qwen2_moe": "moe_intermediate_size", "qwen3_moe": "moe_intermediate_size"}
+
+
+def build_tiny(
+    family: str,
+    folder: Path,
+    *,
+    d_ff: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | str = "float32",
+    max_shard_size: str = "5GB",
+    **config_overrides: Any,
+) -> Path:
+    """Write a tiny random checkpoint and return its folder.
+
+    Args:
+        family: A name from ``FAMILIES``, ``MOE_FAMILIES``, ``VARIANTS`` or ``MOE_VARIANTS``.
+        folder: Where to write; created if missing.
+        d_ff: Width of the FFN, of an expert in a MoE; 37, or 40 for experts of a MoE, when None.
+        seed: Of the weights.
+        dtype: Of the weights on disk, as a torch dtype or its name.
+        max_shard_size: ``"20KB"`` makes several shards and an index.
+        config_overrides: Keys of config.json.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    model = AutoModelForCausalLM.from_config(tiny_config(family, d_ff=d_ff, **config_overrides), dtype=torch.float32)
+    randomise(model, seed)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_config(family: str, *, d_ff: int | None = None, **config_overrides: Any) -> Any:
+    """The transformers config of a tiny model."""
+    from transformers import AutoConfig
+
+    model_type, config = _SPECS[family]
+    if d_ff is not None:
+        config = {**config, _D_FF_KEYS.get(model_type, "intermediate_size"): d_ff}
+    ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    return AutoConfig.for_model(model_type, **{**config, **ids, **config_overrides})
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Give every parameter random values: no zero bias, no norm weight of one, logits that tell tokens apart."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:  # norm weights and biases, around the value that the family starts from
+                parameter.add_(0.2 * noise)
+            else:
+                fan_in = D_MODEL if parameter.shape[-2] >= VOCAB else min(parameter.shape[-2:])
+                parameter.copy_(noise / math.sqrt(fan_in))
+
+
+@functools.lru_cache(maxsize=1)
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE tokenizer of ``VOCAB`` entries that encodes any text without unknown tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_TRAINING_TEXT], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        model_max_length=512,
+    )
+
+
+_TRAINING_TEXT = (
+    "The expert that reads this sentence is not the one that reads the next. There is a router in between, and there are "
+    "the weights of the other experts, which rest. All of them together are the network that they were taken from. "
+) * 4
