@@ -18,7 +18,7 @@ REAL_MODEL_VARIABLE = "MOESAIC_SMOLLM2"
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``tiny("llama")``: the folder of a tiny checkpoint, built once per session. Read-only: copy it before changing it."""
+    """``tiny("llama")``: the folder of a tiny checkpoint, built once per session. Copy it before changing it."""
     built: dict[str, Path] = {}
 
     def folder_of(family: str) -> Path:

@@ -1,7 +1,7 @@
-"""Tiny random checkpoints of every supported family, for tests: three or fewer layers, width 32, odd FFN width, nothing zero.
+"""Tiny random checkpoints of every supported family, for tests: two layers, width 32, odd FFN width, nothing zero.
 
-``build_tiny("qwen3", folder)`` writes a complete Hugging Face folder in a few milliseconds: config, safetensors, tokenizer. The tokenizer
-is a byte-level BPE that encodes any text. Equal arguments give equal bytes. torch and transformers are imported when needed.
+``build_tiny("qwen3", folder)`` writes a complete Hugging Face folder in some milliseconds: config, safetensors, tokenizer
+(a byte-level BPE that encodes any text). Equal arguments give equal bytes. torch is imported when it is needed.
 
 Use as ``from tests.tiny_models import build_tiny, FAMILIES``.
 """
@@ -22,11 +22,21 @@ D_EXPERT = 40  # stock grouped_mm wants rows of whole 16 bytes; pass d_ff=37 whe
 VOCAB = 300
 BOS, EOS, PAD = 0, 0, 1
 
-_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-_COMMON = {"vocab_size": VOCAB, "hidden_size": D_MODEL, "num_hidden_layers": 2, "max_position_embeddings": 512}
-_GATED = {**_COMMON, **_HEADS, "intermediate_size": D_FF}
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": D_MODEL,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+_GATED = {**_COMMON, "num_key_value_heads": 2, "intermediate_size": D_FF}
+_OPT = {**_COMMON, "ffn_dim": D_FF, "activation_function": "relu", "word_embed_proj_dim": D_MODEL}
+_GPT_NEOX = {**_COMMON, "intermediate_size": D_FF}
+_GPT2 = {"vocab_size": VOCAB, "n_embd": D_MODEL, "n_layer": 2, "n_head": 4}
 _GEMMA = {**_GATED, "head_dim": 8, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": D_EXPERT}
+_FULL_MOE = {**_GATED, "num_experts_per_tok": 2, "intermediate_size": D_EXPERT}
+_QWEN2_MOE = {**_GATED, **_MOE, "shared_expert_intermediate_size": D_EXPERT + 3}
 
 # name -> (model_type, config). Every bias that a family can have is on in one entry or in a variant.
 _SPECS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -39,45 +49,42 @@ _SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {**_GATED, "original_max_position_embeddings": 512}),
     "olmo2": ("olmo2", {**_GATED, "attention_bias": True}),
     "smollm3": ("smollm3", {**_GATED, "mlp_bias": True, "attention_bias": True, "no_rope_layers": [1, 0]}),
-    "gpt2": ("gpt2", {"vocab_size": VOCAB, "n_embd": D_MODEL, "n_layer": 2, "n_head": 4, "n_inner": D_FF}),
-    "opt": (
-        "opt",
-        {**_COMMON, "num_attention_heads": 4, "ffn_dim": D_FF, "activation_function": "relu", "word_embed_proj_dim": D_MODEL},
-    ),
-    "gpt_neox": ("gpt_neox", {**_COMMON, "num_attention_heads": 4, "intermediate_size": D_FF}),
-    "phi": ("phi", {**_COMMON, "num_attention_heads": 4, "intermediate_size": D_FF}),
-    "mixtral": (
-        "mixtral",
-        {**_GATED, "sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": D_EXPERT},
-    ),
-    "qwen2_moe": ("qwen2_moe", {**_GATED, **_MOE, "shared_expert_intermediate_size": D_FF + 6}),
+    "gpt2": ("gpt2", {**_GPT2, "n_inner": D_FF}),
+    "opt": ("opt", _OPT),
+    "gpt_neox": ("gpt_neox", _GPT_NEOX),
+    "phi": ("phi", {**_COMMON, "intermediate_size": D_FF}),
+    "mixtral": ("mixtral", {**_FULL_MOE, "sliding_window": None, "num_local_experts": 4}),
+    "qwen2_moe": ("qwen2_moe", _QWEN2_MOE),
     "qwen3_moe": ("qwen3_moe", {**_GATED, **_MOE, "head_dim": 8}),
-    "olmoe": ("olmoe", {**_GATED, "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": D_EXPERT}),
+    "olmoe": ("olmoe", {**_FULL_MOE, "num_experts": 4}),
     # Variants: the rarer switches of a family.
     "llama_bias": ("llama", {**_GATED, "mlp_bias": True, "attention_bias": True}),
-    "gpt2_default_width": ("gpt2", {"vocab_size": VOCAB, "n_embd": D_MODEL, "n_layer": 2, "n_head": 4}),
-    "opt_no_bias": ("opt", {**_COMMON, "num_attention_heads": 4, "ffn_dim": D_FF, "enable_bias": False}),
-    "opt_post_norm": (
-        "opt",
-        {**_COMMON, "num_attention_heads": 4, "ffn_dim": D_FF, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
-    ),
-    "gpt_neox_sequential": (
-        "gpt_neox",
-        {**_COMMON, "num_attention_heads": 4, "intermediate_size": D_FF, "use_parallel_residual": False},
-    ),
+    "gpt2_default_width": ("gpt2", _GPT2),
+    "opt_no_bias": ("opt", {**_OPT, "enable_bias": False}),
+    "opt_post_norm": ("opt", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    "gpt_neox_sequential": ("gpt_neox", {**_GPT_NEOX, "use_parallel_residual": False}),
     "gemma1": ("gemma", {**_GATED, "head_dim": 8, "hidden_act": "gelu"}),
-    "qwen2_moe_mixed": (
-        "qwen2_moe",
-        {**_GATED, **_MOE, "shared_expert_intermediate_size": D_FF + 6, "mlp_only_layers": [0], "intermediate_size": 41},
-    ),
+    "qwen2_moe_mixed": ("qwen2_moe", {**_QWEN2_MOE, "mlp_only_layers": [0], "intermediate_size": 41}),
+}
+
+_D_FF_KEYS = {
+    "gpt2": "n_inner",
+    "opt": "ffn_dim",
+    "qwen2_moe": "moe_intermediate_size",
+    "qwen3_moe": "moe_intermediate_size",
 }
 
 MOE_FAMILIES: list[str] = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
-VARIANTS: list[str] = ["llama_bias", "gpt2_default_width", "opt_no_bias", "opt_post_norm", "gpt_neox_sequential", "gemma1"]
+VARIANTS: list[str] = [
+    "llama_bias",
+    "gpt2_default_width",
+    "opt_no_bias",
+    "opt_post_norm",
+    "gpt_neox_sequential",
+    "gemma1",
+]
 MOE_VARIANTS: list[str] = ["qwen2_moe_mixed"]
 FAMILIES: list[str] = [name for name in _SPECS if name not in {*MOE_FAMILIES, *VARIANTS, *MOE_VARIANTS}]
-
-_D_FF_KEYS = {"gpt2": "n_inner", "opt": "ffn_dim", "qwen2_moe": "moe_intermediate_size", "qwen3_moe": "moe_intermediate_size"}
 
 
 def build_tiny(
@@ -166,6 +173,6 @@ def tiny_tokenizer() -> Any:
 
 
 _TRAINING_TEXT = (
-    "The expert that reads this sentence is not the one that reads the next. There is a router in between, and there are "
-    "the weights of the other experts, which rest. All of them together are the network that they were taken from. "
+    "The expert that reads this sentence is not the one that reads the next. There is a router in between, and there "
+    "are the weights of the other experts, which rest. All of them together are the network that they were taken from. "
 ) * 4

@@ -28,7 +28,7 @@ from moesaic.checkpoint.source import resolve_model
 from moesaic.checkpoint.writer import StagedOutput
 from moesaic.errors import InputError
 from moesaic.materialise import build_ffn
-from moesaic.methods import get_method
+from moesaic.methods import get_config, get_method
 from moesaic.methods.base import MethodConfig, MethodModule, SiteInputs
 from moesaic.nn.ffn import FFNWeights
 from moesaic.progress import Progress, Silent
@@ -62,6 +62,7 @@ class Job:
         """What the output depends on. A staging folder with another key is not resumed."""
         return {
             "moesaic": moesaic.__version__,
+            "torch": torch.__version__,
             "source": self.checkpoint.fingerprint(),
             "method": self.settings.method,
             "options": self.config.model_dump(mode="json"),
@@ -69,6 +70,7 @@ class Job:
             "hierarchical": self.settings.hierarchical,
             "seed": self.settings.seed,
             "calibration": None if self.windows is None else self.windows.fingerprint,
+            "compute_dtype": None if self.windows is None else str(self.settings.calibration.resolved_dtype()),
             "blueprint": None if self.given is None else self.given.digest(),
         }
 
@@ -79,13 +81,13 @@ def prepare(model: str | Path, settings: ConvertSettings, blueprint: Path | None
     folder = resolve_model(str(model))
     checkpoint = Checkpoint(folder)
     anatomy = read_anatomy(checkpoint.config, hierarchical=settings.hierarchical)
-    dense_layers = check_fits(config, anatomy, settings.dense_layers)
+    dense_layers = check_fits(settings.method, config, anatomy, settings.dense_layers)
     method = get_method(settings.method)
     given = None if blueprint is None else Blueprint.load(blueprint)
     if given is not None and (strangers := given.sites.keys() - {site.path for site in anatomy.sites}):
         raise InputError(f"the blueprint converts {min(strangers)}, which this model does not have", "use its own model")
     windows = None
-    if method.NEEDS_CALIBRATION and given is None:
+    if given is None and get_config(settings.method).needs_calibration(config):
         from transformers import AutoTokenizer
 
         tokenizer = load_tokenizer(AutoTokenizer, folder)
@@ -234,7 +236,7 @@ def _plan_site(
     job: Job, site: FFNSite, weights: FFNWeights, inputs: SiteInputs | None, progress: Progress
 ) -> LayerPlan | None:
     if inputs is not None and job.anatomy.family.moe is not None:
-        needed = getattr(job.method, "MIN_TOKENS_PER_NEURON", 0.0) * site.d_ff
+        needed = getattr(get_config(job.settings.method), "MIN_TOKENS_PER_NEURON", 0.0) * site.d_ff
         if inputs.tokens < max(needed, 1):
             progress.note(f"{site.path} stays whole: its router sent it {inputs.tokens} tokens, {needed:.0f} are needed")
             return None

@@ -2,18 +2,19 @@
 
 The tensors of a partition are those of the dense FFN, bit for bit, with the neurons in another order, plus a router.
 
-Axes: D model width, F neurons of the dense FFN, P packed neurons [shared; expert 0; expert 1; ...], E experts, M neurons per expert.
+Axes: D model width, F neurons of the dense FFN, P packed neurons [shared; expert 0; ...], E experts, M neurons each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from moesaic.anatomy.base import Anatomy, FFNNames, FFNSite
+from moesaic.anatomy.base import Anatomy, FFNSite
 from moesaic.blueprint import Blueprint, LayerPlan
 from moesaic.errors import InputError
 from moesaic.nn.ffn import FFNWeights
@@ -38,9 +39,9 @@ TENSOR_NAMES = {
 def pack(weights: FFNWeights, plan: LayerPlan) -> dict[str, Tensor]:
     """The tensors of the converted FFN, by name relative to its module path; new memory, contiguous.
 
-    Projections and biases keep the dtype of ``weights``; router, ``selection_bias`` and ``gate_scale`` are fp32. Applied in this
-    order: neurons picked (-1 gives zeros), ``readout`` replaces the down projection, ``fade`` zeroes the smallest weights of each
-    expert, ``expert_scale`` multiplies each expert's down projection, ``bias`` replaces the output bias.
+    Projections and biases keep the dtype of ``weights``; router, ``selection_bias`` and ``gate_scale`` are fp32. In this
+    order: neurons are picked (-1 gives zeros), ``readout`` replaces the down projection, ``fade`` zeroes the smallest
+    weights of each expert, ``expert_scale`` multiplies each expert's down projection, ``bias`` replaces the output bias.
 
     Raises:
         InputError: the plan is for an FFN of another size.
@@ -65,13 +66,12 @@ def pack(weights: FFNWeights, plan: LayerPlan) -> dict[str, Tensor]:
     if plan.gate == "scaled":
         zeros_E = torch.zeros(len(plan.experts))
         routing["gate_scale"] = zeros_E if plan.gate_scale is None else plan.gate_scale
-    return tensors | {
-        name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in routing.items()
-    }
+    fp32 = {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in routing.items()}
+    return tensors | fp32
 
 
 def site_spec(weights: FFNWeights, plan: LayerPlan) -> dict[str, Any]:
-    """What the runtime must know to build this FFN: :meth:`LayerPlan.spec` plus which paths and biases the dense FFN has."""
+    """What the runtime must know to build this FFN: :meth:`LayerPlan.spec` plus the dense FFN's paths and biases."""
     return {
         **plan.spec(),
         "gated": weights.gated,
@@ -89,6 +89,83 @@ def build_ffn(weights: FFNWeights, plan: LayerPlan) -> MoEFeedForward:
         module = MoEFeedForward(site_spec(weights, plan), weights.d_model, weights.activation)
     module.load_state_dict(pack(weights, plan), assign=True)
     return module.eval()
+
+
+@torch.no_grad()
+def apply_blueprint(model: nn.Module, blueprint: Blueprint, anatomy: Anatomy) -> None:
+    """Convert a loaded dense transformers model in place: every FFN that the blueprint names becomes its MoE form.
+
+    Raises:
+        InputError: the blueprint names an FFN that the model does not have or that has another width.
+    """
+    from torch import nn
+
+    sites = {site.path: site for site in anatomy.sites}
+    if strangers := blueprint.sites.keys() - sites.keys():
+        raise InputError(
+            f"the blueprint converts {min(strangers)}, which this model does not have", "use its own model"
+        )
+    for path, plan in blueprint.sites.items():
+        site = sites[path]
+        module = build_ffn(ffn_of_model(model, site, anatomy.activation), plan)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, module)
+        for bypass in anatomy.family.bypass:
+            setattr(model.get_submodule(anatomy.layer_path(site.layer)), bypass, nn.Identity())
+
+
+def ffn_of_model(model: nn.Module, site: FFNSite, activation: str) -> FFNWeights:
+    """The weights of one FFN of a loaded dense model, as [F, D] and [D, F], sharing the model's memory."""
+    names = site.names
+
+    def read(role: str) -> tuple[Tensor, Tensor | None]:
+        module = model.get_submodule(site.tensor_names()[role])
+        weight, bias = module.weight.detach(), getattr(module, "bias", None)
+        return weight.T if names.transposed else weight, None if bias is None else bias.detach()
+
+    up_FD, up_bias_F = read("up")
+    down_DF, down_bias_D = read("down")
+    gate_FD = gate_bias_F = None
+    if names.fused:
+        gate_FD, up_FD = up_FD.chunk(2)
+        gate_bias_F, up_bias_F = (None, None) if up_bias_F is None else up_bias_F.chunk(2)
+    elif names.gate is not None:
+        gate_FD, gate_bias_F = read("gate")
+    return FFNWeights(up_FD, down_DF, activation, gate_FD, gate_bias_F, up_bias_F, down_bias_D)
+
+
+def dense_tensors(weights: FFNWeights, site: FFNSite) -> dict[str, Tensor]:
+    """The tensors of a dense FFN under the names and in the forms in which its family's checkpoints store them."""
+    parts = {"up": (weights.up_FD, weights.up_bias_F), "down": (weights.down_DF, weights.down_bias_D)}
+    if site.names.fused:
+        assert weights.gate_FD is not None
+        biases = [bias for bias in (weights.gate_bias_F, weights.up_bias_F) if bias is not None]
+        parts["up"] = (torch.cat([weights.gate_FD, weights.up_FD]), torch.cat(biases) if biases else None)
+    elif weights.gate_FD is not None:
+        parts["gate"] = (weights.gate_FD, weights.gate_bias_F)
+    tensors = {}
+    for role, (weight, bias) in parts.items():
+        base = site.tensor_names()[role]
+        tensors[f"{base}.weight"] = weight.T.contiguous() if site.names.transposed else weight
+        if bias is not None:
+            tensors[f"{base}.bias"] = bias
+    return tensors
+
+
+def unpack(tensors: Mapping[str, Tensor], plan: LayerPlan, activation: str) -> FFNWeights:
+    """The dense FFN back from what :func:`pack` made of a partition, bit for bit.
+
+    Args:
+        tensors: As :func:`pack` returns them; the router is not needed.
+        plan: Must be a partition (:attr:`LayerPlan.is_partition`).
+        activation: Of the FFN.
+    """
+    assert plan.is_partition
+    packed = plan.packed
+    rows_F = torch.argsort(packed.masked_fill(packed < 0, plan.d_ff))[: plan.d_ff]  # packed row of every neuron
+    fields = {field: tensors[name] for field, name in TENSOR_NAMES.items() if name in tensors}
+    whole = FFNWeights(activation=activation, **fields)
+    return whole.take(rows_F, keep_down_bias=True)
 
 
 def _check_fits(weights: FFNWeights, plan: LayerPlan) -> None:

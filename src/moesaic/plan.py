@@ -16,6 +16,7 @@ from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
 from moesaic.errors import InputError
 from moesaic.layout import Layout
+from moesaic.methods import get_config
 from moesaic.settings import ConvertSettings, build, check_fits, method_config
 
 GFLOPS_PER_CORE = 45.0
@@ -78,7 +79,7 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
         settings = build(ConvertSettings, {**(settings or {}), **values}, "settings")
     config = method_config(settings)
     anatomy = read_anatomy(read_config(model), hierarchical=settings.hierarchical)
-    dense_layers = check_fits(config, anatomy, settings.dense_layers)
+    dense_layers = check_fits(settings.method, config, anatomy, settings.dense_layers)
     sites = [site for site in anatomy.sites if site.layer not in dense_layers]
     text = getattr(config, "layout", None)
     layout = Layout.parse(text) if isinstance(text, str) else None
@@ -119,7 +120,7 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
 def _seconds(settings: ConvertSettings, anatomy: Anatomy, ffn_parameters: int, fraction: float) -> float:
     """Two passes over the FFNs (statistics, then the converted forward) and one over attention, at a nominal speed."""
     attention = 4 * anatomy.d_model**2 * anatomy.num_layers
-    needs_data = settings.method not in ("mlpmoe", "random")
+    needs_data = get_config(settings.method).needs_calibration(method_config(settings))
     operations = 2 * settings.calibration.tokens * (ffn_parameters * (1 + fraction) + attention) if needs_data else 0
     copying = 3 * 4 * ffn_parameters / 1e9  # read, pack, write, at about 1 GB/s
     return round(operations / (GFLOPS_PER_CORE * 1e9 * (os.cpu_count() or 1)) + copying, 1)

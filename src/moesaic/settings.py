@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.errors import InputError
-from moesaic.layout import Layout
 
 if TYPE_CHECKING:
     from moesaic.anatomy.base import Anatomy
@@ -63,20 +61,19 @@ def build(model: type[BaseModel], values: dict[str, Any], what: str) -> Any:
 
 def method_config(settings: ConvertSettings) -> MethodConfig:
     """The method's own config from ``settings.options``. Raises InputError for unknown methods, keys and values."""
-    from moesaic.methods import METHODS
+    from moesaic.methods import get_config
 
-    if settings.method not in METHODS:
-        raise InputError(f"unknown method {settings.method!r}", f"known: {', '.join(METHODS)}")
-    module = importlib.import_module(f"moesaic.methods.{settings.method}")
-    return build(module.Config, settings.options, f"method {settings.method}")
+    return build(get_config(settings.method).Config, settings.options, f"method {settings.method}")
 
 
-def check_fits(config: MethodConfig, anatomy: Anatomy, dense_layers: tuple[int, ...]) -> tuple[int, ...]:
+def check_fits(
+    method: str, config: MethodConfig, anatomy: Anatomy, dense_layers: tuple[int, ...]
+) -> tuple[int, ...]:
     """Refuse experts that do not fit and layers that do not exist; returns the dense layers counted from 0."""
-    layout = getattr(config, "layout", None)
-    if isinstance(layout, str):
-        for width in {site.d_ff for site in anatomy.sites}:
-            Layout.parse(layout).unit_sizes(width)
+    from moesaic.methods import get_config
+
+    for width in {site.d_ff for site in anatomy.sites}:
+        get_config(method).check(config, width)
     resolved = []
     for layer in dense_layers:
         if not -anatomy.num_layers <= layer < anatomy.num_layers:

@@ -144,7 +144,7 @@ def _expert_sites(config: Config, moe: MoENames, layer_path: str, layer: int) ->
 
 
 def _expert_count(config: Config, moe: MoENames) -> int:
-    # transformers renames this key when it saves: Qwen3-MoE has num_experts on the hub, num_local_experts once re-saved.
+    # transformers renames this key when it saves: Qwen3-MoE has num_experts on the hub, later num_local_experts.
     present = [key for key in (moe.expert_count, "num_experts", "num_local_experts") if config.get(key) is not None]
     return _size(config, present[0] if present else moe.expert_count, config["model_type"])
 

@@ -1,6 +1,6 @@
 """What a model is made of, as data: where each FFN sits, what its tensors are called, how wide it is.
 
-A :class:`Family` is one small table (see ``llama.py``); an :class:`Anatomy` is that table applied to one ``config.json``.
+A :class:`Family` is one small table (see ``llama.py``); an :class:`Anatomy` is that table applied to a config.json.
 No torch here: ``moesaic plan`` reads only this.
 """
 
@@ -43,8 +43,8 @@ GATED_PROJ = FFNNames(gate="gate_proj", up="up_proj", down="down_proj")
 class MoENames:
     """Where an existing MoE keeps its experts (hierarchical conversion), relative to the decoder layer.
 
-    ``experts``: module that holds the experts, both in the checkpoint and in the model, except that the checkpoint may call
-    the enclosing block otherwise: ``block_on_disk`` (Mixtral: ``block_sparse_moe``) against ``block`` (``mlp``).
+    The experts are ``experts.0``, ``experts.1`` ... of the block, which the checkpoint may call otherwise
+    (``block_on_disk``; Mixtral: ``block_sparse_moe``) than the model (``block``: ``mlp``).
     ``names``: projection names of one expert on disk. ``shared``: an always-on expert beside them.
     """
 
@@ -105,7 +105,7 @@ class FFNSite:
         expert: Index of the expert when the site is a routed expert of an existing MoE.
         d_ff: Neurons.
         names: Projection names relative to ``disk_path``.
-        disk_path: Where its tensors are in the checkpoint; differs from ``path`` only where transformers renames a block.
+        disk_path: Where its tensors are in the checkpoint; differs from ``path`` where transformers renames a block.
     """
 
     path: str
@@ -158,5 +158,7 @@ class Anatomy:
 def require(config: Config, key: str, model_type: str) -> Any:
     """``config[key]``, or an UnsupportedModelError that names the missing key."""
     if config.get(key) is None:
-        raise UnsupportedModelError(f"config.json of this {model_type} model has no {key!r}", "the config is incomplete")
+        raise UnsupportedModelError(
+            f"config.json of this {model_type} model has no {key!r}", "the config is incomplete"
+        )
     return config[key]

@@ -4,7 +4,7 @@ from moesaic.anatomy.base import Config, Family, FFNNames
 
 
 def _refuse(config: Config) -> str | None:
-    return "it has cross-attention, so it is the decoder of another model" if config.get("add_cross_attention") else None
+    return "its cross-attention makes it part of another model" if config.get("add_cross_attention") else None
 
 
 FAMILY = Family(

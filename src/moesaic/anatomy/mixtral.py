@@ -1,4 +1,4 @@
-"""Mixtral: already a MoE, every layer sparse. The checkpoint calls the block ``block_sparse_moe``, transformers ``mlp``."""
+"""Mixtral: already a MoE, every layer sparse. On disk the block is ``block_sparse_moe``, in the model ``mlp``."""
 
 from moesaic.anatomy.base import Family, FFNNames, MoENames
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from moesaic.anatomy.base import Config
@@ -12,19 +12,31 @@ from moesaic.errors import UnsupportedModelError
 # Activations that moesaic computes; moesaic.nn.ffn holds the functions (a test keeps the two alike).
 ACTIVATIONS = frozenset({"silu", "swish", "relu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"})
 
-_ENCODERS = frozenset(
-    "albert bert big_bird camembert canine convbert deberta deberta-v2 distilbert electra ernie esm eurobert flaubert fnet funnel "
-    "gte ibert layoutlm longformer luke megatron-bert mobilebert modernbert mpnet mra nomic_bert nystromformer rembert roberta "
-    "roberta-prelayernorm roc_bert roformer squeezebert xlm xlm-roberta xlm-roberta-xl xmod yoso".split()
+# fmt: off
+_ENCODERS = frozenset({
+    "albert", "bert", "big_bird", "camembert", "canine", "convbert", "deberta", "deberta-v2", "distilbert",
+    "electra", "ernie", "esm", "eurobert", "flaubert", "fnet", "funnel", "gte", "ibert", "layoutlm",
+    "longformer", "luke", "megatron-bert", "mobilebert", "modernbert", "mpnet", "mra", "nomic_bert",
+    "nystromformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert", "xlm",
+    "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso",
+})
+_ENCODER_DECODERS = frozenset({
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "encoder-decoder", "fsmt", "led", "longt5",
+    "m2m_100", "marian", "mbart", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet",
+    "seamless_m4t", "speech_to_text", "switch_transformers", "t5", "t5gemma", "udop", "umt5", "whisper",
+})
+_STATE_SPACE = frozenset({
+    "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "mamba", "mamba2", "nemotron_h",
+    "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
+})
+# fmt: on
+_HEADS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMaskedLM",
+    "ForRewardModel",
 )
-_ENCODER_DECODERS = frozenset(
-    "bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus "
-    "pegasus_x plbart prophetnet seamless_m4t speech_to_text switch_transformers t5 t5gemma udop umt5 whisper".split()
-)
-_STATE_SPACE = frozenset(
-    "bamba falcon_h1 falcon_mamba granitemoehybrid jamba mamba mamba2 nemotron_h recurrent_gemma rwkv xlstm zamba zamba2".split()
-)
-_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "ForRewardModel")
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -34,7 +46,7 @@ def refuse_foreign(config: Config, known: Iterable[str]) -> None:
         raise UnsupportedModelError(f"this is a PEFT adapter ({config['peft_type']}), not a model", MERGE_HINT)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
-        raise UnsupportedModelError("config.json has no model_type", "the folder must hold a Hugging Face language model")
+        raise UnsupportedModelError("config.json has no model_type", "give a Hugging Face language model")
     for check in (_moesaic, _quantised, _multimodal, _other_kind, _head):
         check(config, model_type)
     known = sorted(known)
@@ -48,7 +60,8 @@ MERGE_HINT = "merge it into its base model first (peft: merge_and_unload, then s
 def _moesaic(config: Config, model_type: str) -> None:
     if model_type == "moesaic" or "moesaic" in config:
         raise UnsupportedModelError(
-            "this model was already converted by moesaic", "convert the dense original, or rebuild it with `moesaic undo`"
+            "this model was already converted by moesaic",
+            "convert the dense original; `moesaic undo` rebuilds it",
         )
 
 
@@ -74,17 +87,15 @@ def _multimodal(config: Config, model_type: str) -> None:
 
 
 def _other_kind(config: Config, model_type: str) -> None:
-    kinds: list[tuple[Callable[[], bool], str]] = [
-        (lambda: model_type in _ENCODERS, "an encoder without a language-model head"),
-        (
-            lambda: model_type in _ENCODER_DECODERS or bool(config.get("is_encoder_decoder")),
-            "an encoder-decoder",
-        ),
-        (lambda: model_type in _STATE_SPACE, "a state-space or recurrent model"),
-    ]
-    for matches, kind in kinds:
-        if matches():
-            raise UnsupportedModelError(f"{model_type} is {kind}", "moesaic converts decoder-only transformers")
+    if model_type in _ENCODERS:
+        kind = "an encoder without a language-model head"
+    elif model_type in _ENCODER_DECODERS or config.get("is_encoder_decoder"):
+        kind = "an encoder-decoder"
+    elif model_type in _STATE_SPACE:
+        kind = "a state-space or recurrent model"
+    else:
+        return
+    raise UnsupportedModelError(f"{model_type} is {kind}", "moesaic converts decoder-only transformers")
 
 
 def _head(config: Config, model_type: str) -> None:

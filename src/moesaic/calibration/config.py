@@ -36,14 +36,17 @@ class Source(BaseModel):
         1.0, allow_inf_nan=False, description="Share of the windows that come from this source, relative to the others."
     )
     field: str | None = Field(
-        None, description="Field of a .jsonl record or column of a .parquet file that holds the text; `text` when left out."
+        None,
+        description="Field of a .jsonl record or column of a .parquet file that holds the text; `text` when left out.",
     )
 
     @field_validator("weight")
     @classmethod
     def _positive(cls, weight: float) -> float:
         if weight <= 0:
-            raise InputError(f"calibration weight {weight:g} is not positive", "leave a source out that should not count")
+            raise InputError(
+                f"calibration weight {weight:g} is not positive", "leave a source out that should not count"
+            )
         return weight
 
     @classmethod

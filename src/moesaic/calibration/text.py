@@ -10,9 +10,10 @@ import json
 import math
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 from torch import Tensor
@@ -136,10 +137,12 @@ def _documents(source: Source, limit: int) -> Iterator[str]:
             yield from _parquet(path, source.field or DEFAULT_FIELD)
         else:
             for file in _text_files(path) if path.is_dir() else [path]:
-                with file.open(encoding="utf-8-sig") as stream:
-                    yield _decoded(stream.read, file)(limit + 1)
+                with _open_text(file) as stream:
+                    yield stream.read(limit + 1)
     except OSError as error:
-        raise InputError(f"calibration source {path} cannot be read: {error.strerror}", "check its permissions") from error
+        raise InputError(
+            f"calibration source {path} cannot be read: {error.strerror}", "check its permissions"
+        ) from error
 
 
 def _text_files(folder: Path) -> list[Path]:
@@ -159,28 +162,28 @@ def _text_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _decoded(read: Any, path: Path) -> Any:
-    """``read`` with an undecodable byte turned into an error for people."""
-
-    def checked(*args: Any) -> Any:
-        try:
-            return read(*args)
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 text ({error.reason})", "convert it, e.g. with iconv -t utf-8") from error
-
-    return checked
+@contextmanager
+def _open_text(path: Path) -> Iterator[TextIO]:
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            yield stream
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text ({error.reason})", "convert it, e.g. with iconv -t utf-8"
+        ) from error
 
 
 def _jsonl(path: Path, field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as stream:
-        read_line = _decoded(stream.readline, path)
-        for number, line in enumerate(iter(read_line, ""), start=1):
+    with _open_text(path) as stream:
+        for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise InputError(f"{path} line {number} is not valid JSON: {error.msg}", "write one object per line") from error
+                raise InputError(
+                    f"{path} line {number} is not valid JSON: {error.msg}", "write one object per line"
+                ) from error
             if not isinstance(record, dict):
                 raise InputError(f"{path} line {number} is no JSON object", "write one object per line")
             if not isinstance(record.get(field), str):

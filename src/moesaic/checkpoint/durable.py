@@ -1,4 +1,4 @@
-"""Small file-system operations that survive a crash: what is there afterwards is the old state or the new one, on disk."""
+"""Small file-system operations that survive a crash: afterwards the old state is on disk or the new one."""
 
 from __future__ import annotations
 
@@ -37,6 +37,17 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise _resource_error(path, int(code[1]), os.strerror(int(code[1]))) from error
 
 
+@contextmanager
+def full_disk_errors(path: Path) -> Iterator[None]:
+    """:func:`disk_errors` for a full disk, quota or size limit alone; other errors pass unchanged."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _HINTS:
+            raise _resource_error(path, error.errno, error.strerror or str(error)) from error
+        raise
+
+
 def _resource_error(path: Path, code: int, reason: str) -> ResourceError:
     return ResourceError(
         f"cannot write {path}: {reason}", _HINTS.get(code, "solve that and run the same command again: it resumes")
@@ -50,6 +61,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some network file systems cannot sync folders; they have no other way to do it either
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -70,7 +84,11 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """:func:`replace_file` with text, UTF-8, line ends as given."""
-    replace_file(path, lambda temporary: _write_bytes(temporary, text.encode()))
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(text.encode())
+
+    replace_file(path, write)
 
 
 def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -93,13 +111,11 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and fsync. A crash can leave the line torn: readers must ignore a last line without its end."""
-    with disk_errors(path):
-        with path.open("ab") as file:
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        sync(path.parent)
+    """Append one line to an existing file and fsync. A crash can leave the line torn: readers must expect that."""
+    with disk_errors(path), path.open("ab") as file:
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_tree(folder: Path) -> None:
@@ -114,5 +130,12 @@ def remove_tree(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+def empty(folder: Path, keep: str = "") -> None:
+    """Remove all that a folder holds, but not itself and not the entry ``keep``."""
+    for path in folder.iterdir():
+        if path.name == keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,5 +1,7 @@
-"""``manifest.json``: which files an output consists of, their sha256, and what they were made from. No timings, no dates:
-two runs of the same conversion write the same bytes."""
+"""``manifest.json``: which files an output consists of, their sha256, and what they were made from.
+
+It has no timings and no dates: two runs of the same conversion write the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,7 @@ def check_manifest(folder: Path) -> int:
             raise VerificationError(f"{folder / name} is missing", "convert again")
         if (folder / name).stat().st_size != entry.get("bytes") or hash_file(folder / name) != entry["sha256"]:
             raise VerificationError(
-                f"{folder / name} is not the file that was written: its sha256 differs", "convert again"
+                f"{folder / name} is not the file that was written (sha256 differs)", "convert again"
             )
     # A stray weight file or module would be loaded without being checked; other additions are the user's business.
     for name in file_names(folder):

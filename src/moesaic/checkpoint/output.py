@@ -18,12 +18,19 @@ from moesaic.materialise import pack, site_spec
 from moesaic.targets.moesaic import MODELLING_FILE, config_json, modelling_source
 
 
-def output_name(anatomy: Anatomy, name: str) -> str:
-    """The name under which a copied tensor is written: the one that transformers' modules use."""
+def output_names(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, str]:
+    """Every tensor of the checkpoint -> the name that transformers' modules use, under which a copy is written.
+
+    Two differences occur: checkpoints saved without the base model's prefix (GPT-2's ``h.0.attn...``), and blocks that
+    transformers renames on loading (Mixtral's ``block_sparse_moe``).
+    """
+    bare = not any(name.startswith(f"{anatomy.family.layers}.") for name in checkpoint.names)
+    prefix = f"{anatomy.family.prefix}." if bare else ""
     moe = anatomy.family.moe
+    names = {name: name if name.startswith("lm_head.") else prefix + name for name in checkpoint.names}
     if moe is not None and moe.block != moe.block_on_disk:
-        return name.replace(f".{moe.block_on_disk}.", f".{moe.block}.")
-    return name
+        names = {name: out.replace(f".{moe.block_on_disk}.", f".{moe.block}.") for name, out in names.items()}
+    return names
 
 
 def write_layer(
@@ -43,9 +50,9 @@ def write_layer(
             weights = load_ffn(checkpoint, site, anatomy.activation)
             tensors |= {f"{site.path}.{name}": tensor for name, tensor in pack(weights, plans[site.path]).items()}
             replaced |= ffn_tensor_names(checkpoint, site)
-    for name in checkpoint.names:
-        if name.startswith(prefix) and name not in replaced:
-            tensors[output_name(anatomy, name)] = checkpoint.tensor(name)
+    for name, out in output_names(checkpoint, anatomy).items():
+        if out.startswith(prefix) and name not in replaced:
+            tensors[out] = checkpoint.finite_tensor(name)
     staged.write_shard(step, tensors)
 
 
@@ -59,8 +66,9 @@ def write_rest(
     step = "rest"
     if not staged.done(step):
         layers = tuple(f"{anatomy.layer_path(layer)}." for layer in range(anatomy.num_layers))
-        rest = [name for name in checkpoint.names if not name.startswith(layers)]
-        staged.write_shard(step, {name: checkpoint.tensor(name) for name in rest})
+        names = output_names(checkpoint, anatomy)
+        rest = {out: checkpoint.finite_tensor(name) for name, out in names.items() if not out.startswith(layers)}
+        staged.write_shard(step, rest)
     for path in checkpoint.side_files():
         staged.copy_file(path)
     staged.write_text(MODELLING_FILE, modelling_source())

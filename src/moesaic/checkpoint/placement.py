@@ -13,10 +13,15 @@ _SPARE_BYTES = 64 * 2**20
 
 
 def absolute(path: str | Path) -> Path:
-    """The path with ``~``, links of its parents and ``..`` resolved; its own last part is kept, even if it is a link."""
-    full = Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 - drops "..", which Path.absolute keeps
+    """The path with ``~``, ``..`` and links of its parents resolved; its own last part is kept, even if it is a link.
+
+    Raises InputError for a path that cannot be one: empty text, an unknown user after ``~``, a zero byte.
+    """
     try:
-        return full.parent.resolve() / full.name
+        if not str(path):
+            raise ValueError("it is empty")
+        full = Path(path).expanduser()
+        return full.resolve() if full.name in ("", "..") else full.parent.resolve() / full.name
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"path {str(path)!r} cannot be used: {error}") from error
 
@@ -27,9 +32,9 @@ def partial_of(out: Path) -> Path:
 
 
 def check_output(out: Path, source: Path | None = None) -> None:
-    """Refuse an output folder that exists, cannot be created, or overlaps with the model that is read. Raises InputError.
+    """Refuse an output folder that exists, cannot be created, or overlaps with the model that is read.
 
-    Both paths as :func:`absolute` gives them.
+    Both paths as :func:`absolute` gives them. Raises InputError.
     """
     if not out.name:
         raise InputError(f"{out} cannot be an output folder", "name a folder that does not exist yet")
@@ -51,9 +56,7 @@ def _exists(out: Path) -> InputError:
     if not out.is_dir():
         return InputError(f"output {out} exists and is a file", "name a folder that does not exist yet")
     if (out / MANIFEST_NAME).is_file():
-        return InputError(
-            f"output {out} exists and is complete", "choose another output folder, or delete this one first"
-        )
+        return InputError(f"output {out} exists and is complete", "choose another output folder or delete this one")
     return InputError(f"output {out} exists", "choose another output folder: it is created by moesaic")
 
 
@@ -61,7 +64,7 @@ def _check_overlap(out: Path, source: Path) -> None:
     place = out.resolve()
     if place == source:
         raise InputError(
-            f"output {out} is the model itself", "choose another output folder: models are never overwritten"
+            f"output {out} is the model itself", "choose another output folder, models are never overwritten"
         )
     if place.is_relative_to(source):
         raise InputError(f"output {out} lies inside the model folder {source}", "choose an output folder elsewhere")

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face checkpoint folder: everything is checked when it is opened, tensors are mapped when asked for."""
+"""Reading a Hugging Face checkpoint folder: checked when it is opened, tensors are mapped when asked for."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class Checkpoint:
         """sha256 (hex) of config.json and of the content of every weight file, in order of their names.
 
         Any changed byte of the model changes it. There is no quick variant from sizes and times: a resumed run must
-        not mix two models. Costs one pass over the files, about a second per GB.
+        not mix two models. Costs one pass over the files, one to three seconds per GB.
         """
         sha = hashlib.sha256()
         for file in (self.folder / CONFIG, *self.files):
@@ -255,7 +255,7 @@ def _no_weights(folder: Path) -> CheckpointError:
             "load it with transformers where you trust its author, and save_pretrained: that writes safetensors",
         )
     if shards := sorted(file.name for file in folder.glob("*.safetensors")):
-        return CheckpointError(
-            f"{folder} has {shards[0]} but neither {WEIGHTS} nor {INDEX}", "the download is incomplete: fetch the index"
-        )
-    return CheckpointError(f"{folder} has no weights ({WEIGHTS} or {INDEX})", "the download is incomplete: fetch it again")
+        return CheckpointError(f"{folder} has {shards[0]} but neither {WEIGHTS} nor {INDEX}", "fetch the index as well")
+    return CheckpointError(
+        f"{folder} has no weights ({WEIGHTS} or {INDEX})", "the download is incomplete: fetch it again"
+    )

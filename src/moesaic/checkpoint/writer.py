@@ -1,13 +1,13 @@
-"""The output folder is written so that a crash at any moment leaves it absent or complete, and the same command resumes.
+"""Writing an output folder so that a crash at any moment leaves it absent or complete, and the same command resumes.
 
 Everything happens in ``OUT.partial`` beside OUT, on the same file system:
 
-    lock            held by the process that writes
+    .moesaic.lock   held by the process that writes
     key.json        what the output depends on; another key is not resumed
-    progress.jsonl  one line per finished shard: step, sha256, bytes, tensors; the line is written after the shard is on disk
+    progress.jsonl  one line per finished shard: step, sha256, bytes, tensors; written when the shard is on disk
     shards/         finished shards, by step
     plans/          the decisions that belong to them, by step
-    state.safetensors  what calibration needs to go on at the next layer
+    state.safetensors  what calibration needs to go on at the next layer, and the steps that it stands on
     work/           scratch files of the running process
     model/          the output itself; the last act is to rename it to OUT
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -34,12 +33,15 @@ from moesaic.blueprint import Blueprint, LayerPlan
 from moesaic.checkpoint import durable
 from moesaic.checkpoint.manifest import MANIFEST_NAME, build_manifest, hash_file
 from moesaic.checkpoint.placement import absolute, check_output, check_space, partial_of
-from moesaic.errors import CheckpointError, InputError, VerificationError
+from moesaic.errors import InputError, VerificationError
 
 log = logging.getLogger(__name__)
 
+LOCK_NAME = ".moesaic.lock"
+
 INDEX_NAME = "model.safetensors.index.json"
 RESULTS_NAME = "results.json"
+_LINE_KEYS = {"step", "sha256", "bytes", "plans", "tensors"}
 _STEP = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -74,7 +76,7 @@ class StagedOutput:
     ) -> Iterator[StagedOutput]:
         """Lock and open ``OUT.partial``, taking up what an interrupted run left there.
 
-        When the block ends without :meth:`finish`, what was written stays for the next run; if nothing was, nothing is left.
+        When the block ends without :meth:`finish`, what was written stays for the next run; an empty folder does not.
 
         Args:
             out: The folder to create.
@@ -93,10 +95,11 @@ class StagedOutput:
         check_output(staged.out, place)
         with staged._locked():
             check_output(staged.out, place)  # again: another process may have finished it in between
+            staged._prepare(restart)
             try:
-                staged._prepare(restart)
                 check_space(staged.out.parent, expected_bytes - staged._staged_bytes())
-                yield staged
+                with durable.full_disk_errors(staged.root):
+                    yield staged
             finally:
                 staged._leave()
 
@@ -105,7 +108,7 @@ class StagedOutput:
         return step in self._finished
 
     def write_plans(self, step: str, plans: Mapping[str, LayerPlan]) -> None:
-        """Keep the decisions of a step, to be read again by :meth:`read_plans`. Call before the step's :meth:`write_shard`."""
+        """Keep the decisions of a step for :meth:`read_plans`. Call before the step's :meth:`write_shard`."""
         part = Blueprint("", "", "", {}, dict(plans))
         durable.replace_folder(self._plans_of(step), part.save)
 
@@ -114,7 +117,10 @@ class StagedOutput:
         return Blueprint.load(self._plans_of(step)).sites
 
     def write_shard(self, step: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write one shard and note it as done. It is on disk when this returns. Raises ResourceError when it cannot be written."""
+        """Write one shard and note it as done; it is on disk when this returns.
+
+        Raises ResourceError when it cannot be written.
+        """
         path = self._shard_of(step)
         durable.replace_tensors(path, tensors)
         line = {
@@ -128,15 +134,23 @@ class StagedOutput:
         self._finished[step] = line
 
     def write_state(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the resume state: all that is needed to go on at ``layer``, whose predecessors are done."""
-        durable.replace_tensors(self._state, tensors, {"layer": str(layer)})
+        """Replace the resume state: all that is needed to go on at ``layer``, given the steps that are done by now."""
+        stamp = json.dumps({"layer": layer, "steps": sorted(self._finished)})
+        durable.replace_tensors(self._state, tensors, {"stamp": stamp})
 
     def read_state(self) -> tuple[int, dict[str, Tensor]] | None:
-        """The last :meth:`write_state`, memory-mapped; None when there is none that can be used."""
+        """The last :meth:`write_state`; None when there is none or a step that it stands on must be done again."""
         if not self._state.exists():
             return None
-        with safe_open(self._state, framework="pt") as file:
-            return int(file.metadata()["layer"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(self._state, framework="pt") as file:
+                stamp = json.loads(file.metadata()["stamp"])
+                if not self._finished.keys() >= set(stamp["steps"]):
+                    return None
+                return stamp["layer"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError, TypeError):
+            log.warning("%s is damaged: calibration starts at the first layer again", self._state)
+            return None
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file of the output (UTF-8)."""
@@ -151,19 +165,25 @@ class StagedOutput:
             shutil.copyfile(path, target)
 
     def finish(
-        self, *, results: Mapping[str, Any] | None = None, verify: Callable[[Path], object] | None = None
+        self,
+        *,
+        results: Mapping[str, Any] | None = None,
+        verify: Callable[[Path], object] | None = None,
+        manifest: bool = True,
     ) -> Path:
         """Name the shards, write index and manifest, verify, and let OUT appear. Returns OUT.
 
         Args:
+            manifest: Whether the output gets a manifest.json.
             results: For results.json, read after ``verify`` so that it can add to it; no such file when None.
             verify: Called with the complete staged folder; when it raises, OUT does not appear.
         """
         names = self._place_shards()
         self._write_index(names)
-        known = {names[step]: line["sha256"] for step, line in self._finished.items()}
-        manifest = build_manifest(self.folder, self._key, known)
-        self.write_text(MANIFEST_NAME, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        if manifest:
+            known = {names[step]: line["sha256"] for step, line in self._finished.items()}
+            content = build_manifest(self.folder, self._key, known)
+            self.write_text(MANIFEST_NAME, json.dumps(content, indent=1, sort_keys=True) + "\n")
         if verify is not None:
             verify(self.folder)
         if results is not None:
@@ -177,22 +197,27 @@ class StagedOutput:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        if self.root.exists() and not (self.root / "lock").exists() and any(self.root.iterdir()):
-            raise InputError(f"{self.root} is in the way and not an unfinished output of moesaic", "move it elsewhere")
         try:
+            if self.root.is_symlink() or (self.root.exists() and not self._is_ours()):
+                raise InputError(f"{self.root} is in the way and no unfinished output of moesaic", "move it elsewhere")
             self.root.mkdir(exist_ok=True)
-            lock = FileLock(self.root / "lock", timeout=0)
+            lock = FileLock(self.root / LOCK_NAME, timeout=0)
             lock.acquire()
         except Timeout as error:
             raise InputError(
-                f"another process is writing {self.out}", "wait for it, or choose another output"
+                f"another process is writing {self.out}", "wait for it or choose another output"
             ) from error
         except (OSError, ValueError) as error:
             raise InputError(f"cannot create {self.root}: {getattr(error, 'strerror', None) or error}") from error
         try:
             yield
         finally:
+            if [path.name for path in self.root.glob("*")] == [LOCK_NAME]:
+                shutil.rmtree(self.root, ignore_errors=True)
             lock.release()
+
+    def _is_ours(self) -> bool:
+        return self.root.is_dir() and ((self.root / LOCK_NAME).exists() or not any(self.root.iterdir()))
 
     def _prepare(self, restart: bool) -> None:
         """Bring the staging folder into the state from which work goes on."""
@@ -200,42 +225,29 @@ class StagedOutput:
         with durable.disk_errors(self.root):
             # Without model/, the last act of an earlier run is done and only its remains are left.
             if restart or not key_path.exists() or not self.folder.exists():
-                self._wipe()
+                key_path.unlink(missing_ok=True)  # first: without it, nothing of the rest is believed
+                durable.sync(self.root)
+                durable.empty(self.root, keep=LOCK_NAME)
             else:
-                _compare_keys(self.root, json.loads(key_path.read_text(encoding="utf-8")), self._key)
+                _compare_keys(self.root, _read_key(key_path), self._key)
                 self._recall_shards()
-            for folder in (self.folder, self.work):
-                durable.remove_tree(folder)
-                folder.mkdir()
-            for folder in ("shards", "plans"):
-                (self.root / folder).mkdir(exist_ok=True)
+            for name in ("model", "work", "shards", "plans"):
+                (self.root / name).mkdir(exist_ok=True)
+            durable.empty(self.folder)
+            durable.empty(self.work)
         if not key_path.exists():
             durable.replace_text(key_path, json.dumps(self._key, indent=1, sort_keys=True) + "\n")
         self._read_progress()
 
-    def _wipe(self) -> None:
-        for path in self.root.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != "lock":
-                path.unlink()
-
     def _read_progress(self) -> None:
-        """Take up the finished shards; forget the ones that are damaged, and with them the state that came after."""
-        self._finished = {}
+        """Take up the shards that are as the log says; rewrite the log without the others."""
         text = self._log.read_bytes() if self._log.exists() else b""
-        lines = [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
-        good = [line for line in lines if self._intact(line)]
+        lines = [_parse(line) for line in text.split(b"\n")]
+        good = [line for line in lines if line is not None and self._intact(line)]
         self._finished = {line["step"]: line for line in good}
-        if len(good) < len(lines) or not text.endswith(b"\n"):
-            durable.replace_text(self._log, "".join(f"{json.dumps(line)}\n" for line in good))
-        if len(good) < len(lines):
-            self._state.unlink(missing_ok=True)
-        try:
-            self.read_state()
-        except (SafetensorError, KeyError, ValueError, TypeError):
-            log.warning("%s is damaged; calibration starts at the first layer again", self._state)
-            self._state.unlink(missing_ok=True)
+        kept = "".join(f"{json.dumps(line)}\n" for line in good)
+        if kept.encode() != text or not self._log.exists():
+            durable.replace_text(self._log, kept)
 
     def _intact(self, line: Mapping[str, Any]) -> bool:
         path = self._shard_of(line["step"])
@@ -246,8 +258,10 @@ class StagedOutput:
         return intact
 
     def _place_shards(self) -> dict[str, str]:
-        """Move the shards to their final names, in the order of their steps' names. The names are noted first, so that an
-        interrupted move can be taken back by :meth:`_recall_shards`."""
+        """Move the shards to their final names, in the order of their steps' names; returns name by step.
+
+        The names are noted first, so that :meth:`_recall_shards` can take back an interrupted move.
+        """
         steps = sorted(self._finished)
         total = len(steps)
         names = {step: f"model-{i:05d}-of-{total:05d}.safetensors" for i, step in enumerate(steps, 1)}
@@ -269,6 +283,7 @@ class StagedOutput:
             if (self.folder / name).exists():
                 (self.folder / name).rename(self._shard_of(step))
         durable.sync(self.root / "shards")
+        durable.sync(self.folder)
         names_path.unlink()
 
     def _write_index(self, names: Mapping[str, str]) -> None:
@@ -286,8 +301,8 @@ class StagedOutput:
 
     def _leave(self) -> None:
         """Remove the staging folder when OUT has appeared or nothing is worth keeping."""
-        if self.folder.exists() and (self._finished or self._state.exists()):
-            durable.remove_tree(self.work)
+        if self.folder.exists() and self._finished:
+            durable.empty(self.work)
         else:
             shutil.rmtree(self.root, ignore_errors=True)
 
@@ -306,8 +321,8 @@ class StagedOutput:
 
     def _file(self, name: str) -> Path:
         path = self.folder / name
-        if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise CheckpointError(f"file name {name!r} leads outside the output folder")
+        if not path.resolve().is_relative_to(self.folder):
+            raise InputError(f"file name {name!r} leads outside the output folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -316,6 +331,22 @@ def _checked(step: str) -> str:
     if not _STEP.fullmatch(step):
         raise ValueError(f"step {step!r} cannot be a file name")
     return step
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """One line of the log; None when it is torn or damaged."""
+    try:
+        entry = json.loads(line)
+        return entry if entry.keys() >= _LINE_KEYS else None
+    except (ValueError, AttributeError):
+        return None
+
+
+def _read_key(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged", "start over with --restart") from error
 
 
 def _compare_keys(partial: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

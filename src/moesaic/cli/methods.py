@@ -17,7 +17,7 @@ def attach(app: typer.Typer) -> None:
 
 def run(name: Annotated[str | None, typer.Argument(help="A method, for its options.")] = None, as_json: opt.AsJson = False) -> None:
     """List the methods, or the options of one of them."""
-    from moesaic.methods import METHODS, get_method
+    from moesaic.methods import METHODS, get_config
 
     if name is None:
         if as_json:
@@ -25,9 +25,9 @@ def run(name: Annotated[str | None, typer.Argument(help="A method, for its optio
         else:
             emit(table(["method", "what it does"], [[key, text] for key, text in METHODS.items()]))
         return
-    fields: dict[str, Any] = get_method(name).Config.model_fields
+    fields: dict[str, Any] = get_config(name).Config.model_fields
     if as_json:
-        emit_json(get_method(name).Config.model_json_schema())
+        emit_json(get_config(name).Config.model_json_schema())
         return
     emit(f"{name}: {METHODS[name]}")
     emit("")

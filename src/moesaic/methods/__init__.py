@@ -1,14 +1,14 @@
-"""The methods, one line each: name -> (module, what it does). Modules are imported when used."""
+"""The methods, one line each: name -> what it does. A method is the folder of its name, imported when used."""
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moesaic.errors import InputError
 
 if TYPE_CHECKING:
-    from moesaic.methods.base import MethodModule
+    from moesaic.methods.base import ConfigModule, MethodModule
 
 METHODS: dict[str, str] = {
     "cmoe": "shared and routed experts from activation patterns, analytic router, no training (arXiv 2502.04416)",
@@ -20,8 +20,17 @@ METHODS: dict[str, str] = {
 }
 
 
+def get_config(name: str) -> ConfigModule:
+    """The ``config`` module of a method, without torch. Raises InputError, listing the names, for an unknown one."""
+    return _module(name, "config")
+
+
 def get_method(name: str) -> MethodModule:
-    """The module of a method. Raises InputError, listing the names, for an unknown one."""
+    """The ``method`` module of a method. Raises InputError, listing the names, for an unknown one."""
+    return _module(name, "method")
+
+
+def _module(name: str, part: str) -> Any:
     if name not in METHODS:
         raise InputError(f"unknown method {name!r}", f"known: {', '.join(METHODS)}")
-    return importlib.import_module(f"moesaic.methods.{name}")  # type: ignore[return-value]
+    return importlib.import_module(f"moesaic.methods.{name}.{part}")

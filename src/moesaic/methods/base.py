@@ -1,6 +1,6 @@
 """What every method is: a config and a function from one FFN (and what it saw in calibration) to its plan.
 
-A method module defines ``Config`` (a :class:`MethodConfig`), ``NEEDS_CALIBRATION`` and ``plan_site``; one line in
+A method is a folder: ``config.py`` has the names of :class:`ConfigModule`, ``method.py`` those of :class:`MethodModule`; one line in
 ``methods/__init__.py`` registers it. Methods decide; they never write weights.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -48,23 +48,33 @@ class SiteInputs:
             yield chunk if dtype is None else chunk.to(dtype)
 
 
-class MethodModule(Protocol):
-    """The shape of a method's module."""
+class ConfigModule(Protocol):
+    """What a method's ``config.py`` holds. It imports no torch: ``moesaic plan`` reads it."""
 
     Config: type[MethodConfig]
-    NEEDS_CALIBRATION: bool
 
     @staticmethod
-    def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: MethodConfig, seed: int) -> LayerPlan | None:
+    def needs_calibration(config: Any) -> bool:
+        """Whether ``plan_site`` must be given inputs under this config."""
+        ...
+
+    @staticmethod
+    def check(config: Any, d_ff: int) -> None:
+        """Raise InputError when an FFN of ``d_ff`` neurons cannot be split as ``config`` says."""
+        ...
+
+
+class MethodModule(Protocol):
+    """What a method's ``method.py`` holds."""
+
+    @staticmethod
+    def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Any, seed: int) -> LayerPlan:
         """Decide one FFN's split.
 
         Args:
             weights: The dense FFN, in the checkpoint's dtype.
-            inputs: Its calibration inputs; None only when ``NEEDS_CALIBRATION`` is False.
-            config: The method's own config.
+            inputs: Its calibration inputs; None when ``needs_calibration(config)`` is False.
+            config: The method's own config, an instance of its ``Config``.
             seed: Differs from site to site, fixed for a run; the only source of randomness.
-
-        Returns:
-            The plan, or None to leave this FFN dense.
         """
         ...

@@ -1,4 +1,4 @@
-"""What the routed methods and the controls share: the layout option, equal widths, the plan of disjoint experts.
+"""What the routed methods and the controls share: cutting into units, equal widths, the plan of disjoint experts.
 
 Axes: F neurons of the dense FFN, S shared neurons, E routed experts, M neurons per expert.
 """
@@ -6,24 +6,12 @@ Axes: F neurons of the dense FFN, S shared neurons, E routed experts, M neurons 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
-from pydantic import AfterValidator
 from torch import Tensor
 
 from moesaic.blueprint import STATIC, GateKind, LayerPlan, Router
 from moesaic.layout import Layout
-
-LayoutText = Annotated[str, AfterValidator(lambda text: str(Layout.parse(text)))]
-"""A string in SxAyEz notation, checked when the config is built."""
-
-
-def active_neurons(layout: Layout, d_ff: int) -> int:
-    """Neurons one token uses under a layout: the shared ones and ``active`` experts of mean size, rounded."""
-    if layout.routed == 0:
-        return d_ff
-    return round(layout.shared_size(d_ff) + sum(layout.expert_sizes(d_ff)) * layout.active / layout.routed)
 
 
 def split_units(order_F: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor]]:

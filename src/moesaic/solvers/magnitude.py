@@ -1,12 +1,11 @@
 """Magnitude sparsity inside one branch of an FFN: exact counts, deterministic ties.
 
-Axes: D model width, M neurons of the branch, F packed neurons, R rows thinned alike, N entries that compete.
+Axes: D model width, M neurons of the branch, R rows thinned alike, N entries that compete.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -64,29 +63,6 @@ def fade_branch(
         masks = [_mask(part, fraction, scope) for part in parts]
     faded = [part.masked_fill(mask, 0) for part, mask in zip(parts, masks, strict=True)]
     return (None if gate_MD is None else faded[0]), faded[-2], faded[-1]
-
-
-def fade_branches(
-    gate_FD: Tensor | None,
-    up_FD: Tensor,
-    down_DF: Tensor,
-    widths: Sequence[int],
-    fractions: Sequence[float],
-    scope: Scope = "matrix",
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """:func:`fade_branch` on consecutive branches of a packed FFN: ``widths`` neurons each, none of them padding."""
-    gates = [None] * len(widths) if gate_FD is None else list(gate_FD.split(list(widths)))
-    ups, downs = up_FD.split(list(widths)), down_DF.split(list(widths), dim=1)
-    faded = [
-        fade_branch(gate, up, down, fraction, scope)
-        for gate, up, down, fraction in zip(gates, ups, downs, fractions, strict=True)
-    ]
-    kept_gates = [gate for gate, _, _ in faded if gate is not None]
-    return (
-        torch.cat(kept_gates) if kept_gates else None,
-        torch.cat([up for _, up, _ in faded]),
-        torch.cat([down for _, _, down in faded], dim=1),
-    )
 
 
 def _mask(part: Tensor, fraction: float, scope: Scope) -> Tensor:

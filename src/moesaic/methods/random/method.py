@@ -9,34 +9,17 @@ Axes: D model width, F neurons, E routed experts.
 from __future__ import annotations
 
 import torch
-from pydantic import Field
 
 from moesaic.blueprint import LayerPlan, Router
-from moesaic.layout import Layout
-from moesaic.methods.base import MethodConfig, SiteInputs
-from moesaic.methods.routed import LayoutText, routed_plan, split_units
+from moesaic.methods.base import SiteInputs
+from moesaic.methods.random.config import Config, resolve_layout
+from moesaic.methods.routed import routed_plan, split_units
 from moesaic.nn.ffn import FFNWeights
-
-NEEDS_CALIBRATION = False
-
-
-class Config(MethodConfig):
-    """Options of the random control."""
-
-    layout: LayoutText = Field(
-        default="S3A3E8",
-        description="SxAyEz: x shared units, y active experts, z units; as the method it stands beside.",
-    )
-
-
-def check(config: Config, d_ff: int) -> None:
-    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
-    Layout.parse(config.layout).unit_sizes(d_ff)
 
 
 def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, seed: int) -> LayerPlan:
     """A random split; see :class:`moesaic.methods.base.MethodModule`. The same seed gives the same split."""
-    layout = Layout.parse(config.layout)
+    layout = resolve_layout(config, weights.d_ff)
     generator = torch.Generator().manual_seed(seed)
     shared, experts = split_units(torch.randperm(weights.d_ff, generator=generator), layout)
     router_ED = torch.randn(layout.routed, weights.d_model, generator=generator) / weights.d_model**0.5

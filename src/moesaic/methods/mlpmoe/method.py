@@ -20,104 +20,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from moesaic.blueprint import LayerPlan, WeightFade
 from moesaic.errors import InputError
-from moesaic.methods.base import MethodConfig, SiteInputs
+from moesaic.methods.base import SiteInputs
+from moesaic.methods.mlpmoe.config import Config, check, prunes
 from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.compensation import (
-    Factor,
-    Which,
     channel_compensation,
     compensation,
     kept_branches,
     least_squares_factor,
 )
 from moesaic.solvers.energy import branch_energies, neuron_norms, neuron_scores, square_norms
-from moesaic.solvers.fade import Schedule, fade_fractions
-from moesaic.solvers.magnitude import Scope, fade_branches
-
-NEEDS_CALIBRATION = False
-
-
-class Config(MethodConfig):
-    """Options of MLPMoE. The defaults change nothing: N slices, all on."""
-
-    branches: int = Field(default=32, ge=1, description="N, the number of branches.")
-    order: Literal["contiguous", "strided", "norm-sorted"] = Field(
-        default="contiguous",
-        description="Which neurons make a branch: storage order, neuron j to branch j mod N, or falling weight norm.",
-    )
-    strict: bool = Field(default=False, description="Refuse when N does not divide the FFN width f.")
-    fade_max: float = Field(
-        default=0.0, ge=0, lt=1, description="s_max of Fractal Fade; 0.4 (linear) removes about 20 %."
-    )
-    fade_min: float = Field(
-        default=0.0, ge=0, lt=1, description="s_min of Fractal Fade, the sparsity of the first branch."
-    )
-    fade_schedule: Schedule = Field(
-        default="linear",
-        description="s_i over the branches: linear, power (exponent gamma) or dyadic (doubling groups).",
-    )
-    fade_gamma: float = Field(default=2.0, gt=0, description="gamma, the exponent of the power schedule.")
-    fade_unit: Literal["weight", "neuron"] = Field(
-        default="weight",
-        description="What Fractal Fade removes: single weights (zeros) or whole neurons (smaller shapes).",
-    )
-    fade_scope: Scope = Field(
-        default="matrix",
-        description="Weights that compete in unit=weight: a matrix slice, each row of it, or the branch.",
-    )
-    keep: int | None = Field(
-        default=None, ge=1, description="K, the branches that Compensated Pruning keeps; default all."
-    )
-    prune_which: Which = Field(
-        default="low_energy",
-        description="What to drop: the last, low energy e_i, all but every N/K-th (strided), or random branches.",
-    )
-    prune_factor: Factor | Literal["oracle"] = Field(
-        default="sqrt",
-        description="c: sqrt(N/K), energy sqrt(sum e / sum kept e), ratio N/K, none 1, per_channel c_j, or oracle "
-        "(least squares on calibration inputs).",
-    )
-    prune_clip: tuple[float, float] = Field(
-        default=(1.0, 4.0), description="Lowest and highest c; oracle is not clipped."
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Config:
-        if self.fade_min > self.fade_max:
-            raise InputError(
-                f"fade_min {self.fade_min} is larger than fade_max {self.fade_max}", "fade_min <= fade_max"
-            )
-        if self.keep is not None and self.keep > self.branches:
-            raise InputError(
-                f"keep {self.keep} of {self.branches} branches", "keep at most as many branches as there are"
-            )
-        if not 0 < self.prune_clip[0] <= self.prune_clip[1]:
-            raise InputError(f"prune_clip {self.prune_clip} is no range of positive factors", "write e.g. 1,4")
-        return self
-
-
-def needs_calibration(config: Config) -> bool:
-    """Whether this config reads calibration inputs: only the oracle factor does."""
-    return _prunes(config) and config.prune_factor == "oracle"
-
-
-def check(config: Config, d_ff: int) -> None:
-    """Raises InputError when an FFN of ``d_ff`` neurons cannot be sliced this way."""
-    if config.branches > d_ff:
-        raise InputError(f"{config.branches} branches but the FFN has only {d_ff} neurons", "use fewer branches")
-    if config.strict and d_ff % config.branches:
-        raise InputError(
-            f"{config.branches} branches do not divide the {d_ff} neurons of the FFN",
-            "leave strict off for uneven slices",
-        )
+from moesaic.solvers.fade import fade_fractions
+from moesaic.solvers.magnitude import fade_branch
 
 
 def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, seed: int) -> LayerPlan:
@@ -139,7 +59,7 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
             assert norms_F is not None
             experts = _fade_neurons(slices, fractions, neuron_scores(*norms_F))
     plan = _static_plan(weights.d_ff, experts, fade)
-    return _prune(weights, inputs, plan, slices, norms_F, config, seed) if _prunes(config) else plan
+    return _prune(weights, inputs, plan, slices, norms_F, config, seed) if prunes(config) else plan
 
 
 @dataclass(frozen=True)
@@ -170,28 +90,21 @@ class Accounting:
 
 def describe(plan: LayerPlan, weights: FFNWeights) -> Accounting:
     """Count what ``plan``, made for ``weights``, keeps and removes."""
-    packed = _pack(weights, plan)
-    matrices = (packed.gate_FD, packed.up_FD, packed.down_DF)
-    dense = (weights.gate_FD, weights.up_FD, weights.down_DF)
-    norms_F = neuron_norms(*dense)
+    norms_F = neuron_norms(weights.gate_FD, weights.up_FD, weights.down_DF)
     scales = torch.ones(len(plan.experts)) if plan.expert_scale is None else plan.expert_scale
     return Accounting(
         branches=len(plan.experts),
         widths=tuple(len(expert) for expert in plan.experts),
-        parameters=sum(m.numel() for m in dense if m is not None),
-        nonzeros=sum(int(torch.count_nonzero(m)) for m in matrices if m is not None),
+        parameters=sum(matrix.numel() for matrix in _matrices(weights)),
+        nonzeros=sum(int(m.count_nonzero()) for branch in _branches(weights, plan) for m in _matrices(branch)),
         energies=tuple(branch_energies(*norms_F, plan.experts).tolist()),
         scales=tuple((scales if scales.dim() == 1 else scales.mean(dim=1)).tolist()),
     )
 
 
-def _prunes(config: Config) -> bool:
-    return config.keep is not None and config.keep < config.branches
-
-
 def _reads_norms(config: Config) -> bool:
     fades_neurons = config.fade_max > 0 and config.fade_unit == "neuron"
-    return config.order == "norm-sorted" or fades_neurons or _prunes(config)
+    return config.order == "norm-sorted" or fades_neurons or prunes(config)
 
 
 def _slices(d_ff: int, config: Config, norms_F: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
@@ -256,22 +169,23 @@ def _oracle_factor(weights: FFNWeights, inputs: SiteInputs | None, plan: LayerPl
         )
     # b_d is in both outputs unscaled, so it is left out of the fit
     dense = replace(weights, down_bias_D=None).to(torch.float32)
-    pruned = _pack(weights, plan).to(torch.float32)
-
-    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for x_TD in inputs.batches(dtype=torch.float32):
-            yield dense(x_TD), pruned(x_TD)
-
-    return least_squares_factor(pairs())
-
-
-def _pack(weights: FFNWeights, plan: LayerPlan) -> FFNWeights:
-    """The branches of a plan side by side as one FFN, faded, without c and without b_d."""
-    packed = weights.take(plan.packed)
-    if plan.fade is None:
-        return packed
-    widths = [len(expert) for expert in plan.experts]
-    gate, up, down = fade_branches(
-        packed.gate_FD, packed.up_FD, packed.down_DF, widths, plan.fade.fractions, plan.fade.scope
+    branches = [branch.to(torch.float32) for branch in _branches(weights, plan)]
+    return least_squares_factor(
+        (dense(x_TD), torch.stack([branch(x_TD) for branch in branches]).sum(dim=0))
+        for x_TD in inputs.batches(dtype=torch.float32)
     )
-    return replace(packed, gate_FD=gate, up_FD=up, down_DF=down)
+
+
+def _matrices(weights: FFNWeights) -> list[Tensor]:
+    return [matrix for matrix in (weights.gate_FD, weights.up_FD, weights.down_DF) if matrix is not None]
+
+
+def _branches(weights: FFNWeights, plan: LayerPlan) -> Iterator[FFNWeights]:
+    """The branches of a plan, faded, without c and without b_d."""
+    for i, index_M in enumerate(plan.experts):
+        branch = weights.take(index_M)
+        if plan.fade is not None:
+            fraction, scope = plan.fade.fractions[i], plan.fade.scope
+            gate, up, down = fade_branch(branch.gate_FD, branch.up_FD, branch.down_DF, fraction, scope)
+            branch = replace(branch, gate_FD=gate, up_FD=up, down_DF=down)
+        yield branch

@@ -14,67 +14,24 @@ Axes: T tokens, D model width, F neurons, E routed experts, K active.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from moesaic.blueprint import LayerPlan, Router
 from moesaic.errors import InputError
 from moesaic.layout import Layout
-from moesaic.methods.base import MethodConfig, SiteInputs
-from moesaic.methods.routed import LayoutText, routed_plan, split_units
+from moesaic.methods.base import SiteInputs
+from moesaic.methods.llama_moe.config import Config
+from moesaic.methods.routed import routed_plan, split_units
 from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.kmeans import balanced_kmeans
 
-NEEDS_CALIBRATION = False
 
-
-class Config(MethodConfig):
-    """Options of LLaMA-MoE."""
-
-    layout: LayoutText = Field(
-        default="S0A6E8",
-        description="SxAyEz: y of z - x experts per token. The papers train S0A2E8, S0A2E16, S0A4E16 and S1A1E8.",
-    )
-    split: Literal["random", "contiguous"] = Field(
-        default="random",
-        description="random (Independent-Random, released v1 models) or contiguous (storage order, v2 Vanilla).",
-    )
-    gate: Literal["uniform", "softmax_topk"] = Field(
-        default="uniform",
-        description="Weight g_i of a chosen expert: all equal, or the softmax over the chosen scores (papers).",
-    )
-    score_scale: float | None = Field(
-        default=None,
-        gt=0,
-        description="s, on the sum whose g_i add up to 1 (papers: E / k). Default k: all experts on equals dense.",
-    )
-    router: Literal["kaiming", "centroids"] = Field(
-        default="kaiming",
-        description="Rows of W: Kaiming-uniform noise, or centroids of the FFN inputs (v2 Residual; reads text).",
-    )
-    router_tokens: int = Field(
-        default=4096, ge=1, description="Calibration tokens to cluster for router=centroids, evenly spaced."
-    )
-    rounds: int = Field(default=20, ge=1, description="Most k-means rounds for router=centroids (v2: 100).")
-
-
-def needs_calibration(config: Config) -> bool:
-    """Whether this config reads calibration inputs."""
-    return config.router == "centroids"
-
-
-def check(config: Config, d_ff: int) -> None:
-    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
-    Layout.parse(config.layout).unit_sizes(d_ff)
-
-
-def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, seed: int) -> LayerPlan | None:
+def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, seed: int) -> LayerPlan:
     """Split and initialise the router; see :class:`moesaic.methods.base.MethodModule`.
 
-    None (dense) when ``router=centroids`` and fewer tokens than experts reached the FFN.
+    Raises InputError when ``router=centroids`` has fewer inputs than experts.
     """
     layout = Layout.parse(config.layout)
     generator = torch.Generator().manual_seed(seed)
@@ -84,10 +41,10 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     if config.router == "kaiming":
         # nn.Linear's Kaiming-uniform default: bound 1 / sqrt(fan in)
         router_ED = (2 * torch.rand(layout.routed, weights.d_model, generator=generator) - 1) / weights.d_model**0.5
-    elif inputs is None:
-        raise InputError("router=centroids needs calibration inputs", "give calibration text, or use router=kaiming")
-    elif inputs.tokens < layout.routed:
-        return None
+    elif inputs is None or inputs.tokens < layout.routed:
+        raise InputError(
+            "router=centroids needs at least one token per expert", "give more text, or use router=kaiming"
+        )
     else:
         router_ED = _input_centroids(inputs, layout.routed, config, seed)
     plan = routed_plan(weights.d_ff, layout, shared, experts, Router("linear", {"weight": router_ED}), config.gate)

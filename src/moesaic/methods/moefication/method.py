@@ -13,57 +13,17 @@ Axes: D model width, F neurons, E routed experts.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from moesaic.blueprint import LayerPlan, Router
 from moesaic.errors import InputError
-from moesaic.layout import Layout
-from moesaic.methods.base import MethodConfig, SiteInputs
-from moesaic.methods.routed import LayoutText, routed_plan
+from moesaic.methods.base import SiteInputs
+from moesaic.methods.moefication.config import Config, resolve_layout
+from moesaic.methods.routed import routed_plan
 from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.energy import neuron_norms, neuron_scores
 from moesaic.solvers.kmeans import balanced_kmeans, unit_rows
-
-NEEDS_CALIBRATION = False
-
-
-class Config(MethodConfig):
-    """Options of MoEfication."""
-
-    layout: LayoutText = Field(
-        default="S0A6E8",
-        description="SxAyEz: y of z - x experts per token (k of E). Shared units, x > 0, are ours: the paper has none.",
-    )
-    expert_width: int | None = Field(
-        default=None,
-        ge=1,
-        description="Neurons per expert (paper: 32). When given, E follows from it and layout only sets the fractions.",
-    )
-    matrix: Literal["auto", "gate", "up"] = Field(
-        default="auto",
-        description="Rows to cluster (W_1): gate, the activation's argument, or up. auto: gate where there is one.",
-    )
-    rounds: int = Field(default=20, ge=1, description="Most rounds of balanced assignment and centre update.")
-
-
-def check(config: Config, d_ff: int) -> None:
-    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
-    resolve_layout(config, d_ff).unit_sizes(d_ff)
-
-
-def resolve_layout(config: Config, d_ff: int) -> Layout:
-    """The layout as written, or stretched to ceil(d_ff / expert_width) units at the same fractions."""
-    layout = Layout.parse(config.layout)
-    if config.expert_width is None or layout.routed == 0:
-        return layout
-    units = -(-d_ff // config.expert_width)
-    shared = min(units - 1, round(units * layout.shared / layout.units))
-    active = max(1, round((units - shared) * layout.active / layout.routed))
-    return Layout(shared, active, units)
 
 
 def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, seed: int) -> LayerPlan:

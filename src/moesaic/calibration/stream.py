@@ -1,0 +1,327 @@
+"""A model run layer by layer over all calibration windows, one decoder layer in memory at a time.
+
+For each layer: :meth:`LayerStream.capture` shows what its FFNs read, :meth:`LayerStream.advance` completes it with the FFNs given and
+moves on, so that every layer sees the converted ones before it (sequential calibration, CMoE section 3). The modules and masks are
+transformers' own.
+
+Axes: N windows, W tokens per window, D model width, T = N W tokens, K active experts of an existing MoE.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.anatomy.base import Anatomy
+from moesaic.anatomy.weights import load_ffn
+from moesaic.calibration.skeleton import AttentionStandIn, ExpertsStandIn, FFNStandIn, Skeleton
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.errors import InputError, ResourceError
+from moesaic.methods.base import SiteInputs
+from moesaic.nn.ffn import FFNWeights
+
+SPILL_BYTES = 512 << 20
+"""A buffer larger than this goes to a file when a folder for it is given."""
+
+
+class Captured(Mapping[str, SiteInputs]):
+    """What the FFNs of one layer read, by site path. The tokens of a routed expert are gathered when it is looked up.
+
+    Valid until the stream's next :meth:`LayerStream.capture`, which writes into the same buffers.
+    """
+
+    def __init__(self) -> None:
+        self._inputs: dict[str, tuple[Tensor, Tensor | None, int]] = {}
+
+    def add(self, path: str, x_TD: Tensor, index_TK: Tensor | None = None, expert: int = 0) -> None:
+        """Register a site: all of ``x_TD``, or the tokens whose ``index_TK`` names ``expert``."""
+        self._inputs[path] = (x_TD, index_TK, expert)
+
+    def __getitem__(self, path: str) -> SiteInputs:
+        x_TD, index_TK, expert = self._inputs[path]
+        return SiteInputs(x_TD if index_TK is None else x_TD[(index_TK == expert).any(dim=1)])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._inputs)
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+
+class _AllSeen(Exception):  # noqa: N818 - no error: ends a layer's forward once all its FFN inputs are known
+    pass
+
+
+class _Recorder:
+    """In the place of an FFN or of a block's experts: writes what it reads, and where its tokens are routed, in order.
+
+    ``group`` holds the recorders of the layer; the last of them to see a batch ends the layer's forward.
+    """
+
+    def __init__(self, x_TD: Tensor, group: list[_Recorder]) -> None:
+        self.x_TD = x_TD
+        self.index: list[Tensor] = []
+        self.position = 0
+        self._group = group
+        group.append(self)
+
+    def __call__(self, x_TD: Tensor, index_TK: Tensor | None = None) -> Tensor:
+        end = self.position + len(x_TD)
+        self.x_TD[self.position : end] = x_TD
+        self.position = end
+        if index_TK is not None:
+            self.index.append(index_TK)
+        if all(recorder.position == end for recorder in self._group):
+            raise _AllSeen
+        return torch.zeros_like(x_TD)
+
+
+class LayerStream:
+    """The model at one decoder layer, with the hidden states of all windows before it.
+
+    Args:
+        checkpoint: The model.
+        anatomy: Of the same model.
+        ids_NW: Token ids, int64 [N, W].
+        compute_dtype: Of weights and hidden states in the forward pass.
+        batch_windows: Windows run at a time.
+        spill: Folder for buffers larger than ``spill_bytes``; None keeps all in memory. Files there have no name and vanish
+            with the process.
+        spill_bytes: See ``spill``.
+
+    Attributes:
+        layer: The decoder layer at work; ``num_layers`` at the end.
+
+    Raises:
+        InputError: An id lies outside the vocabulary.
+        CheckpointError: A tensor is missing, of another shape than config.json says, or not finite.
+        ResourceError: No room for the spilled buffers.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        anatomy: Anatomy,
+        ids_NW: Tensor,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        batch_windows: int = 1,
+        spill: Path | None = None,
+        spill_bytes: int = SPILL_BYTES,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.anatomy = anatomy
+        self.ids_NW = ids_NW
+        self.dtype = compute_dtype
+        self.num_layers = anatomy.num_layers
+        self.layer = 0
+        self._spill = spill
+        self._spill_bytes = spill_bytes
+        self._buffers: dict[str, Tensor] = {}
+        self._batches = [slice(i, i + batch_windows) for i in range(0, len(ids_NW), batch_windows)]
+        self._sites = {site.path: site for site in anatomy.sites}
+        self._skeleton = Skeleton(checkpoint, anatomy, compute_dtype)
+        self._kwargs: list[dict[str, Any]] = [{} for _ in range(self.num_layers)]
+        self._table: dict[str, Callable[[Tensor], Tensor]] = {}
+        self._module: nn.Module | None = None
+        self._attention_NWD: Tensor | None = None
+        self._hidden_NWD = self._buffer("hidden", (*ids_NW.shape, anatomy.d_model))
+        self._embed()
+
+    @torch.no_grad()
+    def capture(self) -> Captured:
+        """Run the current layer up to its FFNs, on all windows; returns what each FFN site reads, in ``compute_dtype``.
+
+        Not needed before :meth:`advance`, which then computes the attention itself.
+        """
+        module = self._enter()
+        recorders: list[_Recorder] = []
+        captured_by: list[tuple[FFNStandIn | ExpertsStandIn, _Recorder]] = []
+        for stand_in in module.modules():
+            if isinstance(stand_in, FFNStandIn | ExpertsStandIn):
+                x_TD = self._buffer(f"x{len(recorders)}", (self.ids_NW.numel(), self.anatomy.d_model))
+                captured_by.append((stand_in, _Recorder(x_TD, recorders)))
+        for stand_in, recorder in captured_by:
+            if isinstance(stand_in, FFNStandIn):
+                self._table[stand_in.path] = recorder
+            else:
+                stand_in.routed = recorder
+        self._run_to_ffn(module)
+        captured = Captured()
+        for stand_in, recorder in captured_by:
+            if isinstance(stand_in, FFNStandIn):
+                captured.add(stand_in.path, recorder.x_TD)
+            else:
+                stand_in.routed = None
+                index_TK = torch.cat(recorder.index)
+                for expert, path in enumerate(stand_in.paths):
+                    captured.add(path, recorder.x_TD, index_TK, expert)
+        return captured
+
+    def weights(self, path: str) -> FFNWeights:
+        """The dense FFN of a site, in ``compute_dtype``. Raises CheckpointError, or KeyError for an unknown path."""
+        return load_ffn(self.checkpoint, self._sites[path], self.anatomy.activation).to(self.dtype)
+
+    @torch.no_grad()
+    def advance(self, replacements: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> None:
+        """Complete the current layer on all windows and move to the next.
+
+        Args:
+            replacements: Site path -> what computes that FFN, x_TD -> y_TD, both [T, D] in ``compute_dtype``; T is what the
+                layer sends at a time. Sites that are not named stay dense.
+
+        Raises:
+            KeyError: A path is no site of this layer.
+        """
+        module = self._enter()
+        replacements = replacements or {}
+        paths = [site.path for site in self.anatomy.sites_of(self.layer)]
+        if strangers := replacements.keys() - set(paths):
+            raise KeyError(f"{min(strangers)} is no FFN of layer {self.layer}")
+        for path in paths:
+            self._table[path] = replacements[path] if path in replacements else self.weights(path)
+        attention = _attention_of(module)
+        for batch in self._batches:
+            if attention is not None and self._attention_NWD is not None:
+                attention.replay = self._attention_NWD[batch]
+            self._hidden_NWD[batch] = module(self._hidden_NWD[batch], **self._kwargs[self.layer])
+        self._leave(self.layer + 1)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a new stream over the same model and windows needs to go on from the current layer, bit for bit.
+
+        These are the live buffers, not copies: save them before the next :meth:`advance`.
+        """
+        return {"hidden": self._hidden_NWD}
+
+    def restore(self, layer: int, state: Mapping[str, Tensor]) -> None:
+        """Go to ``layer`` with a saved state. Raises InputError when it comes from other windows, width or precision."""
+        hidden_NWD = state.get("hidden")
+        mine = self._hidden_NWD
+        if hidden_NWD is None or hidden_NWD.shape != mine.shape or hidden_NWD.dtype != mine.dtype:
+            found = "nothing" if hidden_NWD is None else f"{list(hidden_NWD.shape)} {hidden_NWD.dtype}"
+            raise InputError(
+                f"the saved calibration state holds {found}, this run needs {list(mine.shape)} {mine.dtype}",
+                "it is of another run: start again with --restart",
+            )
+        if not 0 <= layer <= self.num_layers:
+            raise InputError(f"the saved calibration state is at layer {layer} of {self.num_layers}", "use --restart")
+        mine.copy_(hidden_NWD)
+        self._leave(layer)
+
+    @torch.no_grad()
+    def logits(self, window: int = 0) -> Tensor:
+        """The model's output for one window, float32 [W, V], once all layers are done. Raises RuntimeError before that."""
+        if self.layer != self.num_layers:
+            raise RuntimeError(f"logits need all {self.num_layers} layers, this stream is at layer {self.layer}")
+        self._skeleton.load_outer()
+        self._skeleton.stand_ins[0].seen = lambda _hidden, _kwargs: self._hidden_NWD[window : window + 1]
+        return self._skeleton.model(input_ids=self.ids_NW[window : window + 1], use_cache=False).logits[0].float()
+
+    @torch.no_grad()
+    def _embed(self) -> None:
+        """Fill the hidden states before layer 0, and note what the model passes to each layer (masks, positions)."""
+        vocabulary = self._skeleton.model.get_input_embeddings().num_embeddings
+        if int(self.ids_NW.min()) < 0 or int(self.ids_NW.max()) >= vocabulary:
+            raise InputError(
+                f"token id {int(self.ids_NW.max())} lies outside the model's vocabulary of {vocabulary}",
+                "the tokenizer belongs to another model",
+            )
+        self._skeleton.load_base()
+        run = self._skeleton.model.base_model
+
+        def keep_kwargs(layer: int) -> Callable[[Tensor, dict[str, Any]], Tensor]:
+            def seen(hidden_BWD: Tensor, kwargs: dict[str, Any]) -> Tensor:
+                self._kwargs[layer] = kwargs
+                return hidden_BWD
+
+            return seen
+
+        # One window: what is passed then broadcasts over any number of them.
+        for layer, stand_in in enumerate(self._skeleton.stand_ins):
+            stand_in.seen = keep_kwargs(layer)
+        run(input_ids=self.ids_NW[:1], use_cache=False)
+        for stand_in in self._skeleton.stand_ins:
+            stand_in.seen = _pass_on
+        for batch in self._batches:
+            self._skeleton.stand_ins[0].seen = lambda hidden_BWD, _, batch=batch: self._keep(batch, hidden_BWD)
+            run(input_ids=self.ids_NW[batch], use_cache=False)
+        self._skeleton.stand_ins[0].seen = _pass_on
+        self._skeleton.unload()
+
+    def _keep(self, batch: slice, hidden_BWD: Tensor) -> Tensor:
+        self._hidden_NWD[batch] = hidden_BWD
+        return hidden_BWD
+
+    def _run_to_ffn(self, module: nn.Module) -> None:
+        """Run a layer whose FFNs are recorders on all windows, and keep what its attention computes for :meth:`advance`."""
+        attention = _attention_of(module)
+        kept_NWD = None if attention is None else self._buffer("attention", tuple(self._hidden_NWD.shape))
+        for batch in self._batches:
+            if attention is not None and kept_NWD is not None:
+                attention.keep = kept_NWD[batch].copy_
+            with contextlib.suppress(_AllSeen):
+                module(self._hidden_NWD[batch], **self._kwargs[self.layer])
+        if attention is not None:
+            attention.keep = None
+        self._attention_NWD = kept_NWD
+
+    def _enter(self) -> nn.Module:
+        if self.layer >= self.num_layers:
+            raise RuntimeError(f"all {self.num_layers} layers are done")
+        if self._module is None:
+            self._module = self._skeleton.layer(self.layer, self._table)
+        return self._module
+
+    def _leave(self, layer: int) -> None:
+        self._module = None
+        self._attention_NWD = None
+        self._table.clear()
+        self._skeleton.unload()
+        self.layer = layer
+
+    def _buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A buffer of ``compute_dtype``, the same one every time; a mapped file without a name when it is large."""
+        if name not in self._buffers:
+            nbytes = math.prod(shape) * self.dtype.itemsize
+            spilled = self._spill is not None and nbytes > self._spill_bytes
+            self._buffers[name] = (
+                _mapped(self._spill, shape, self.dtype, nbytes) if spilled else torch.empty(shape, dtype=self.dtype)
+            )
+        return self._buffers[name]
+
+
+def _pass_on(hidden_BWD: Tensor, _kwargs: dict[str, Any]) -> Tensor:
+    return hidden_BWD
+
+
+def _attention_of(module: nn.Module) -> AttentionStandIn | None:
+    return next((child for child in module.children() if isinstance(child, AttentionStandIn)), None)
+
+
+def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor:
+    descriptor, name = tempfile.mkstemp(prefix="stream-", dir=folder)
+    try:
+        # Reserved, not sparse: a full disk must fail here and not as a bus error on some later write.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, nbytes)
+        else:
+            os.truncate(descriptor, nbytes)
+        return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+    except OSError as error:
+        raise ResourceError(
+            f"no room for {nbytes / 1e9:.1f} GB of calibration buffers in {folder}: {error.strerror}",
+            "free some disk or lower --calib-tokens",
+        ) from error
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # where open files cannot be removed, the staging folder's clean-up does it
+            os.unlink(name)

@@ -1,0 +1,53 @@
+"""Options of LLaMA-MoE. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from moesaic.layout import Layout
+from moesaic.methods.base import MethodConfig
+from moesaic.methods.layout_option import LayoutText
+
+MIN_TOKENS_PER_NEURON = 1.0  # experts of an existing MoE that got less for router=centroids stay whole
+
+
+class Config(MethodConfig):
+    """Options of LLaMA-MoE."""
+
+    layout: LayoutText = Field(
+        default="S0A6E8",
+        description="SxAyEz: y of z - x experts per token. The papers train S0A2E8, S0A2E16, S0A4E16 and S1A1E8.",
+    )
+    split: Literal["random", "contiguous"] = Field(
+        default="random",
+        description="random (Independent-Random, released v1 models) or contiguous (storage order, v2 Vanilla).",
+    )
+    gate: Literal["uniform", "softmax_topk"] = Field(
+        default="uniform",
+        description="Weight g_i of a chosen expert: all equal, or the softmax over the chosen scores (papers).",
+    )
+    score_scale: float | None = Field(
+        default=None,
+        gt=0,
+        description="s, on the sum whose g_i add up to 1 (papers: E / k). Default k: all experts on equals dense.",
+    )
+    router: Literal["kaiming", "centroids"] = Field(
+        default="kaiming",
+        description="Rows of W: Kaiming-uniform noise, or centroids of the FFN inputs (v2 Residual; reads text).",
+    )
+    router_tokens: int = Field(
+        default=4096, ge=1, description="Calibration tokens to cluster for router=centroids, evenly spaced."
+    )
+    rounds: int = Field(default=20, ge=1, description="Most k-means rounds for router=centroids (v2: 100).")
+
+
+def needs_calibration(config: Config) -> bool:
+    """Whether this config reads calibration inputs."""
+    return config.router == "centroids"
+
+
+def check(config: Config, d_ff: int) -> None:
+    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
+    Layout.parse(config.layout).unit_sizes(d_ff)

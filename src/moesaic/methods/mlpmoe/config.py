@@ -1,0 +1,91 @@
+"""Options of MLPMoE. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moesaic.errors import InputError
+from moesaic.methods.base import MethodConfig
+from moesaic.solvers.fade import Schedule
+
+
+class Config(MethodConfig):
+    """Options of MLPMoE. The defaults change nothing: N slices, all on."""
+
+    branches: int = Field(default=32, ge=1, description="N, the number of branches.")
+    order: Literal["contiguous", "strided", "norm-sorted"] = Field(
+        default="contiguous",
+        description="Which neurons make a branch: storage order, neuron j to branch j mod N, or falling weight norm.",
+    )
+    strict: bool = Field(default=False, description="Refuse when N does not divide the FFN width f.")
+    fade_max: float = Field(
+        default=0.0, ge=0, lt=1, description="s_max of Fractal Fade; 0.4 (linear) removes about 20 %."
+    )
+    fade_min: float = Field(
+        default=0.0, ge=0, lt=1, description="s_min of Fractal Fade, the sparsity of the first branch."
+    )
+    fade_schedule: Schedule = Field(
+        default="linear",
+        description="s_i over the branches: linear, power (exponent gamma) or dyadic (doubling groups).",
+    )
+    fade_gamma: float = Field(default=2.0, gt=0, description="gamma, the exponent of the power schedule.")
+    fade_unit: Literal["weight", "neuron"] = Field(
+        default="weight",
+        description="What Fractal Fade removes: single weights (zeros) or whole neurons (smaller shapes).",
+    )
+    fade_scope: Literal["matrix", "row", "branch"] = Field(
+        default="matrix",
+        description="Weights that compete in unit=weight: a matrix slice, each row of it, or the branch.",
+    )
+    keep: int | None = Field(
+        default=None, ge=1, description="K, the branches that Compensated Pruning keeps; default all."
+    )
+    prune_which: Literal["last", "low_energy", "strided", "random"] = Field(
+        default="low_energy",
+        description="What to drop: the last, low energy e_i, all but every N/K-th (strided), or random branches.",
+    )
+    prune_factor: Literal["sqrt", "energy", "ratio", "none", "per_channel", "oracle"] = Field(
+        default="sqrt",
+        description="c: sqrt(N/K), energy sqrt(sum e / sum kept e), ratio N/K, none 1, per_channel c_j, or oracle "
+        "(least squares on calibration inputs).",
+    )
+    prune_clip: tuple[float, float] = Field(
+        default=(1.0, 4.0), description="Lowest and highest c; oracle is not clipped."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.fade_min > self.fade_max:
+            raise InputError(
+                f"fade_min {self.fade_min} is larger than fade_max {self.fade_max}", "fade_min <= fade_max"
+            )
+        if self.keep is not None and self.keep > self.branches:
+            raise InputError(
+                f"keep {self.keep} of {self.branches} branches", "keep at most as many branches as there are"
+            )
+        if not 0 < self.prune_clip[0] <= self.prune_clip[1]:
+            raise InputError(f"prune_clip {self.prune_clip} is no range of positive factors", "write e.g. 1,4")
+        return self
+
+
+def needs_calibration(config: Config) -> bool:
+    """Whether this config reads calibration inputs: only the oracle factor does."""
+    return prunes(config) and config.prune_factor == "oracle"
+
+
+def prunes(config: Config) -> bool:
+    """Whether branches are dropped at all."""
+    return config.keep is not None and config.keep < config.branches
+
+
+def check(config: Config, d_ff: int) -> None:
+    """Raises InputError when an FFN of ``d_ff`` neurons cannot be sliced this way."""
+    if config.branches > d_ff:
+        raise InputError(f"{config.branches} branches but the FFN has only {d_ff} neurons", "use fewer branches")
+    if config.strict and d_ff % config.branches:
+        raise InputError(
+            f"{config.branches} branches do not divide the {d_ff} neurons of the FFN",
+            "leave strict off for uneven slices",
+        )

@@ -1,0 +1,41 @@
+"""Options of the random control. No torch here."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from moesaic.layout import Layout
+from moesaic.methods.base import MethodConfig
+from moesaic.methods.layout_option import LayoutText
+
+
+class Config(MethodConfig):
+    """Options of the random control."""
+
+    layout: LayoutText = Field(
+        default="S3A3E8",
+        description="SxAyEz: x shared units, y active experts, z units; as the method it stands beside.",
+    )
+    active: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Active fraction (x + y) / z; overrides layout with the nearest layout of 16 units when given.",
+    )
+
+
+def needs_calibration(config: Config) -> bool:
+    """Whether this config reads calibration inputs: never."""
+    return False
+
+
+def resolve_layout(config: Config, d_ff: int) -> Layout:
+    """The layout as written, or the one of 16 units that is nearest to ``active``."""
+    if config.active is None:
+        return Layout.parse(config.layout)
+    return Layout.from_active_fraction(config.active, min(16, d_ff))
+
+
+def check(config: Config, d_ff: int) -> None:
+    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
+    resolve_layout(config, d_ff).unit_sizes(d_ff)

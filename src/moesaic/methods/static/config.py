@@ -1,0 +1,40 @@
+"""Options of the static control. No torch here."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from moesaic.layout import Layout
+from moesaic.methods.base import MethodConfig
+from moesaic.methods.layout_option import LayoutText, active_neurons
+
+MIN_TOKENS_PER_NEURON = 4.0  # experts of an existing MoE that got less stay whole, as with CMoE
+
+
+class Config(MethodConfig):
+    """Options of the static control."""
+
+    layout: LayoutText = Field(
+        default="S3A3E8",
+        description="SxAyEz of the method it stands beside: only its active fraction (x + y) / z counts here.",
+    )
+    active: float | None = Field(
+        default=None, gt=0, le=1, description="Fraction of the neurons to keep; overrides layout when given."
+    )
+
+
+def needs_calibration(config: Config) -> bool:
+    """Whether this config reads calibration inputs: always."""
+    return True
+
+
+def kept_neurons(config: Config, d_ff: int) -> int:
+    """How many of ``d_ff`` neurons stay."""
+    if config.active is None:
+        return active_neurons(Layout.parse(config.layout), d_ff)
+    return max(1, round(config.active * d_ff))
+
+
+def check(config: Config, d_ff: int) -> None:
+    """Raises InputError when the layout wants more units than an FFN of ``d_ff`` neurons has."""
+    kept_neurons(config, d_ff)

@@ -1,0 +1,122 @@
+"""The dense checkpoint back from a conversion that only moved neurons: every tensor as it was, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.anatomy import FAMILIES, read_anatomy
+from moesaic.anatomy.base import Anatomy, FFNSite
+from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.checkpoint.manifest import check_manifest
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.writer import StagedOutput
+from moesaic.errors import InputError
+from moesaic.materialise import TENSOR_NAMES, dense_tensors, unpack
+
+
+def undo(folder: str | Path, out: str | Path, *, restart: bool = False) -> Path:
+    """Write to ``out`` the dense checkpoint that the conversion in ``folder`` was made from; returns ``out``.
+
+    Names and values of the tensors are those of the source, and config.json has its content; the division into shards is
+    the conversion's. One shard is in memory at a time. Interrupted, the same call resumes.
+
+    Args:
+        folder: An output of ``moesaic convert``.
+        out: Folder to create.
+        restart: Throw away an unfinished ``out.partial``.
+
+    Raises:
+        InputError: ``folder`` is no conversion, or one that lost something: pruned, faded, refitted. Nothing is written.
+        VerificationError: files of ``folder`` are not those that were written.
+        ResourceError: the disk is full.
+    """
+    StagedOutput.check(out, folder)
+    converted = Checkpoint(Path(folder).expanduser())
+    dense_config = converted.config.get("text_config")
+    if converted.config.get("model_type") != "moesaic" or not isinstance(dense_config, dict):
+        raise InputError(f"{folder} is not an output of moesaic convert", "give the folder of a converted model")
+    check_manifest(converted.folder)
+    blueprint = Blueprint.load(converted.folder)
+    for path, plan in blueprint.sites.items():
+        if reason := what_is_lost(plan):
+            raise InputError(f"{folder} cannot be undone: {path} {reason}", "keep the dense model instead")
+    family = FAMILIES[dense_config["model_type"]]
+    anatomy = read_anatomy(dense_config, hierarchical=family.moe is not None)
+    key = {"undo": blueprint.digest(), "source": blueprint.source, "moesaic": converted.config.get("moesaic")}
+    with StagedOutput.open(
+        out, key, source=converted.folder, expected_bytes=converted.nbytes, restart=restart
+    ) as staged:
+        for number, names in enumerate(_shards(converted)):
+            step = f"shard-{number:05d}"
+            if not staged.done(step):
+                staged.write_shard(step, _dense_shard(converted, anatomy, blueprint, names))
+        for path in converted.side_files():
+            staged.copy_file(path)
+        staged.write_text("config.json", json.dumps(dense_config, indent=2) + "\n")
+        return staged.finish(manifest=False)
+
+
+def what_is_lost(plan: LayerPlan) -> str | None:
+    """Why the dense FFN cannot be had back from its conversion under this plan; None when it can."""
+    if plan.is_partition:
+        return None
+    changes = {
+        "has small weights set to zero (fade)": plan.fade,
+        "has scaled down projections": plan.expert_scale,
+        "has a refitted down projection": plan.readout,
+        "has a refitted output bias": plan.bias,
+    }
+    for reason, change in changes.items():
+        if change is not None:
+            return reason
+    kept = len(torch.unique(plan.packed[plan.packed >= 0]))
+    if kept < plan.d_ff:
+        return f"kept only {kept} of {plan.d_ff} neurons"
+    return "holds some neurons more than once"
+
+
+def _shards(converted: Checkpoint) -> Iterator[list[str]]:
+    for file in converted.files:
+        yield [name for name in converted.names if converted.info(name).file == file]
+
+
+def _dense_shard(
+    converted: Checkpoint, anatomy: Anatomy, blueprint: Blueprint, names: list[str]
+) -> Mapping[str, Tensor]:
+    """The dense form of one shard's tensors: converted FFNs rebuilt, everything else as it is."""
+    sites = {site.path: site for site in anatomy.sites if site.path in blueprint.sites}
+    owner = {f"{path}.{leaf}": path for path in sites for leaf in _leaves(blueprint.sites[path])}
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if name not in owner:
+            tensors[_dense_name(anatomy, name)] = converted.tensor(name)
+    for path in dict.fromkeys(owner[name] for name in names if name in owner):
+        tensors |= _dense_site(converted, sites[path], blueprint.sites[path], anatomy.activation)
+    return tensors
+
+
+def _leaves(plan: LayerPlan) -> list[str]:
+    """Names, relative to the FFN, of every tensor that its conversion can have."""
+    router = [f"router.{name}" for name in plan.router.tensors]
+    return [*TENSOR_NAMES.values(), *router, "selection_bias", "gate_scale"]
+
+
+def _dense_site(converted: Checkpoint, site: FFNSite, plan: LayerPlan, activation: str) -> dict[str, Tensor]:
+    packed: dict[str, Any] = {
+        leaf: converted.tensor(f"{site.path}.{leaf}")
+        for leaf in TENSOR_NAMES.values()
+        if f"{site.path}.{leaf}" in converted
+    }
+    return dense_tensors(unpack(packed, plan, activation), site)
+
+
+def _dense_name(anatomy: Anatomy, name: str) -> str:
+    """The name of a copied tensor in the family's checkpoints, where they call the MoE block otherwise than the model."""
+    moe = anatomy.family.moe
+    return name if moe is None else name.replace(f".{moe.block}.", f".{moe.block_on_disk}.")

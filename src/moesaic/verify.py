@@ -1,0 +1,241 @@
+"""Is an output what was written, and does it compute what it should?
+
+Files first (hashes), then tensors (names, shapes, finite), then the blueprint against config.json, then the loaded model.
+
+Axes: T tokens, D model width, E experts.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moesaic.anatomy import FAMILIES, read_anatomy
+from moesaic.anatomy.base import Anatomy
+from moesaic.anatomy.weights import load_ffn
+from moesaic.blueprint import Blueprint
+from moesaic.checkpoint.manifest import check_manifest
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.source import resolve_model
+from moesaic.errors import CheckpointError, InputError, VerificationError
+from moesaic.evaluate.parity import TOLERANCE, relative_difference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROMPT_TOKENS = 32
+ORACLE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was checked, and the figures; every check passed, as a failed one raises.
+
+    Attributes:
+        folder: The output.
+        files: Files whose sha256 is the manifest's.
+        tensors: Tensors that are finite and of the names and shapes that config.json asks for.
+        sites: Converted FFNs.
+        partition: Whether every FFN is a partition of the dense one.
+        logits: Largest |logit| on the fixed prompt.
+        all_on: Largest logit difference from the dense model with all experts on, relative to the largest logit; None
+            without a baseline or when the conversion is no partition.
+        oracle: Largest relative difference of an FFN's output from that of the dense weights under the blueprint; None
+            without a baseline.
+        tolerance: Bound on both differences. All computation is in fp32, whatever the dtype of the weights.
+    """
+
+    folder: str
+    files: int
+    tensors: int
+    sites: int
+    partition: bool
+    logits: float
+    all_on: float | None
+    oracle: float | None
+    tolerance: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def verify_output(folder: str | Path, *, baseline: str | Path | None = None) -> VerifyReport:
+    """Check an output of ``moesaic convert``.
+
+    Memory: the model in fp32, once; with ``baseline`` the dense model before it, not beside it.
+
+    Args:
+        folder: The output.
+        baseline: The model that it was made from: folder or .gguf. Adds parity: of the logits with all experts on for a
+            partition, and of every FFN with the oracle built from the dense weights and the blueprint.
+
+    Raises:
+        VerificationError: naming the file, tensor or FFN that is wrong.
+        InputError: ``folder`` is no output of moesaic, or ``baseline`` is not the model it was made from.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder", "give the folder of a converted model")
+    files = check_manifest(folder)
+    with _as_verification_error():
+        output = Checkpoint(folder)
+        blueprint = Blueprint.load(folder)
+        for name in output.names:
+            output.finite_tensor(name)
+    anatomy = _check_structure(output, blueprint)
+    dense = None if baseline is None else _dense_checkpoint(str(baseline), output)
+    partition = all(plan.is_partition for plan in blueprint.sites.values())
+    expected_TV = _logits(_load(dense.folder), _prompt(output)) if dense is not None and partition else None
+    model = _load(folder)
+    logits_TV = _logits(model, _prompt(output))
+    if not bool(torch.isfinite(logits_TV).all()):
+        raise VerificationError(f"{folder} gives NaN or infinite logits", "report it")
+    all_on = None if expected_TV is None else _all_on_difference(model, _prompt(output), expected_TV, folder)
+    oracle = None if dense is None else _oracle_difference(model, dense, anatomy, blueprint)
+    return VerifyReport(
+        folder=str(folder),
+        files=files,
+        tensors=len(output.names),
+        sites=len(blueprint.sites),
+        partition=partition,
+        logits=logits_TV.abs().max().item(),
+        all_on=all_on,
+        oracle=oracle,
+        tolerance=TOLERANCE[torch.float32],
+    )
+
+
+@contextmanager
+def _as_verification_error() -> Iterator[None]:
+    """A damaged input is a CheckpointError; the same damage in our own output is a failed verification."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise VerificationError(error.message, error.hint) from error
+
+
+def _check_structure(output: Checkpoint, blueprint: Blueprint) -> Anatomy:
+    """config.json against blueprint and tensors; returns the anatomy of the dense model."""
+    config = output.config
+    try:
+        recorded, dense_config, specs = config["moesaic"]["blueprint"], config["text_config"], config["ffn_sites"]
+        family = FAMILIES[dense_config["model_type"]]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{output.folder} is not an output of moesaic convert: config.json has no {error}") from error
+    if blueprint.digest() != recorded:
+        raise VerificationError(f"{output.folder}: blueprint and config.json belong to different conversions")
+    if specs.keys() != blueprint.sites.keys():
+        odd = min(specs.keys() ^ blueprint.sites.keys())
+        raise VerificationError(f"{output.folder}: {odd} is converted in only one of blueprint and config.json")
+    anatomy = read_anatomy(dense_config, hierarchical=family.moe is not None)
+    for path, spec in specs.items():
+        planned = {key: value for key, value in blueprint.sites[path].spec().items() if key != "down_bias"}
+        if wrong := [key for key, value in planned.items() if spec.get(key) != value]:
+            raise VerificationError(f"{output.folder}: {path}: config.json and blueprint differ in {wrong[0]}")
+        _check_shapes(output, path, spec, anatomy)
+    return anatomy
+
+
+def _check_shapes(output: Checkpoint, path: str, spec: dict[str, Any], anatomy: Anatomy) -> None:
+    from moesaic.nn.modeling_moesaic import MoEFeedForward
+
+    with torch.device("meta"):
+        module = MoEFeedForward(spec, anatomy.d_model, anatomy.activation)
+    wanted = {f"{path}.{name}": tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    present = {name: output.info(name).shape for name in output.names if name.startswith(f"{path}.")}
+    for name in sorted(wanted.keys() | present.keys()):
+        if name not in present:
+            raise VerificationError(f"{output.folder}: tensor {name} is missing")
+        if name not in wanted:
+            raise VerificationError(f"{output.info(name).file}: tensor {name} has no place in the model")
+        if wanted[name] != present[name]:
+            shapes = f"{list(present[name])}, config.json asks for {list(wanted[name])}"
+            raise VerificationError(f"{output.info(name).file}: tensor {name} is {shapes}")
+
+
+def _dense_checkpoint(baseline: str, output: Checkpoint) -> Checkpoint:
+    dense = Checkpoint(resolve_model(baseline))
+    if dense.fingerprint() != output.config["moesaic"].get("source"):
+        raise InputError(f"{baseline} is not the model that {output.folder} was made from", "check --baseline")
+    return dense
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    """Load with transformers in fp32. Raises VerificationError when any tensor is missing, unused or misshapen."""
+    from transformers import AutoModelForCausalLM
+
+    import moesaic
+
+    moesaic.register()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise VerificationError(f"transformers cannot load {folder}: {reason}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise VerificationError(f"{folder}: {kind.replace('_keys', '')} tensor {min(map(str, info[kind]))}")
+    return model.eval()
+
+
+def _prompt(output: Checkpoint) -> Tensor:
+    """A fixed prompt [1, T] of token ids spread over the vocabulary; needs no tokenizer."""
+    return (torch.arange(1, PROMPT_TOKENS + 1) * 7919 % int(output.config["text_config"]["vocab_size"]))[None]
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, ids_1T: Tensor) -> Tensor:
+    return model(input_ids=ids_1T, use_cache=False).logits[0].float()
+
+
+def _moe_modules(model: PreTrainedModel, blueprint: Blueprint | None = None) -> dict[str, Any]:
+    from moesaic.nn.modeling_moesaic import MoEFeedForward
+
+    return {path: module for path, module in model.named_modules() if isinstance(module, MoEFeedForward)}
+
+
+def _all_on_difference(model: PreTrainedModel, ids_1T: Tensor, expected_TV: Tensor, folder: Path) -> float:
+    modules = _moe_modules(model)
+    for module in modules.values():
+        module.all_experts_on = True
+    difference = relative_difference(_logits(model, ids_1T), expected_TV)
+    for module in modules.values():
+        module.all_experts_on = False
+    if difference > TOLERANCE[torch.float32]:
+        raise VerificationError(
+            f"{folder} with all experts on differs from the dense model: relative logit difference {difference:.1e}",
+            f"at most {TOLERANCE[torch.float32]:.0e} is expected; report it",
+        )
+    return difference
+
+
+@torch.inference_mode()
+def _oracle_difference(model: PreTrainedModel, dense: Checkpoint, anatomy: Anatomy, blueprint: Blueprint) -> float:
+    """Every loaded FFN on random inputs against the oracle; the largest relative difference."""
+    from moesaic.nn.reference import reference_ffn
+
+    x_TD = torch.randn(ORACLE_TOKENS, anatomy.d_model, generator=torch.Generator().manual_seed(0))
+    modules, largest = _moe_modules(model), 0.0
+    for site in anatomy.sites:
+        if site.path not in blueprint.sites:
+            continue
+        if site.path not in modules:
+            raise VerificationError(f"{site.path} is not a MoE FFN in the loaded model")
+        weights = load_ffn(dense, site, anatomy.activation).to(torch.float32)
+        expected_TD = reference_ffn(weights, blueprint.sites[site.path], x_TD)
+        difference = relative_difference(modules[site.path](x_TD), expected_TD)
+        if difference > TOLERANCE[torch.float32]:
+            raise VerificationError(
+                f"{site.path} does not compute what its blueprint says: relative difference {difference:.1e}",
+                "report it",
+            )
+        largest = max(largest, difference)
+    return largest
