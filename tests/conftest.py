@@ -16,6 +16,12 @@ from tests.tiny_models import build_tiny
 REAL_MODEL_VARIABLE = "MOESAIC_SMOLLM2"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps the tests out of the user's cache of dequantised models."""
+    os.environ["MOESAIC_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``tiny("llama")``: the folder of a tiny checkpoint, built once per session. Copy it before changing it."""

@@ -12,13 +12,19 @@ from moesaic.errors import CheckpointError, InputError
 
 def routed_plan(seed: int = 0) -> LayerPlan:
     order = torch.randperm(11, generator=torch.Generator().manual_seed(seed))
-    experts = (order[3:7], torch.cat([order[7:10], torch.tensor([-1])]), torch.cat([order[10:11], torch.full((3,), -1)]))
+    experts = (
+        order[3:7],
+        torch.cat([order[7:10], torch.tensor([-1])]),
+        torch.cat([order[10:11], torch.full((3,), -1)]),
+    )
     router = Router("gated", {"gate": torch.randn(3, 8), "up": torch.randn(3, 8)})
     return LayerPlan(11, order[:3], experts, 2, router, "scaled", torch.zeros(3), torch.zeros(3))
 
 
 def blueprint(seed: int = 0) -> Blueprint:
-    static = LayerPlan(5, torch.arange(0), (torch.tensor([0, 1, 2]), torch.tensor([3])), 2, fade=WeightFade((0.1, 0.2), "row"))
+    static = LayerPlan(
+        5, torch.arange(0), (torch.tensor([0, 1, 2]), torch.tensor([3])), 2, fade=WeightFade((0.1, 0.2), "row")
+    )
     sites = {"model.layers.0.mlp": routed_plan(seed), "model.layers.1.mlp.experts.3": static}
     return Blueprint("llama", "abc", "cmoe", {"layout": "S3A2E8"}, sites)
 

@@ -9,7 +9,8 @@ from moesaic.layout import Layout
 
 
 @pytest.mark.parametrize(
-    ("text", "routed", "fraction"), [("S3A3E8", 5, 0.75), ("s2a2e16", 14, 0.25), ("S0A1E4", 4, 0.25), ("S4A0E4", 0, 1.0)]
+    ("text", "routed", "fraction"),
+    [("S3A3E8", 5, 0.75), ("s2a2e16", 14, 0.25), ("S0A1E4", 4, 0.25), ("S4A0E4", 0, 1.0)],
 )
 def test_parse_reads_the_notation(text: str, routed: int, fraction: float) -> None:
     layout = Layout.parse(text)
@@ -46,7 +47,9 @@ def test_unit_sizes_cover_the_ffn_and_differ_by_at_most_one(units: int, d_ff: in
     assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize(("fraction", "expected"), [(0.75, "S3A3E8"), (0.5, "S2A2E8"), (1.0, "S4A4E8"), (0.125, "S0A1E8")])
+@pytest.mark.parametrize(
+    ("fraction", "expected"), [(0.75, "S3A3E8"), (0.5, "S2A2E8"), (1.0, "S4A4E8"), (0.125, "S0A1E8")]
+)
 def test_active_fraction_picks_a_layout_of_that_size(fraction: float, expected: str) -> None:
     layout = Layout.from_active_fraction(fraction)
     assert str(layout) == expected

@@ -1,6 +1,6 @@
 """Tiny random checkpoints of every supported family, for tests: two layers, width 32, odd FFN width, nothing zero.
 
-``build_tiny("qwen3", folder)`` writes a complete Hugging Face folder in some milliseconds: config, safetensors, tokenizer
+``build_tiny("qwen3", folder)`` writes a complete Hugging Face folder in milliseconds: config, safetensors, tokenizer
 (a byte-level BPE that encodes any text). Equal arguments give equal bytes. torch is imported when it is needed.
 
 Use as ``from tests.tiny_models import build_tiny, FAMILIES``.

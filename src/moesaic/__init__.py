@@ -13,14 +13,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from moesaic.blueprint import Blueprint, LayerPlan, Router
     from moesaic.calibration.config import CalibrationConfig
-    from moesaic.convert import convert
     from moesaic.errors import MoesaicError
-    from moesaic.evaluate.run import evaluate
+    from moesaic.evaluate.run import evaluate_model
+    from moesaic.jobs.convert import convert
+    from moesaic.jobs.plan import plan
+    from moesaic.jobs.undo import undo
+    from moesaic.jobs.verify import verify_output as verify
     from moesaic.layout import Layout
     from moesaic.nn.register import register
-    from moesaic.plan import plan
-    from moesaic.undo import undo
-    from moesaic.verify import verify_output as verify
 
 _PUBLIC = {
     "Blueprint": "moesaic.blueprint:Blueprint",
@@ -29,12 +29,12 @@ _PUBLIC = {
     "LayerPlan": "moesaic.blueprint:LayerPlan",
     "MoesaicError": "moesaic.errors:MoesaicError",
     "Router": "moesaic.blueprint:Router",
-    "convert": "moesaic.convert:convert",
-    "evaluate": "moesaic.evaluate.run:evaluate",
-    "plan": "moesaic.plan:plan",
+    "convert": "moesaic.jobs.convert:convert",
+    "evaluate_model": "moesaic.evaluate.run:evaluate_model",
+    "plan": "moesaic.jobs.plan:plan",
     "register": "moesaic.nn.register:register",
-    "undo": "moesaic.undo:undo",
-    "verify": "moesaic.verify:verify_output",
+    "undo": "moesaic.jobs.undo:undo",
+    "verify": "moesaic.jobs.verify:verify_output",
 }
 __all__ = [
     "Blueprint",
@@ -44,7 +44,7 @@ __all__ = [
     "MoesaicError",
     "Router",
     "convert",
-    "evaluate",
+    "evaluate_model",
     "plan",
     "register",
     "undo",

@@ -97,14 +97,18 @@ class LayerPlan:
         widths = {len(expert) for expert in self.experts}
         static = self.router.kind == "static"
         if static and self.top_k != len(self.experts):
-            raise InputError(f"static router with top-k {self.top_k} of {len(self.experts)} experts", "static means all on")
+            raise InputError(
+                f"static router with top-k {self.top_k} of {len(self.experts)} experts", "static means all on"
+            )
         if not static and len(widths) != 1:
             raise InputError(f"routed experts of widths {sorted(widths)}", "pad them to one width with -1")
         if not static and not 1 <= self.top_k <= len(self.experts):
             raise InputError(f"top-k {self.top_k} of {len(self.experts)} experts", "choose 1 <= top-k <= experts")
         for index in (self.shared, *self.experts):
             if len(index) and (int(index.max()) >= self.d_ff or int(index.min()) < -1):
-                raise InputError(f"a neuron index lies outside 0..{self.d_ff - 1}", "rebuild the blueprint for this model")
+                raise InputError(
+                    f"a neuron index lies outside 0..{self.d_ff - 1}", "rebuild the blueprint for this model"
+                )
 
     @property
     def packed(self) -> Tensor:
@@ -192,7 +196,9 @@ class Blueprint:
             structure = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
             tensors = load_file(folder / TENSORS_NAME)
             if structure["format"] != FORMAT:
-                raise CheckpointError(f"{folder / JSON_NAME}: format {structure['format']}, this version reads {FORMAT}")
+                raise CheckpointError(
+                    f"{folder / JSON_NAME}: format {structure['format']}, this version reads {FORMAT}"
+                )
             return _decode(structure, tensors)
         except FileNotFoundError as error:
             raise CheckpointError(f"no blueprint in {folder}: {Path(str(error.filename)).name} is missing") from error
@@ -211,21 +217,23 @@ class Blueprint:
         for site in sorted(self.sites.keys() | other.sites.keys()):
             a, b = self.sites.get(site), other.sites.get(site)
             if a is None or b is None:
-                lines.append(f"{site}: {'dense' if a is None else 'converted'} -> {'dense' if b is None else 'converted'}")
+                lines.append(
+                    f"{site}: {'dense' if a is None else 'converted'} -> {'dense' if b is None else 'converted'}"
+                )
             elif changed := _plan_diff(a, b):
                 lines.append(f"{site}: {', '.join(changed)}")
         return lines
 
 
 def _plan_diff(a: LayerPlan, b: LayerPlan) -> list[str]:
-    changed = [
-        f"{key} {value!r} -> {b.spec()[key]!r}" for key, value in a.spec().items() if value != b.spec()[key]
-    ]
+    changed = [f"{key} {value!r} -> {b.spec()[key]!r}" for key, value in a.spec().items() if value != b.spec()[key]]
     if not torch.equal(torch.unique(a.shared), torch.unique(b.shared)):
         kept = len(set(a.shared.tolist()) & set(b.shared.tolist()))
         changed.append(f"shared neurons: {kept} of {len(a.shared)} kept")
     if len(a.experts) == len(b.experts):
-        moved = sum(not torch.equal(torch.unique(x), torch.unique(y)) for x, y in zip(a.experts, b.experts, strict=True))
+        moved = sum(
+            not torch.equal(torch.unique(x), torch.unique(y)) for x, y in zip(a.experts, b.experts, strict=True)
+        )
         if moved:
             changed.append(f"{moved} of {len(a.experts)} experts have other neurons")
     tensors_a, tensors_b = _plan_tensors(a), _plan_tensors(b)

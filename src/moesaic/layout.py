@@ -38,7 +38,9 @@ class Layout:
         """Read ``"S3A3E8"``. Raises InputError with the notation explained."""
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
-            raise InputError(f"cannot read layout {text!r}", "write SxAyEz, e.g. S3A3E8: 3 shared, 3 of 5 routed, 8 units")
+            raise InputError(
+                f"cannot read layout {text!r}", "write SxAyEz, e.g. S3A3E8: 3 shared, 3 of 5 routed, 8 units"
+            )
         return cls(*(int(part) for part in match.groups()))
 
     @classmethod

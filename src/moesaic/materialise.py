@@ -39,9 +39,9 @@ TENSOR_NAMES = {
 def pack(weights: FFNWeights, plan: LayerPlan) -> dict[str, Tensor]:
     """The tensors of the converted FFN, by name relative to its module path; new memory, contiguous.
 
-    Projections and biases keep the dtype of ``weights``; router, ``selection_bias`` and ``gate_scale`` are fp32. In this
-    order: neurons are picked (-1 gives zeros), ``readout`` replaces the down projection, ``fade`` zeroes the smallest
-    weights of each expert, ``expert_scale`` multiplies each expert's down projection, ``bias`` replaces the output bias.
+    Projections and biases keep the dtype of ``weights``; router, ``selection_bias`` and ``gate_scale`` are fp32. Order:
+    neurons are picked (-1 gives zeros), ``readout`` replaces the down projection, ``fade`` zeroes the smallest weights
+    of each expert, ``expert_scale`` multiplies each expert's down projection, ``bias`` replaces the output bias.
 
     Raises:
         InputError: the plan is for an FFN of another size.
@@ -93,43 +93,60 @@ def build_ffn(weights: FFNWeights, plan: LayerPlan) -> MoEFeedForward:
 
 @torch.no_grad()
 def apply_blueprint(model: nn.Module, blueprint: Blueprint, anatomy: Anatomy) -> None:
-    """Convert a loaded dense transformers model in place: every FFN that the blueprint names becomes its MoE form.
+    """Convert a loaded transformers model in place: every FFN that the blueprint names becomes its MoE form.
+
+    In an existing MoE, a block of experts is converted as a whole: the blueprint names all of its experts or none.
 
     Raises:
         InputError: the blueprint names an FFN that the model does not have or that has another width.
     """
     from torch import nn
 
+    from moesaic.nn.modeling_moesaic import MoesaicExperts
+
     sites = {site.path: site for site in anatomy.sites}
     if strangers := blueprint.sites.keys() - sites.keys():
         raise InputError(
             f"the blueprint converts {min(strangers)}, which this model does not have", "use its own model"
         )
+    blocks: dict[str, list[nn.Module]] = {}
     for path, plan in blueprint.sites.items():
         site = sites[path]
         module = build_ffn(ffn_of_model(model, site, anatomy.activation), plan)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, module)
+        parent = path.rpartition(".")[0]
+        if site.expert is not None:
+            blocks.setdefault(parent, []).insert(site.expert, module)
+            continue
+        setattr(model.get_submodule(parent), path.rpartition(".")[2], module)
         for bypass in anatomy.family.bypass:
             setattr(model.get_submodule(anatomy.layer_path(site.layer)), bypass, nn.Identity())
+    for path, experts in blocks.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, MoesaicExperts(experts))
 
 
 def ffn_of_model(model: nn.Module, site: FFNSite, activation: str) -> FFNWeights:
-    """The weights of one FFN of a loaded dense model, as [F, D] and [D, F], sharing the model's memory."""
-    names = site.names
+    """The weights of one FFN of a loaded model, as [F, D] and [D, F], sharing the model's memory."""
+    if (
+        site.expert is not None
+    ):  # transformers keeps the experts of a block as gate_up_proj [E, 2F, D], down_proj [E, D, F]
+        block = dict(model.get_submodule(site.path.rpartition(".")[0]).named_parameters(recurse=False))
+        gate_FD, up_FD = block["gate_up_proj"][site.expert].detach().chunk(2)
+        return FFNWeights(up_FD, block["down_proj"][site.expert].detach(), activation, gate_FD)
+    modules = replace(site, disk_path=site.path).tensor_names()
 
     def read(role: str) -> tuple[Tensor, Tensor | None]:
-        module = model.get_submodule(site.tensor_names()[role])
-        weight, bias = module.weight.detach(), getattr(module, "bias", None)
-        return weight.T if names.transposed else weight, None if bias is None else bias.detach()
+        parameters = dict(model.get_submodule(modules[role]).named_parameters(recurse=False))
+        weight, bias = parameters["weight"].detach(), parameters.get("bias")
+        return weight.T if site.names.transposed else weight, None if bias is None else bias.detach()
 
     up_FD, up_bias_F = read("up")
     down_DF, down_bias_D = read("down")
     gate_FD = gate_bias_F = None
-    if names.fused:
+    if site.names.fused:
         gate_FD, up_FD = up_FD.chunk(2)
         gate_bias_F, up_bias_F = (None, None) if up_bias_F is None else up_bias_F.chunk(2)
-    elif names.gate is not None:
+    elif site.names.gate is not None:
         gate_FD, gate_bias_F = read("gate")
     return FFNWeights(up_FD, down_DF, activation, gate_FD, gate_bias_F, up_bias_F, down_bias_D)
 

@@ -21,12 +21,16 @@ class ConvertSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: str = Field("cmoe", description="Method name, see `moesaic methods`.")
-    options: dict[str, Any] = Field(default_factory=dict, description="The method's own options, e.g. {layout: S3A3E8}.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="The method's own options, e.g. {layout: S3A3E8}."
+    )
     calibration: CalibrationConfig = Field(
         default_factory=CalibrationConfig, description="Calibration text; unused by methods that need none."
     )
     hierarchical: bool = Field(False, description="Convert the experts of a model that is MoE already.")
-    dense_layers: tuple[int, ...] = Field((), description="Decoder layers to leave dense; negative counts from the end.")
+    dense_layers: tuple[int, ...] = Field(
+        (), description="Decoder layers to leave dense; negative counts from the end."
+    )
     seed: int = Field(0, description="Seed of everything random in the method.")
 
 
@@ -66,9 +70,7 @@ def method_config(settings: ConvertSettings) -> MethodConfig:
     return build(get_config(settings.method).Config, settings.options, f"method {settings.method}")
 
 
-def check_fits(
-    method: str, config: MethodConfig, anatomy: Anatomy, dense_layers: tuple[int, ...]
-) -> tuple[int, ...]:
+def check_fits(method: str, config: MethodConfig, anatomy: Anatomy, dense_layers: tuple[int, ...]) -> tuple[int, ...]:
     """Refuse experts that do not fit and layers that do not exist; returns the dense layers counted from 0."""
     from moesaic.methods import get_config
 

@@ -6,7 +6,7 @@ _TANH_GELU = "gelu_pytorch_tanh"
 
 
 def _activation(config: Config) -> str:
-    # Gemma 1 has hidden_act, and its first releases say "gelu" and mean the tanh form; later ones have hidden_activation.
+    # Gemma 1 reads hidden_act, where its first releases say "gelu" and mean the tanh form. Later: hidden_activation.
     if config["model_type"] == "gemma":
         name = config.get("hidden_act") or _TANH_GELU
         return _TANH_GELU if name == "gelu" else name

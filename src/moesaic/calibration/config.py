@@ -1,4 +1,4 @@
-"""What to calibrate on, as data: text sources with weights, how many tokens, which window, which precision. No torch here."""
+"""What to calibrate on, as data: text sources with weights, number of tokens, window, precision. No torch here."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Source(BaseModel):
 
     name: str = Field(
         min_length=1,
-        description="A built-in sample (wikitext, c4, code, wiki, tiny), `mix`, or the path of a text file, a folder of text "
-        "files, a .jsonl or a .parquet file. A built-in name wins; write ./code for a folder of that name.",
+        description="A built-in sample (wikitext, c4, code, wiki, tiny), `mix`, or the path of a text file, a folder "
+        "of text files, a .jsonl or a .parquet file. A built-in name wins; write ./code for a folder of that name.",
     )
     weight: float = Field(
         1.0, allow_inf_nan=False, description="Share of the windows that come from this source, relative to the others."
     )
     field: str | None = Field(
         None,
-        description="Field of a .jsonl record or column of a .parquet file that holds the text; `text` when left out.",
+        description="Field of a .jsonl record or column of a .parquet file that holds the text; `text` if left out.",
     )
 
     @field_validator("weight")
@@ -45,13 +45,13 @@ class Source(BaseModel):
     def _positive(cls, weight: float) -> float:
         if weight <= 0:
             raise InputError(
-                f"calibration weight {weight:g} is not positive", "leave a source out that should not count"
+                f"calibration weight {weight:g} is not positive", "leave out a source that is not to count"
             )
         return weight
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """Read the command line's form: ``NAME[:FIELD][=WEIGHT]``, e.g. ``c4``, ``docs/``, ``corpus.parquet:content=2.0``.
+        """Read the command line's form ``NAME[:FIELD][=WEIGHT]``: ``c4``, ``docs/``, ``corpus.parquet:content=2.0``.
 
         Raises InputError for an empty name or a weight that is not positive.
         """
@@ -86,9 +86,9 @@ class CalibrationConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sources: tuple[Source, ...] = Field(
-        (Source(name="wikitext"),),
-        description="Texts, mixed by weight: `wikitext` (as in the papers), `c4`, `code`, `wiki`, `tiny`, `mix` (wikitext 2, c4 1, "
-        "code 1), or paths such as docs/, data.jsonl:text, corpus.parquet:content=2.0.",
+        (Source.parse("wikitext"),),
+        description="Texts, mixed by weight: `wikitext` (as in the papers), `c4`, `code`, `wiki`, `tiny`, `mix` "
+        "(wikitext 2, c4 1, code 1), or paths such as docs/, data.jsonl:text, corpus.parquet:content=2.0.",
     )
     tokens: int = Field(16384, gt=0, description="Calibration tokens in all (T), rounded up to whole windows.")
     window: int = Field(
@@ -97,8 +97,8 @@ class CalibrationConfig(BaseModel):
     seed: int = Field(0, description="Decides where in the text the windows lie and their order.")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Precision in which the model runs during calibration; `auto` is bfloat16 on a CPU that multiplies it natively, "
-        "else float32.",
+        description="Precision in which the model runs during calibration; `auto` is bfloat16 on a CPU that multiplies "
+        "it natively, else float32.",
     )
 
     @field_validator("sources", mode="before")
@@ -136,7 +136,7 @@ class CalibrationConfig(BaseModel):
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether the CPU has bf16 matrix instructions (AVX512-BF16, AMX, or Arm's BF16), so that bf16 is faster than fp32."""
+    """Whether the CPU has bf16 matrix instructions (AVX512-BF16, AMX, Arm's), so that bf16 is faster than fp32."""
     import torch
 
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that we allow

@@ -1,4 +1,4 @@
-"""The texts that ship with moesaic, so that it works offline: samples for calibration, and the evaluation text apart from them.
+"""The texts that ship with moesaic, so that it works offline: calibration samples, and apart the evaluation text.
 
 Origin, licences and what was changed: ``data/calibration/LICENSES.md`` in the package.
 """

@@ -1,13 +1,17 @@
 """The transformers model of a checkpoint without its weights, filled piece by piece: outer parts, or one decoder layer.
 
-The stand-ins below take the places of decoder layers, FFNs, experts and attention, so that a layer can be run with any FFN, its inputs
-can be seen, and nothing is computed twice. Axes: B windows at a time, W tokens per window, D model width, T tokens, K active experts.
+The stand-ins take the places of decoder layers, FFNs, experts and attention, so that a layer can be run with any FFN,
+its inputs can be seen, and nothing is computed twice.
+
+Axes: B windows at a time, W tokens per window, D model width, T tokens, K active experts.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,18 +25,27 @@ from moesaic.errors import CheckpointError
 FFNTable = Mapping[str, Callable[[Tensor], Tensor]]
 """Site path -> what computes that FFN, x_TD -> y_TD."""
 
-_ALIASES = {"lm_head.weight": "embed_out.weight"}  # how GPT-NeoX checkpoints call it
+_HEAD = "lm_head.weight"
+_ALIASES = {_HEAD: "embed_out.weight"}  # GPT-NeoX checkpoints
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What a model passes to one of its decoder layers besides the hidden states: masks, positions."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 class LayerStandIn(nn.Module):
-    """In the place of a decoder layer: hands what the model passes to it to ``seen`` and returns what that returns."""
+    """In the place of a decoder layer: returns what ``seen`` makes of the hidden states, else the hidden states."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: Callable[[Tensor, dict[str, Any]], Tensor] = lambda hidden_BWD, _: hidden_BWD
+        self.seen: Callable[[Tensor, Passed], Tensor] | None = None
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        return self.seen(hidden_states, kwargs)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states if self.seen is None else self.seen(hidden_states, Passed(args, kwargs))
 
 
 class FFNStandIn(nn.Module):
@@ -49,11 +62,11 @@ class FFNStandIn(nn.Module):
 
 
 class ExpertsStandIn(nn.Module):
-    """In the place of a MoE block's fused experts: expert e is ``table[paths[e]]``; or, for capture, nothing but ``routed``."""
+    """In the place of a MoE block's fused experts: expert e is ``table[paths[e]]``; ``routed`` overrides them all."""
 
     def __init__(self, paths: Sequence[str], table: FFNTable) -> None:
         super().__init__()
-        self.paths = paths
+        self.paths = tuple(paths)
         self.table = table
         self.routed: Callable[[Tensor, Tensor], Tensor] | None = None
 
@@ -61,10 +74,11 @@ class ExpertsStandIn(nn.Module):
         if self.routed is not None:
             return self.routed(x_TD, index_TK)
         y_TD = torch.zeros_like(x_TD)
-        for expert in index_TK.unique().tolist():
+        for expert, path in enumerate(self.paths):
             token, slot = torch.where(index_TK == expert)
-            y = self.table[self.paths[expert]](x_TD[token]) * weight_TK[token, slot, None]
-            y_TD.index_add_(0, token, y.to(y_TD.dtype))
+            if len(token):
+                y = self.table[path](x_TD[token]) * weight_TK[token, slot, None]
+                y_TD.index_add_(0, token, y.to(y_TD.dtype))
         return y_TD
 
 
@@ -93,22 +107,24 @@ class Skeleton:
         checkpoint: Where the weights are.
         anatomy: Of the same model.
         dtype: In which the parameters are loaded.
+
+    Raises:
+        CheckpointError: transformers cannot build the model that config.json describes.
     """
 
     def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy, dtype: torch.dtype) -> None:
         self.checkpoint = checkpoint
         self.anatomy = anatomy
         self.dtype = dtype
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        self.model: PreTrainedModel = model.eval()
-        for name, buffer in list(model.named_buffers()):
-            _replace(model, name, torch.empty_like(buffer, device="cpu"))
-        model.initialize_weights()  # computes the buffers (rotary frequencies); parameters are on "meta", where it does nothing
-        self._layers = list(model.get_submodule(anatomy.family.layers))
+        self.model = _without_weights(checkpoint.folder, dtype)
+        self._layers = list(self.model.get_submodule(anatomy.family.layers).children())
         self.stand_ins = [LayerStandIn() for _ in self._layers]
-        model.set_submodule(anatomy.family.layers, nn.ModuleList(self.stand_ins))
+        self.model.set_submodule(anatomy.family.layers, nn.ModuleList(self.stand_ins))
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model knows."""
+        return self._embedding().num_embeddings
 
     def load_base(self) -> None:
         """Load what stands around the decoder layers, without the language-model head."""
@@ -116,12 +132,11 @@ class Skeleton:
 
     def load_outer(self) -> None:
         """Load what stands around the decoder layers: embeddings, final norm, head."""
-        tied = bool(getattr(self.model.config.get_text_config(), "tie_word_embeddings", False))
-        self._load(self.model, "", may_miss={"lm_head.weight"} if tied else set())
-        if tied:
-            head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-            if head.weight.is_meta:
-                head.weight = embedding.weight
+        tied = bool(self.model.config.get_text_config().tie_word_embeddings)
+        self._load(self.model, "", may_miss=(_HEAD,) if tied else ())
+        head = self.model.get_output_embeddings()
+        if isinstance(head, nn.Linear) and head.weight.is_meta:
+            head.weight = self._embedding().weight
 
     def unload(self) -> None:
         """Drop the parameters that :meth:`load_base` or :meth:`load_outer` loaded."""
@@ -152,7 +167,12 @@ class Skeleton:
                 layer.set_submodule(name, AttentionStandIn(child))
         return layer.eval()
 
-    def _load(self, module: nn.Module, path: str, may_miss: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    def _embedding(self) -> nn.Embedding:
+        embedding = self.model.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        return embedding
+
+    def _load(self, module: nn.Module, path: str, may_miss: Collection[str] = ()) -> None:
         for name, parameter in list(module.named_parameters(remove_duplicate=False)):
             full_name = f"{path}.{name}" if path else name
             stored = self._stored_name(full_name)
@@ -166,8 +186,8 @@ class Skeleton:
             tensor = self.checkpoint.finite_tensor(stored)
             if tensor.shape != parameter.shape:
                 raise CheckpointError(
-                    f"{self.checkpoint.info(stored).file}: tensor {stored} is {list(tensor.shape)}, config.json asks for "
-                    f"{list(parameter.shape)}",
+                    f"{self.checkpoint.info(stored).file}: tensor {stored} is {list(tensor.shape)}, "
+                    f"config.json asks for {list(parameter.shape)}",
                     "config.json and the weights belong to different models",
                 )
             _replace(module, name, nn.Parameter(tensor.to(self.dtype), requires_grad=False))
@@ -179,6 +199,24 @@ class Skeleton:
         if family.moe is not None:
             candidates.append(name.replace(f".{family.moe.block}.", f".{family.moe.block_on_disk}.", 1))
         return next((candidate for candidate in candidates if candidate in self.checkpoint), None)
+
+
+def _without_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with parameters on the "meta" device and buffers in memory. Raises CheckpointError for a bad config."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # what a bad value raises is up to each model
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{folder}: transformers cannot build this model: {reason}", "check config.json"
+        ) from error
+    for name, buffer in list(model.named_buffers()):
+        _replace(model, name, torch.empty_like(buffer, device="cpu"))
+    # Computes the buffers (rotary frequencies, embedding scales); to parameters on "meta" it does nothing.
+    model.initialize_weights()
+    return model.eval()
 
 
 def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -1,8 +1,8 @@
 """A model run layer by layer over all calibration windows, one decoder layer in memory at a time.
 
-For each layer: :meth:`LayerStream.capture` shows what its FFNs read, :meth:`LayerStream.advance` completes it with the FFNs given and
-moves on, so that every layer sees the converted ones before it (sequential calibration, CMoE section 3). The modules and masks are
-transformers' own.
+For each layer: :meth:`LayerStream.capture` shows what its FFNs read, :meth:`LayerStream.advance` completes it with the
+FFNs given and moves on, so that every layer sees the converted ones before it (sequential calibration, CMoE section 3).
+Layers and masks are transformers' own.
 
 Axes: N windows, W tokens per window, D model width, T = N W tokens, K active experts of an existing MoE.
 """
@@ -15,14 +15,13 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moesaic.anatomy.base import Anatomy
 from moesaic.anatomy.weights import load_ffn
-from moesaic.calibration.skeleton import AttentionStandIn, ExpertsStandIn, FFNStandIn, Skeleton
+from moesaic.calibration.skeleton import AttentionStandIn, ExpertsStandIn, FFNStandIn, Passed, Skeleton
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, ResourceError
 from moesaic.methods.base import SiteInputs
@@ -93,8 +92,8 @@ class LayerStream:
         ids_NW: Token ids, int64 [N, W].
         compute_dtype: Of weights and hidden states in the forward pass.
         batch_windows: Windows run at a time.
-        spill: Folder for buffers larger than ``spill_bytes``; None keeps all in memory. Files there have no name and vanish
-            with the process.
+        spill: Folder for buffers larger than ``spill_bytes``; None keeps all in memory. The files there lose their
+            names at once and vanish with the process.
         spill_bytes: See ``spill``.
 
     Attributes:
@@ -129,7 +128,7 @@ class LayerStream:
         self._batches = [slice(i, i + batch_windows) for i in range(0, len(ids_NW), batch_windows)]
         self._sites = {site.path: site for site in anatomy.sites}
         self._skeleton = Skeleton(checkpoint, anatomy, compute_dtype)
-        self._kwargs: list[dict[str, Any]] = [{} for _ in range(self.num_layers)]
+        self._passed = [Passed()] * self.num_layers
         self._table: dict[str, Callable[[Tensor], Tensor]] = {}
         self._module: nn.Module | None = None
         self._attention_NWD: Tensor | None = None
@@ -175,8 +174,8 @@ class LayerStream:
         """Complete the current layer on all windows and move to the next.
 
         Args:
-            replacements: Site path -> what computes that FFN, x_TD -> y_TD, both [T, D] in ``compute_dtype``; T is what the
-                layer sends at a time. Sites that are not named stay dense.
+            replacements: Site path -> what computes that FFN, x_TD -> y_TD, both [T, D] in ``compute_dtype``; T is one
+                batch of windows. Sites that are not named stay dense.
 
         Raises:
             KeyError: A path is no site of this layer.
@@ -188,11 +187,11 @@ class LayerStream:
             raise KeyError(f"{min(strangers)} is no FFN of layer {self.layer}")
         for path in paths:
             self._table[path] = replacements[path] if path in replacements else self.weights(path)
-        attention = _attention_of(module)
+        attention, passed = _attention_of(module), self._passed[self.layer]
         for batch in self._batches:
             if attention is not None and self._attention_NWD is not None:
                 attention.replay = self._attention_NWD[batch]
-            self._hidden_NWD[batch] = module(self._hidden_NWD[batch], **self._kwargs[self.layer])
+            self._hidden_NWD[batch] = module(self._hidden_NWD[batch], *passed.args, **passed.kwargs)
         self._leave(self.layer + 1)
 
     def state(self) -> dict[str, Tensor]:
@@ -203,7 +202,7 @@ class LayerStream:
         return {"hidden": self._hidden_NWD}
 
     def restore(self, layer: int, state: Mapping[str, Tensor]) -> None:
-        """Go to ``layer`` with a saved state. Raises InputError when it comes from other windows, width or precision."""
+        """Go to ``layer`` with a saved state. Raises InputError when it is of other windows, width or precision."""
         hidden_NWD = state.get("hidden")
         mine = self._hidden_NWD
         if hidden_NWD is None or hidden_NWD.shape != mine.shape or hidden_NWD.dtype != mine.dtype:
@@ -219,17 +218,17 @@ class LayerStream:
 
     @torch.no_grad()
     def logits(self, window: int = 0) -> Tensor:
-        """The model's output for one window, float32 [W, V], once all layers are done. Raises RuntimeError before that."""
+        """The model's output for one window, float32 [W, V], V the vocabulary. RuntimeError before the last layer."""
         if self.layer != self.num_layers:
             raise RuntimeError(f"logits need all {self.num_layers} layers, this stream is at layer {self.layer}")
         self._skeleton.load_outer()
-        self._skeleton.stand_ins[0].seen = lambda _hidden, _kwargs: self._hidden_NWD[window : window + 1]
+        self._skeleton.stand_ins[0].seen = lambda _hidden, _passed: self._hidden_NWD[window : window + 1]
         return self._skeleton.model(input_ids=self.ids_NW[window : window + 1], use_cache=False).logits[0].float()
 
     @torch.no_grad()
     def _embed(self) -> None:
         """Fill the hidden states before layer 0, and note what the model passes to each layer (masks, positions)."""
-        vocabulary = self._skeleton.model.get_input_embeddings().num_embeddings
+        vocabulary = self._skeleton.vocabulary
         if int(self.ids_NW.min()) < 0 or int(self.ids_NW.max()) >= vocabulary:
             raise InputError(
                 f"token id {int(self.ids_NW.max())} lies outside the model's vocabulary of {vocabulary}",
@@ -238,38 +237,37 @@ class LayerStream:
         self._skeleton.load_base()
         run = self._skeleton.model.base_model
 
-        def keep_kwargs(layer: int) -> Callable[[Tensor, dict[str, Any]], Tensor]:
-            def seen(hidden_BWD: Tensor, kwargs: dict[str, Any]) -> Tensor:
-                self._kwargs[layer] = kwargs
+        def note(layer: int) -> Callable[[Tensor, Passed], Tensor]:
+            def seen(hidden_BWD: Tensor, passed: Passed) -> Tensor:
+                self._passed[layer] = passed
                 return hidden_BWD
 
             return seen
 
+        def keep(batch: slice) -> Callable[[Tensor, Passed], Tensor]:
+            return lambda hidden_BWD, _passed: self._hidden_NWD[batch].copy_(hidden_BWD)
+
         # One window: what is passed then broadcasts over any number of them.
         for layer, stand_in in enumerate(self._skeleton.stand_ins):
-            stand_in.seen = keep_kwargs(layer)
+            stand_in.seen = note(layer)
         run(input_ids=self.ids_NW[:1], use_cache=False)
         for stand_in in self._skeleton.stand_ins:
-            stand_in.seen = _pass_on
+            stand_in.seen = None
         for batch in self._batches:
-            self._skeleton.stand_ins[0].seen = lambda hidden_BWD, _, batch=batch: self._keep(batch, hidden_BWD)
+            self._skeleton.stand_ins[0].seen = keep(batch)
             run(input_ids=self.ids_NW[batch], use_cache=False)
-        self._skeleton.stand_ins[0].seen = _pass_on
+        self._skeleton.stand_ins[0].seen = None
         self._skeleton.unload()
 
-    def _keep(self, batch: slice, hidden_BWD: Tensor) -> Tensor:
-        self._hidden_NWD[batch] = hidden_BWD
-        return hidden_BWD
-
     def _run_to_ffn(self, module: nn.Module) -> None:
-        """Run a layer whose FFNs are recorders on all windows, and keep what its attention computes for :meth:`advance`."""
-        attention = _attention_of(module)
+        """Run a layer whose FFNs are recorders on all windows, and keep its attention's output for :meth:`advance`."""
+        attention, passed = _attention_of(module), self._passed[self.layer]
         kept_NWD = None if attention is None else self._buffer("attention", tuple(self._hidden_NWD.shape))
         for batch in self._batches:
             if attention is not None and kept_NWD is not None:
                 attention.keep = kept_NWD[batch].copy_
             with contextlib.suppress(_AllSeen):
-                module(self._hidden_NWD[batch], **self._kwargs[self.layer])
+                module(self._hidden_NWD[batch], *passed.args, **passed.kwargs)
         if attention is not None:
             attention.keep = None
         self._attention_NWD = kept_NWD
@@ -292,15 +290,11 @@ class LayerStream:
         """A buffer of ``compute_dtype``, the same one every time; a mapped file without a name when it is large."""
         if name not in self._buffers:
             nbytes = math.prod(shape) * self.dtype.itemsize
-            spilled = self._spill is not None and nbytes > self._spill_bytes
-            self._buffers[name] = (
-                _mapped(self._spill, shape, self.dtype, nbytes) if spilled else torch.empty(shape, dtype=self.dtype)
-            )
+            if self._spill is not None and nbytes > self._spill_bytes:
+                self._buffers[name] = _mapped(self._spill, shape, self.dtype, nbytes)
+            else:
+                self._buffers[name] = torch.empty(shape, dtype=self.dtype)
         return self._buffers[name]
-
-
-def _pass_on(hidden_BWD: Tensor, _kwargs: dict[str, Any]) -> Tensor:
-    return hidden_BWD
 
 
 def _attention_of(module: nn.Module) -> AttentionStandIn | None:
@@ -324,4 +318,4 @@ def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype, nbytes: in
     finally:
         os.close(descriptor)
         with contextlib.suppress(OSError):  # where open files cannot be removed, the staging folder's clean-up does it
-            os.unlink(name)
+            Path(name).unlink()

@@ -1,4 +1,4 @@
-"""From calibration sources to token windows: read, join, tokenise, cut at random places, mix by weight. Deterministic by seed.
+"""From calibration sources to token windows: read, join, tokenise, cut at random places, mix by weight.
 
 Axes: N windows, W tokens per window.
 """
@@ -31,6 +31,9 @@ TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst"})
 DOCUMENT_JOINT = "\n\n"
 DEFAULT_FIELD = "text"
 
+CHARACTERS_PER_TOKEN = 64
+"""How much of a source is read per calibration token, about 16 times what is needed: windows lie in its first part."""
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -54,8 +57,8 @@ def build_windows(
 ) -> Windows:
     """Read the sources of ``config`` and cut them into token windows.
 
-    The documents of a source are joined by blank lines into one token stream, no special tokens added. Windows lie at random
-    places of it, none overlapping another; the sources share the windows by weight (largest remainder).
+    The documents of a source are joined by blank lines into one token stream, no special tokens added. Windows lie at
+    random places of it, by the seed, none overlapping another; the sources share them by weight (largest remainder).
 
     Args:
         config: Sources, number of tokens, window, seed.
@@ -63,8 +66,8 @@ def build_windows(
         max_positions: Longest context of the model; windows are clipped to it.
 
     Raises:
-        InputError: A path is missing or unreadable, a folder has no text files, a text is empty or not UTF-8, a record is not
-            valid JSON or lacks the field, pyarrow is missing, or a source has fewer tokens than its share.
+        InputError: A path is missing or unreadable, a folder has no text files, a text is empty or not UTF-8, a record
+            is not valid JSON or lacks the field, pyarrow is missing, or a source has fewer tokens than its share.
     """
     sources = config.expanded()
     window = min(config.window, config.tokens, max_positions or config.window)
@@ -75,8 +78,8 @@ def build_windows(
     windows: list[list[int]] = []
     source_tokens = {}
     for index, (source, share) in enumerate(zip(sources, shares, strict=True)):
-        text, cut = read_source(source, limit=max(4_000_000, 32 * config.tokens))
-        if cut:
+        text, cut = read_source(source, limit=CHARACTERS_PER_TOKEN * config.tokens)
+        if cut and not source.builtin:
             notes.append(f"calibration source {source.label}: only its first {len(text):,} characters are used")
         if share == 0:
             notes.append(f"calibration source {source.label} is too light for a window; raise --calib-tokens")
@@ -141,7 +144,7 @@ def _documents(source: Source, limit: int) -> Iterator[str]:
                     yield stream.read(limit + 1)
     except OSError as error:
         raise InputError(
-            f"calibration source {path} cannot be read: {error.strerror}", "check its permissions"
+            f"calibration source {path} cannot be read: {error.strerror or error}", "check its permissions"
         ) from error
 
 
@@ -168,9 +171,7 @@ def _open_text(path: Path) -> Iterator[TextIO]:
         with path.open(encoding="utf-8-sig") as stream:
             yield stream
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text ({error.reason})", "convert it, e.g. with iconv -t utf-8"
-        ) from error
+        raise InputError(f"{path} is not UTF-8: {error.reason}", "convert it, e.g. with iconv -t utf-8") from error
 
 
 def _jsonl(path: Path, field: str) -> Iterator[str]:
@@ -229,7 +230,7 @@ def _check_length(source: Source, found: int, window: int, share: int) -> None:
 
 
 def _starts(length: int, window: int, count: int, rng: random.Random) -> list[int]:
-    """``count`` starts of windows in a stream of ``length`` tokens, none overlapping, every placement equally likely."""
+    """Starts of ``count`` windows in a stream of ``length`` tokens: no overlap, every placement equally likely."""
     free = length - count * window
     return [place + rank * (window - 1) for rank, place in enumerate(sorted(rng.sample(range(free + count), count)))]
 

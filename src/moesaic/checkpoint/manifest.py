@@ -5,6 +5,7 @@ It has no timings and no dates: two runs of the same conversion write the same b
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -41,8 +42,12 @@ def build_manifest(folder: Path, key: Mapping[str, Any], known: Mapping[str, str
         for name in file_names(folder)
         if name not in UNHASHED
     }
-    versions = {library: version(library) for library in _LIBRARIES}
-    return {"format": FORMAT, "versions": versions, "key": dict(key), "files": files}
+    return {"format": FORMAT, "versions": _versions(), "key": dict(key), "files": files}
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {library: version(library) for library in _LIBRARIES}
 
 
 def file_names(folder: Path) -> list[str]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 import moesaic
-from moesaic.anatomy.base import Anatomy
+from moesaic.anatomy.base import Anatomy, FFNSite
 from moesaic.anatomy.weights import ffn_tensor_names, load_ffn
 from moesaic.blueprint import Blueprint, LayerPlan
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import StagedOutput
-from moesaic.materialise import pack, site_spec
-from moesaic.targets.moesaic import MODELLING_FILE, config_json, modelling_source
+from moesaic.materialise import pack
+from moesaic.targets import moesaic as moesaic_target
+from moesaic.targets.base import Split, TargetModule, TargetOptions
 
 
 def output_names(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, str]:
@@ -33,6 +35,12 @@ def output_names(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, str]:
     return names
 
 
+def read_split(checkpoint: Checkpoint, anatomy: Anatomy, plans: Mapping[str, LayerPlan]) -> Split:
+    """The dense model of ``checkpoint`` under ``plans``, as targets see it. Reads names of tensors, no weights."""
+    sites = [site for site in anatomy.sites if site.path in plans]
+    return Split(anatomy, plans, {site.path: _spec(checkpoint, anatomy, site, plans[site.path]) for site in sites})
+
+
 def write_layer(
     checkpoint: Checkpoint,
     anatomy: Anatomy,
@@ -40,54 +48,99 @@ def write_layer(
     step: str,
     layer: int,
     plans: Mapping[str, LayerPlan],
+    target: TargetModule = moesaic_target,
+    options: TargetOptions = TargetOptions(),
 ) -> None:
-    """Write one decoder layer: converted FFNs packed, everything else byte for byte."""
+    """Write one decoder layer: converted FFNs as ``target`` writes them, everything else copied.
+
+    ``plans``: of the whole model, as most targets have one size for all layers; for ``moesaic`` those of the layer do.
+    """
     prefix = f"{anatomy.layer_path(layer)}."
     replaced: set[str] = set()
-    tensors: dict[str, Tensor] = {}
+    packed: dict[str, dict[str, Tensor]] = {}
     for site in anatomy.sites_of(layer):
         if site.path in plans:
-            weights = load_ffn(checkpoint, site, anatomy.activation)
-            tensors |= {f"{site.path}.{name}": tensor for name, tensor in pack(weights, plans[site.path]).items()}
+            packed[site.path] = pack(load_ffn(checkpoint, site, anatomy.activation), plans[site.path])
             replaced |= ffn_tensor_names(checkpoint, site)
-    for name, out in output_names(checkpoint, anatomy).items():
-        if out.startswith(prefix) and name not in replaced:
-            tensors[out] = checkpoint.finite_tensor(name)
-    staged.write_shard(step, tensors)
+    names = output_names(checkpoint, anatomy).items()
+    copied = {
+        out: checkpoint.finite_tensor(name) for name, out in names if out.startswith(prefix) and name not in replaced
+    }
+    split = Split(anatomy, plans, {})
+    staged.write_shard(step, target.layer_tensors(split, layer, copied, packed, options))
 
 
 def write_rest(
-    checkpoint: Checkpoint, anatomy: Anatomy, staged: StagedOutput, blueprint: Blueprint, calibration: Any
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    staged: StagedOutput,
+    blueprint: Blueprint,
+    calibration: Any,
+    target: TargetModule = moesaic_target,
+    options: TargetOptions = TargetOptions(),
 ) -> None:
-    """Write embeddings, norms and head, config.json, tokenizer files, blueprint and the modelling file.
+    """Write embeddings, norms and head, config.json, tokenizer files, blueprint and what else the target needs.
 
     ``calibration``: the calibration settings, ready for JSON, or None; they go into config.json's ``moesaic`` block.
     """
     step = "rest"
+    split = read_split(checkpoint, anatomy, blueprint.sites)
     if not staged.done(step):
         layers = tuple(f"{anatomy.layer_path(layer)}." for layer in range(anatomy.num_layers))
         names = output_names(checkpoint, anatomy)
         rest = {out: checkpoint.finite_tensor(name) for name, out in names.items() if not out.startswith(layers)}
-        staged.write_shard(step, rest)
-    for path in checkpoint.side_files():
-        staged.copy_file(path)
-    staged.write_text(MODELLING_FILE, modelling_source())
-    blueprint.save(staged.folder)
+        staged.write_shard(step, target.rest_tensors(split, rest))
     provenance = {
         "version": moesaic.__version__,
+        "base_model": _base_model(checkpoint),
         "method": blueprint.method,
         "config": blueprint.config,
         "source": checkpoint.fingerprint(),
         "calibration": calibration,
         "blueprint": blueprint.digest(),
     }
-    config = config_json(anatomy, checkpoint.config, _specs(checkpoint, anatomy, blueprint), provenance)
+    write_side_files(checkpoint, staged, split, blueprint, provenance, target, options)
+
+
+def write_side_files(
+    checkpoint: Checkpoint,
+    staged: StagedOutput,
+    split: Split,
+    blueprint: Blueprint,
+    provenance: Mapping[str, Any],
+    target: TargetModule,
+    options: TargetOptions,
+) -> None:
+    """Write what stands beside the weights: tokenizer and licence of ``checkpoint``, blueprint, config.json."""
+    for path in checkpoint.side_files():
+        staged.copy_file(path)
+    for name, text in target.files().items():
+        staged.write_text(name, text)
+    blueprint.save(staged.folder)
+    config = target.config_json(split, provenance, options)
     staged.write_text("config.json", json.dumps(config, indent=2) + "\n")
 
 
-def _specs(checkpoint: Checkpoint, anatomy: Anatomy, blueprint: Blueprint) -> dict[str, dict[str, Any]]:
+def _base_model(checkpoint: Checkpoint) -> str:
+    """The hub id that the source's config remembers, else its folder's name; never a path of this machine."""
+    name = str(checkpoint.config.get("_name_or_path") or "")
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else checkpoint.folder.resolve().name
+
+
+def _spec(checkpoint: Checkpoint, anatomy: Anatomy, site: FFNSite, plan: LayerPlan) -> dict[str, Any]:
+    """``materialise.site_spec`` without the weights."""
+    names = ffn_tensor_names(checkpoint, site)
+
+    def has_bias(role: str) -> bool:
+        # The checkpoint may have its names without the base model's prefix.
+        base = site.tensor_names().get(role, "")
+        return bool(base) and not names.isdisjoint({f"{base}.bias", f"{base.partition('.')[2]}.bias"})
+
+    up_bias = has_bias("up")
     return {
-        site.path: site_spec(load_ffn(checkpoint, site, anatomy.activation), blueprint.sites[site.path])
-        for site in anatomy.sites
-        if site.path in blueprint.sites
+        **plan.spec(),
+        "gated": site.names.gated,
+        "gate_bias": up_bias if site.names.fused else has_bias("gate"),
+        "up_bias": up_bias,
+        "down_bias": has_bias("down") or plan.bias is not None,
     }

@@ -21,7 +21,8 @@ def absolute(path: str | Path) -> Path:
         if not str(path):
             raise ValueError("it is empty")
         full = Path(path).expanduser()
-        return full.resolve() if full.name in ("", "..") else full.parent.resolve() / full.name
+        resolved = full.resolve()
+        return resolved if full.name in ("", "..") else full.parent.resolve() / full.name
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"path {str(path)!r} cannot be used: {error}") from error
 

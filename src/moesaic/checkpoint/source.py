@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from moesaic.errors import CheckpointError, InputError, MoesaicError, ResourceError, UnsupportedModelError
+from moesaic.paths import cache_folder
 
 _GGUF_MAGIC = b"GGUF"
 _GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
@@ -20,13 +21,13 @@ _WANTED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken
 _UNWANTED = ["*/*", "consolidated*.safetensors"]
 
 
-def resolve_model(model: str, workdir: Path) -> Path:
+def resolve_model(model: str) -> Path:
     """The local folder of ``model``; fetches or dequantises it where needed.
 
     Args:
-        model: A folder, a ``.gguf`` file, or a hub id such as ``Qwen/Qwen2.5-0.5B``. An existing path goes first.
-        workdir: Where the dequantised copy of a GGUF goes (float32, four bytes per parameter). A second call with the
-            same file finds it there.
+        model: A folder, a ``.gguf`` file, or a hub id such as ``Qwen/Qwen2.5-0.5B``. An existing path goes first. A
+            GGUF is dequantised into :func:`moesaic.paths.cache_folder`, once per file content (float32, four bytes
+            per parameter).
 
     Raises:
         InputError: there is no such path, or the hub has no such model or cannot be reached.
@@ -34,14 +35,16 @@ def resolve_model(model: str, workdir: Path) -> Path:
         UnsupportedModelError: a GGUF of an architecture that transformers cannot read.
         ResourceError: no room for the dequantised copy.
     """
-    path = Path(model).expanduser()
     try:
+        path = Path(model).expanduser()
         if path.is_dir() and model:
             return path
         if path.is_file():
-            return _from_file(path, workdir)
+            return _from_file(path)
     except OSError as error:
         raise InputError(f"cannot read {model!r}: {error.strerror}") from error
+    except RuntimeError as error:  # "~nobody"
+        raise InputError(f"cannot read {model!r}: {error}") from error
     near = _near(path)
     if not near and _HUB_ID.fullmatch(model) and not model.endswith((".gguf", ".safetensors")):
         return _download(model)
@@ -60,7 +63,7 @@ def _near(path: Path) -> str:
     return str(path.parent / matches[0]) if matches else ""
 
 
-def _from_file(file: Path, workdir: Path) -> Path:
+def _from_file(file: Path) -> Path:
     with file.open("rb") as stream:
         magic = stream.read(len(_GGUF_MAGIC))
     if magic == _GGUF_MAGIC:
@@ -68,7 +71,7 @@ def _from_file(file: Path, workdir: Path) -> Path:
             raise UnsupportedModelError(
                 f"{file} is one part of a split GGUF", "join the parts first: llama-gguf-split --merge FIRST OUT"
             )
-        return _dequantise(file, workdir)
+        return _dequantise(file)
     if file.suffix == ".gguf":
         raise CheckpointError(f"{file} is not a GGUF file: it begins with {magic!r}", "download it again")
     if file.suffix in (".safetensors", ".json"):
@@ -76,14 +79,20 @@ def _from_file(file: Path, workdir: Path) -> Path:
     raise CheckpointError(f"{file} is not a model", "give a folder with config.json and safetensors, or a .gguf")
 
 
-def _dequantise(gguf: Path, workdir: Path) -> Path:
+def _dequantise(gguf: Path) -> Path:
     with gguf.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    folder = workdir / f"{gguf.stem}-{digest[:12]}"
+    cache = cache_folder()
+    folder = cache / f"{gguf.stem}-{digest[:12]}"
     if folder.is_dir():  # it was renamed into place, so it is complete
         return folder
-    workdir.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".dequantise-", dir=workdir))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".dequantise-", dir=cache))
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write to {cache}: {error.strerror}", "set MOESAIC_CACHE to another folder"
+        ) from error
     try:
         _save_dequantised(gguf, staging)
         staging.replace(folder)
@@ -91,7 +100,9 @@ def _dequantise(gguf: Path, workdir: Path) -> Path:
         if folder.is_dir():  # another process was faster
             return folder
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"no room in {workdir} to dequantise {gguf}", "free some disk space") from error
+            raise ResourceError(
+                f"no room in {cache} to dequantise {gguf}", "set MOESAIC_CACHE to another folder"
+            ) from error
         raise CheckpointError(f"{gguf} cannot be dequantised: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -90,11 +90,10 @@ class StagedOutput:
                 ``OUT.partial`` belongs to another conversion.
             ResourceError: not enough disk.
         """
+        cls.check(out, source)
         staged = cls(absolute(out), json.loads(json.dumps(key)))
-        place = None if source is None else absolute(source)
-        check_output(staged.out, place)
         with staged._locked():
-            check_output(staged.out, place)  # again: another process may have finished it in between
+            cls.check(out, source)  # again: another process may have finished it in between
             staged._prepare(restart)
             try:
                 check_space(staged.out.parent, expected_bytes - staged._staged_bytes())

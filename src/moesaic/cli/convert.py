@@ -18,7 +18,9 @@ def attach(app: typer.Typer) -> None:
 
 def run(
     model: opt.Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create; it appears when complete and verified.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to create; it appears when complete and verified.")
+    ],
     config: opt.Config = None,
     method: opt.Method = None,
     layout: opt.LayoutText = None,
@@ -30,8 +32,12 @@ def run(
     dense_layers: opt.DenseLayers = None,
     hierarchical: opt.Hierarchical = None,
     seed: opt.Seed = None,
-    blueprint: Annotated[Path | None, typer.Option("--blueprint", help="Apply a saved blueprint in place of a method.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away an unfinished run of another conversion.")] = False,
+    blueprint: Annotated[
+        Path | None, typer.Option("--blueprint", help="Apply a saved blueprint in place of a method.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away an unfinished run of another conversion.")
+    ] = False,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -49,14 +55,16 @@ def run(
         hierarchical=hierarchical,
         seed=seed,
     )
-    from moesaic.convert import convert
+    from moesaic.jobs.convert import convert
 
     done = convert(model, out, settings=settings, blueprint=blueprint, restart=restart, progress=ConsoleProgress(quiet))
     if as_json:
         emit_json({"output": str(done.output)} | done.results)
         return
     parity = done.results["parity"]
-    emit(f"{done.output}: {len(done.blueprint.sites)} FFNs by {settings.method} in {done.results['conversion']['seconds']:.0f} s")
+    emit(
+        f"{done.output}: {len(done.blueprint.sites)} FFNs by {settings.method} in {done.results['conversion']['seconds']:.0f} s"
+    )
     if parity["all_on"] is not None:
         emit(f"all experts on against dense: relative logit difference {parity['all_on']:.1e}")
     emit(f"written FFNs against the blueprint's oracle: relative difference {parity['oracle']:.1e}")

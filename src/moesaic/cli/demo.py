@@ -23,7 +23,7 @@ def run(
     quiet: opt.Quiet = False,
 ) -> None:
     """Convert SmolLM2-135M by CMoE and MLPMoE, and measure both beside the dense model and two controls."""
-    from moesaic.demo import demo
+    from moesaic.jobs.demo import demo
 
     result = demo(out, windows=windows, progress=ConsoleProgress(quiet))
     if as_json:
@@ -33,7 +33,15 @@ def run(
     emit(f"SmolLM2-135M-Instruct, {result.protocol}, {result.machine}")
     emit("")
     rows = [
-        [r.model, f"{r.active:.0%}", f"{r.parameters / 1e6:.1f} M", f"{r.perplexity:.2f}", f"{r.ratio:.3f}", f"{r.prefill:.0f}", f"{r.decode:.1f}"]
+        [
+            r.model,
+            f"{r.active:.0%}",
+            f"{r.parameters / 1e6:.1f} M",
+            f"{r.perplexity:.2f}",
+            f"{r.ratio:.3f}",
+            f"{r.prefill:.0f}",
+            f"{r.decode:.1f}",
+        ]
         for r in result.rows
     ]
     emit(table(["model", "active FFN", "parameters", "perplexity", "x dense", "prefill tok/s", "decode tok/s"], rows))

@@ -58,9 +58,9 @@ def examine() -> dict[str, Any]:
 
 def native_bf16() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware."""
-    from moesaic.calibration.config import CalibrationConfig
-
     import torch
+
+    from moesaic.calibration.config import CalibrationConfig
 
     return CalibrationConfig(compute_dtype="auto").resolved_dtype() == torch.bfloat16
 

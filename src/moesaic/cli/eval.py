@@ -18,21 +18,29 @@ def attach(app: typer.Typer) -> None:
 
 def run(
     model: opt.Model,
-    baseline: Annotated[str | None, typer.Option("--baseline", help="The dense model, under the same protocol.")] = None,
-    text: Annotated[Path | None, typer.Option("--text", help="UTF-8 text file. Default: WikiText-2 raw test, shipped.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="The dense model, under the same protocol.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="UTF-8 text file. Default: WikiText-2 raw test, shipped.")
+    ] = None,
     window: Annotated[int, typer.Option("--window", help="Tokens per window.", min=2)] = 2048,
     limit: Annotated[int | None, typer.Option("--limit", help="Windows to evaluate. Default: all.", min=1)] = None,
     quick: Annotated[bool, typer.Option("--quick", help="16 windows of 1024 tokens.")] = False,
-    controls: Annotated[bool, typer.Option("--controls", help="Also static pruning and a random partition at the same active fraction.")] = False,
-    fidelity: Annotated[bool, typer.Option("--fidelity/--no-fidelity", help="Router fidelity on the first windows.")] = True,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Also static pruning and a random partition at the same active fraction.")
+    ] = False,
+    fidelity: Annotated[
+        bool, typer.Option("--fidelity/--no-fidelity", help="Router fidelity on the first windows.")
+    ] = True,
     speed: Annotated[bool, typer.Option("--speed", help="Prefill and decode speed beside the baseline.")] = False,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Measure a converted model beside the dense one. Results go to stdout and into OUT/results.json."""
-    from moesaic.evaluate.run import evaluate
+    from moesaic.evaluate.run import evaluate_model
 
-    results = evaluate(
+    results = evaluate_model(
         model,
         baseline=baseline,
         text=text,
@@ -55,7 +63,9 @@ def render(results: dict[str, Any]) -> str:
         rows.append([label, f"{result['value']:.2f}", interval])
     parts = [results["protocol"], "", table(["model", "perplexity", "ratio to dense [95 %]"], rows)]
     if "active_ffn_fraction" in results:
-        parts.append(f"\nactive FFN fraction {results['active_ffn_fraction']:.1%}, {results['parameters'] / 1e6:.1f} M parameters")
+        parts.append(
+            f"\nactive FFN fraction {results['active_ffn_fraction']:.1%}, {results['parameters'] / 1e6:.1f} M parameters"
+        )
     if summary := results.get("fidelity", {}).get("summary"):
         parts.append(
             f"router: {summary['overlap']:.1%} of the oracle's experts chosen (chance {summary['chance']:.1%}); "

@@ -50,8 +50,16 @@ def main() -> None:
         if debug:
             raise
         disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fail(str(error), "free some disk space and run the same command again" if disk_full else "", 4 if disk_full else 1)
+        fail(
+            str(error),
+            "free some disk space and run the same command again" if disk_full else "",
+            4 if disk_full else 1,
+        )
     except Exception as error:
         if debug:
             raise
-        fail(f"internal error: {type(error).__name__}: {' '.join(str(error).split())}", "--debug shows the trace; please report it", 1)
+        fail(
+            f"internal error: {type(error).__name__}: {' '.join(str(error).split())}",
+            "--debug shows the trace; please report it",
+            1,
+        )

@@ -15,7 +15,9 @@ def attach(app: typer.Typer) -> None:
     app.command(name="methods")(run)
 
 
-def run(name: Annotated[str | None, typer.Argument(help="A method, for its options.")] = None, as_json: opt.AsJson = False) -> None:
+def run(
+    name: Annotated[str | None, typer.Argument(help="A method, for its options.")] = None, as_json: opt.AsJson = False
+) -> None:
     """List the methods, or the options of one of them."""
     from moesaic.methods import METHODS, get_config
 

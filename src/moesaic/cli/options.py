@@ -19,14 +19,28 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file with settings; flags override it.")]
 Method = Annotated[str | None, typer.Option("--method", "-m", help="Method, see `moesaic methods`. Default: cmoe.")]
-LayoutText = Annotated[str | None, typer.Option("--layout", help="SxAyEz: x shared, y active routed, z units in all. E.g. S3A3E8.")]
+LayoutText = Annotated[
+    str | None, typer.Option("--layout", help="SxAyEz: x shared, y active routed, z units in all. E.g. S3A3E8.")
+]
 Active = Annotated[float | None, typer.Option("--active", help="Active FFN fraction in place of --layout, e.g. 0.75.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable. See `moesaic methods NAME`.")]
-Calib = Annotated[list[str] | None, typer.Option("--calib", metavar="SOURCE", help="Calibration text: wikitext, c4, code, mix, a file or a folder; SOURCE=WEIGHT mixes. Repeatable.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable. See `moesaic methods NAME`."),
+]
+Calib = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calib",
+        metavar="SOURCE",
+        help="Calibration text: wikitext, c4, code, mix, a file or a folder; SOURCE=WEIGHT mixes. Repeatable.",
+    ),
+]
 CalibTokens = Annotated[int | None, typer.Option("--calib-tokens", help="Calibration tokens.")]
 CalibWindow = Annotated[int | None, typer.Option("--calib-window", help="Tokens per calibration window.")]
 DenseLayers = Annotated[str | None, typer.Option("--dense-layers", help="Layers to leave dense, e.g. 0,1,-1.")]
-Hierarchical = Annotated[bool | None, typer.Option("--hierarchical", help="Convert the experts of a model that is MoE already.")]
+Hierarchical = Annotated[
+    bool | None, typer.Option("--hierarchical", help="Convert the experts of a model that is MoE already.")
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of calibration windows and of the method.")]
 
 

@@ -18,7 +18,7 @@ def attach(app: typer.Typer) -> None:
 
 def run(folder: opt.Folder, dense: Annotated[Path, typer.Argument(metavar="DENSE", help="Folder to create.")]) -> None:
     """Rebuild the dense checkpoint, tensor for tensor, from a conversion that lost nothing."""
-    from moesaic.undo import undo
+    from moesaic.jobs.undo import undo
 
     undo(folder, dense)
     emit(f"{dense}: the dense model that {folder} was made from")

@@ -22,7 +22,7 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Check hashes, shapes, finiteness and, with --baseline, parity. Exit code 3 when anything is wrong."""
-    from moesaic.verify import verify_output
+    from moesaic.jobs.verify import verify_output
 
     report = verify_output(folder, baseline=baseline)
     if as_json:

@@ -8,7 +8,7 @@ from typing import Any
 from moesaic.anatomy import read_anatomy
 from moesaic.blueprint import Blueprint
 from moesaic.calibration.config import CalibrationConfig
-from moesaic.convert import decide, prepare
+from moesaic.jobs.convert import decide, prepare
 from moesaic.materialise import apply_blueprint
 from moesaic.progress import Progress
 from moesaic.settings import ConvertSettings
@@ -33,9 +33,7 @@ def control_model(
     dense = {site.layer for site in anatomy.sites if site.path not in blueprint.sites}
     layout = blueprint.config.get("layout")
     options = {"layout": layout} if layout else {"active": active_fraction(blueprint)}
-    settings = ConvertSettings(
-        method=name, options=options, calibration=calibration, dense_layers=tuple(sorted(dense))
-    )
+    settings = ConvertSettings(method=name, options=options, calibration=calibration, dense_layers=tuple(sorted(dense)))
     control = decide(prepare(baseline, settings), progress)
     apply_blueprint(model, control, anatomy)
     return model.eval()

@@ -54,7 +54,7 @@ class _Tally:
         self.site, self.ffn = site, ffn
         self.tokens = 0
         self.hits = self.kept = self.best = self.total = 0.0
-        self.load_E = torch.zeros(ffn.spec["experts"], dtype=torch.float64)
+        self.load_E = torch.zeros(ffn.experts, dtype=torch.float64)
 
     def add(self, x_TD: Tensor) -> None:
         energy_TE = expert_energy(self.ffn, x_TD)
@@ -79,7 +79,7 @@ class _Tally:
             site=self.site,
             tokens=self.tokens,
             overlap=self.hits / tokens,
-            chance=self.ffn.spec["top_k"] / experts,
+            chance=self.ffn.top_k / experts,
             energy_router=self.kept / tokens,
             energy_oracle=self.best / tokens,
             load=tuple(load_E.tolist()),
@@ -90,13 +90,7 @@ class _Tally:
 
 def expert_energy(ffn: MoEFeedForward, x_TD: Tensor) -> Tensor:
     """Output energy |E_j(x)|^2 of every routed expert at gate weight 1, fp32 [T, E]."""
-    hidden_TF = ffn.hidden(x_TD)
-    energies = []
-    for expert in range(ffn.spec["experts"]):
-        columns = ffn.expert_slice(expert)
-        y_TD = nn.functional.linear(hidden_TF[:, columns], ffn.down_proj.weight[:, columns])
-        energies.append(y_TD.float().square().sum(dim=1))
-    return torch.stack(energies, dim=1)
+    return torch.stack([ffn.expert(j, x_TD).float().square().sum(dim=1) for j in range(ffn.experts)], dim=1)
 
 
 @torch.inference_mode()
@@ -104,7 +98,7 @@ def router_fidelity(model: nn.Module, ids_NW: Tensor) -> list[SiteFidelity]:
     """Fidelity of every routed FFN of a converted model over the windows ``ids_NW``; [] when nothing is routed."""
     tallies, handles = [], []
     for site, module in model.named_modules():
-        if isinstance(module, MoEFeedForward) and module.spec["router"] != "static":
+        if isinstance(module, MoEFeedForward) and not module.static:
             tally = _Tally(site, module)
             tallies.append(tally)
             handles.append(

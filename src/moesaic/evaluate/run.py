@@ -50,7 +50,7 @@ class _Run:
         }
 
 
-def evaluate(
+def evaluate_model(
     model: str | Path,
     *,
     baseline: str | Path | None = None,
@@ -89,7 +89,9 @@ def evaluate(
     folder = resolve_model(str(model))
     blueprint = Blueprint.load(folder) if (folder / JSON_NAME).exists() else None
     if controls and (baseline is None or blueprint is None):
-        raise InputError("controls need the dense model and a blueprint", "add --baseline MODEL; evaluate a moesaic output")
+        raise InputError(
+            "controls need the dense model and a blueprint", "add --baseline MODEL; evaluate a moesaic output"
+        )
     dataset = "wikitext2-raw/test" if text is None else Path(text).name
     ids_NW = token_windows(_tokenizer(folder), _read(text), window, limit)
     run = _Run(protocol_name(dataset, window, limit), ids_NW, progress or Silent())
@@ -137,7 +139,7 @@ def _loaded(folder: Path) -> Iterator[Any]:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    from moesaic.convert import load_tokenizer
+    from moesaic.jobs.convert import load_tokenizer
 
     return load_tokenizer(AutoTokenizer, folder)
 

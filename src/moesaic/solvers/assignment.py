@@ -1,7 +1,7 @@
 """Balanced assignment: every row to one column, every column exactly full, at least total cost.
 
-The transport problem of balanced clustering. Solved as a min-cost flow with one sink per column (N x E arcs) rather than by repeating
-each column up to its capacity and matching N x N: the same optimum for a fraction of the time and memory.
+The transport problem of balanced clustering. Solved as a min-cost flow with one sink per column (N x E arcs), not by
+repeating each column up to its capacity and matching N x N: the same optimum for a fraction of the time and memory.
 
 Axes: N rows (neurons), E columns (experts).
 """
@@ -9,12 +9,13 @@ Axes: N rows (neurons), E columns (experts).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# The solver multiplies costs by the number of nodes and sums them along paths, all in int64: keep costs * nodes^2 < 2^62.
+# The solver multiplies costs by the number of nodes and sums them along paths in int64: keep costs * nodes^2 < 2^62.
 _SOLVER_BITS = 62
 _MAX_COST_BITS = 40
 
@@ -22,11 +23,14 @@ _MAX_COST_BITS = 40
 def balanced_assignment(cost_NE: Tensor, capacities: Sequence[int]) -> Tensor:
     """Labels int64 [N] that minimise ``sum_n cost_NE[n, label_n]`` with exactly ``capacities[e]`` rows labelled e.
 
-    Precision: each row's minimum is subtracted (this changes no argmin), then costs are scaled by a power of two so that the largest
-    remaining one has about 40 bits (fewer above a million rows, where int64 would overflow) and rounded. The optimum of the rounded costs is exact:
-    integer costs below 2^40 are solved exactly, and for real costs the total is within ``N * range * 2^-39`` of the optimum,
-    where range is the largest difference within a row. Deterministic: single-threaded, no random numbers; which of several equal optima is
-    returned is fixed by the order of rows and columns and by the OR-Tools release, and by nothing else.
+    Precision: each row's minimum is subtracted (this moves no optimum), then costs are scaled by a power of two to at
+    most b = 40 bits and rounded; above 2,047 nodes b = 62 - 2 log2(N + E), or int64 would overflow. The rounded
+    problem is solved exactly. So integer costs that differ by less than 2^b within a row are solved exactly, and for
+    real costs the total is within ``N * range * 2^(1 - b)`` of the optimum, range being the largest difference within a
+    row.
+
+    Deterministic: single-threaded, no random numbers. Which of several equal optima is returned depends on the order of
+    rows and columns and on the OR-Tools release, and on nothing else.
 
     Args:
         cost_NE: Finite real costs [N, E], any float or integer dtype; read in float64.
@@ -56,7 +60,7 @@ def _integer_costs(cost_NE: Tensor) -> np.ndarray:
     cost = cost_NE.detach().to("cpu", torch.float64).numpy()
     cost = cost - cost.min(axis=1, keepdims=True)
     bits = min(_MAX_COST_BITS, _SOLVER_BITS - 2 * sum(cost.shape).bit_length())
-    # cost.max() < 2^exponent, so the scaled maximum stays below 2^bits. ldexp by a power of two is exact for every float.
+    # cost.max() < 2^exponent, so the scaled maximum stays below 2^bits; scaling by a power of two rounds nothing.
     exponent = int(np.frexp(cost.max())[1])
     return np.rint(np.ldexp(cost, bits - exponent)).astype(np.int64)
 
@@ -66,10 +70,12 @@ def _min_cost_flow(cost_NE: np.ndarray, capacities_E: np.ndarray) -> np.ndarray:
     from ortools.graph.python.min_cost_flow import SimpleMinCostFlow
 
     rows, columns = cost_NE.shape
-    solver = SimpleMinCostFlow()
+    solver: Any = SimpleMinCostFlow()  # its type stubs take dtypes for shapes
     tails = np.repeat(np.arange(rows, dtype=np.int32), columns)
     heads = np.tile(np.arange(rows, rows + columns, dtype=np.int32), rows)
-    arcs = solver.add_arcs_with_capacity_and_unit_cost(tails, heads, np.ones(rows * columns, dtype=np.int64), cost_NE.ravel())
+    arcs = solver.add_arcs_with_capacity_and_unit_cost(
+        tails, heads, np.ones(rows * columns, dtype=np.int64), cost_NE.ravel()
+    )
     supplies = np.concatenate([np.ones(rows, dtype=np.int64), -capacities_E])
     solver.set_nodes_supplies(np.arange(rows + columns, dtype=np.int32), supplies)
     status = solver.solve()

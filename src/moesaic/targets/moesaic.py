@@ -8,25 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moesaic.anatomy.base import Anatomy
+from moesaic.targets.base import Packed, Split, TargetOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MODELLING_FILE = "modeling_moesaic.py"
 _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
 
 
-def config_json(
-    anatomy: Anatomy, dense_config: Mapping[str, Any], specs: Mapping[str, Mapping[str, Any]], provenance: Mapping[str, Any]
-) -> dict[str, Any]:
-    """config.json of the converted model.
+def reasons(split: Split) -> list[str]:
+    """See :class:`TargetModule`."""
+    return []
 
-    Args:
-        anatomy: Of the dense model.
-        dense_config: Its config.json, kept verbatim as ``text_config``.
-        specs: Per FFN module path, what the runtime must know (``LayerPlan.spec``).
-        provenance: The ``moesaic`` block: version, method, config, source and blueprint digests.
-    """
+
+def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:
+    """See :class:`TargetModule`. The dense config stands verbatim in ``text_config``."""
+    dense = split.anatomy.config
     return {
         "architectures": ["MoesaicForCausalLM"],
         "model_type": "moesaic",
@@ -34,13 +34,26 @@ def config_json(
             "AutoConfig": "modeling_moesaic.MoesaicConfig",
             "AutoModelForCausalLM": "modeling_moesaic.MoesaicForCausalLM",
         },
-        "text_config": dict(dense_config),
-        "ffn_sites": {path: dict(spec) for path, spec in specs.items()},
-        "ffn_bypass": list(anatomy.family.bypass),
+        "text_config": dict(dense),
+        "ffn_sites": {path: dict(spec) for path, spec in split.specs.items()},
+        "ffn_bypass": list(split.anatomy.family.bypass),
         "moesaic": dict(provenance),
-    } | {key: dense_config[key] for key in _CARRIED if key in dense_config}
+    } | {key: dense[key] for key in _CARRIED if key in dense}
 
 
-def modelling_source() -> str:
-    """Text of the modelling file that travels with the checkpoint."""
-    return (Path(__file__).parent.parent / "nn" / MODELLING_FILE).read_text(encoding="utf-8")
+def layer_tensors(
+    split: Split, layer: int, copied: Mapping[str, Tensor], packed: Packed, options: TargetOptions
+) -> dict[str, Tensor]:
+    """See :class:`TargetModule`."""
+    return {f"{path}.{name}": tensor for path, ffn in packed.items() for name, tensor in ffn.items()} | dict(copied)
+
+
+def rest_tensors(split: Split, copied: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """See :class:`TargetModule`."""
+    return dict(copied)
+
+
+def files() -> dict[str, str]:
+    """See :class:`TargetModule`. The modelling file."""
+    source = Path(__file__).parent.parent / "nn" / MODELLING_FILE
+    return {MODELLING_FILE: source.read_text(encoding="utf-8")}

@@ -1,18 +1,17 @@
 """Is an output what was written, and does it compute what it should?
 
-Files first (hashes), then tensors (names, shapes, finite), then the blueprint against config.json, then the loaded model.
+Files first (hashes), then tensors (finite), then config.json against blueprint and tensors, then the loaded model.
 
-Axes: T tokens, D model width, E experts.
+Axes: T tokens, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +29,8 @@ from moesaic.evaluate.parity import TOLERANCE, relative_difference
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from moesaic.nn.modeling_moesaic import MoesaicForCausalLM
+
 PROMPT_TOKENS = 32
 ORACLE_TOKENS = 64
 
@@ -46,9 +47,9 @@ class VerifyReport:
         partition: Whether every FFN is a partition of the dense one.
         logits: Largest |logit| on the fixed prompt.
         all_on: Largest logit difference from the dense model with all experts on, relative to the largest logit; None
-            without a baseline or when the conversion is no partition.
+            without a baseline, when the conversion is no partition, and for stock architectures.
         oracle: Largest relative difference of an FFN's output from that of the dense weights under the blueprint; None
-            without a baseline.
+            without a baseline and for stock architectures.
         tolerance: Bound on both differences. All computation is in fp32, whatever the dtype of the weights.
     """
 
@@ -90,16 +91,22 @@ def verify_output(folder: str | Path, *, baseline: str | Path | None = None) -> 
         blueprint = Blueprint.load(folder)
         for name in output.names:
             output.finite_tensor(name)
-    anatomy = _check_structure(output, blueprint)
+    _check_provenance(output, blueprint)
     dense = None if baseline is None else _dense_checkpoint(str(baseline), output)
+    own = output.config.get("model_type") == "moesaic"
+    anatomy = _check_structure(output, blueprint) if own else None
     partition = all(plan.is_partition for plan in blueprint.sites.values())
-    expected_TV = _logits(_load(dense.folder), _prompt(output)) if dense is not None and partition else None
+    expected_TV = _logits(_load(dense.folder), _prompt(output)) if own and dense is not None and partition else None
     model = _load(folder)
     logits_TV = _logits(model, _prompt(output))
     if not bool(torch.isfinite(logits_TV).all()):
         raise VerificationError(f"{folder} gives NaN or infinite logits", "report it")
-    all_on = None if expected_TV is None else _all_on_difference(model, _prompt(output), expected_TV, folder)
-    oracle = None if dense is None else _oracle_difference(model, dense, anatomy, blueprint)
+    all_on = None
+    if expected_TV is not None:
+        all_on = _all_on_difference(cast("MoesaicForCausalLM", model), _prompt(output), expected_TV, folder)
+    oracle = None
+    if dense is not None and anatomy is not None:
+        oracle = _oracle_difference(model, dense, anatomy, blueprint)
     return VerifyReport(
         folder=str(folder),
         files=files,
@@ -122,16 +129,18 @@ def _as_verification_error() -> Iterator[None]:
         raise VerificationError(error.message, error.hint) from error
 
 
-def _check_structure(output: Checkpoint, blueprint: Blueprint) -> Anatomy:
-    """config.json against blueprint and tensors; returns the anatomy of the dense model."""
-    config = output.config
-    try:
-        recorded, dense_config, specs = config["moesaic"]["blueprint"], config["text_config"], config["ffn_sites"]
-        family = FAMILIES[dense_config["model_type"]]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{output.folder} is not an output of moesaic convert: config.json has no {error}") from error
-    if blueprint.digest() != recorded:
+def _check_provenance(output: Checkpoint, blueprint: Blueprint) -> None:
+    provenance = output.config.get("moesaic")
+    if not isinstance(provenance, dict) or "blueprint" not in provenance:
+        raise InputError(f"{output.folder} is not an output of moesaic convert: config.json has no block 'moesaic'")
+    if blueprint.digest() != provenance["blueprint"]:
         raise VerificationError(f"{output.folder}: blueprint and config.json belong to different conversions")
+
+
+def _check_structure(output: Checkpoint, blueprint: Blueprint) -> Anatomy:
+    """config.json of the ``moesaic`` architecture against blueprint and tensors; returns the dense model's anatomy."""
+    dense_config, specs = output.config["text_config"], output.config["ffn_sites"]
+    family = FAMILIES[dense_config["model_type"]]
     if specs.keys() != blueprint.sites.keys():
         odd = min(specs.keys() ^ blueprint.sites.keys())
         raise VerificationError(f"{output.folder}: {odd} is converted in only one of blueprint and config.json")
@@ -176,10 +185,11 @@ def _load(folder: Path) -> PreTrainedModel:
 
     moesaic.register()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise VerificationError(f"transformers cannot load {folder}: {reason}") from error
+    model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise VerificationError(f"{folder}: {kind.replace('_keys', '')} tensor {min(map(str, info[kind]))}")
@@ -188,7 +198,8 @@ def _load(folder: Path) -> PreTrainedModel:
 
 def _prompt(output: Checkpoint) -> Tensor:
     """A fixed prompt [1, T] of token ids spread over the vocabulary; needs no tokenizer."""
-    return (torch.arange(1, PROMPT_TOKENS + 1) * 7919 % int(output.config["text_config"]["vocab_size"]))[None]
+    vocab_size = int(output.config.get("text_config", output.config)["vocab_size"])
+    return (torch.arange(1, PROMPT_TOKENS + 1) * 7919 % vocab_size)[None]
 
 
 @torch.inference_mode()
@@ -196,19 +207,10 @@ def _logits(model: PreTrainedModel, ids_1T: Tensor) -> Tensor:
     return model(input_ids=ids_1T, use_cache=False).logits[0].float()
 
 
-def _moe_modules(model: PreTrainedModel, blueprint: Blueprint | None = None) -> dict[str, Any]:
-    from moesaic.nn.modeling_moesaic import MoEFeedForward
-
-    return {path: module for path, module in model.named_modules() if isinstance(module, MoEFeedForward)}
-
-
-def _all_on_difference(model: PreTrainedModel, ids_1T: Tensor, expected_TV: Tensor, folder: Path) -> float:
-    modules = _moe_modules(model)
-    for module in modules.values():
-        module.all_experts_on = True
+def _all_on_difference(model: MoesaicForCausalLM, ids_1T: Tensor, expected_TV: Tensor, folder: Path) -> float:
+    model.all_experts_on()
     difference = relative_difference(_logits(model, ids_1T), expected_TV)
-    for module in modules.values():
-        module.all_experts_on = False
+    model.all_experts_on(False)
     if difference > TOLERANCE[torch.float32]:
         raise VerificationError(
             f"{folder} with all experts on differs from the dense model: relative logit difference {difference:.1e}",
@@ -220,10 +222,12 @@ def _all_on_difference(model: PreTrainedModel, ids_1T: Tensor, expected_TV: Tens
 @torch.inference_mode()
 def _oracle_difference(model: PreTrainedModel, dense: Checkpoint, anatomy: Anatomy, blueprint: Blueprint) -> float:
     """Every loaded FFN on random inputs against the oracle; the largest relative difference."""
+    from moesaic.nn.modeling_moesaic import MoEFeedForward
     from moesaic.nn.reference import reference_ffn
 
     x_TD = torch.randn(ORACLE_TOKENS, anatomy.d_model, generator=torch.Generator().manual_seed(0))
-    modules, largest = _moe_modules(model), 0.0
+    modules = {path: module for path, module in model.named_modules() if isinstance(module, MoEFeedForward)}
+    largest = 0.0
     for site in anatomy.sites:
         if site.path not in blueprint.sites:
             continue

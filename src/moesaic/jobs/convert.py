@@ -85,7 +85,9 @@ def prepare(model: str | Path, settings: ConvertSettings, blueprint: Path | None
     method = get_method(settings.method)
     given = None if blueprint is None else Blueprint.load(blueprint)
     if given is not None and (strangers := given.sites.keys() - {site.path for site in anatomy.sites}):
-        raise InputError(f"the blueprint converts {min(strangers)}, which this model does not have", "use its own model")
+        raise InputError(
+            f"the blueprint converts {min(strangers)}, which this model does not have", "use its own model"
+        )
     windows = None
     if given is None and get_config(settings.method).needs_calibration(config):
         from transformers import AutoTokenizer
@@ -238,7 +240,9 @@ def _plan_site(
     if inputs is not None and job.anatomy.family.moe is not None:
         needed = getattr(get_config(job.settings.method), "MIN_TOKENS_PER_NEURON", 0.0) * site.d_ff
         if inputs.tokens < max(needed, 1):
-            progress.note(f"{site.path} stays whole: its router sent it {inputs.tokens} tokens, {needed:.0f} are needed")
+            progress.note(
+                f"{site.path} stays whole: its router sent it {inputs.tokens} tokens, {needed:.0f} are needed"
+            )
             return None
     digest = hashlib.sha256(f"{job.settings.seed}:{site.path}".encode()).digest()
     return job.method.plan_site(weights, inputs, job.config, int.from_bytes(digest[:4], "big"))

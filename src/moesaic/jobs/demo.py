@@ -70,10 +70,10 @@ def demo(out: Path, *, windows: int = 8, progress: Progress | None = None) -> De
     from moesaic.calibration.config import CalibrationConfig
     from moesaic.calibration.samples import evaluation_text
     from moesaic.checkpoint.source import resolve_model
-    from moesaic.convert import convert
     from moesaic.evaluate.controls import CONTROLS, active_fraction, control_model
     from moesaic.evaluate.perplexity import compare, perplexity, protocol_name, token_windows
     from moesaic.evaluate.speed import measure
+    from moesaic.jobs.convert import convert
     from moesaic.nn.register import register
 
     register()

@@ -23,8 +23,9 @@ from moesaic.materialise import TENSOR_NAMES, dense_tensors, unpack
 def undo(folder: str | Path, out: str | Path, *, restart: bool = False) -> Path:
     """Write to ``out`` the dense checkpoint that the conversion in ``folder`` was made from; returns ``out``.
 
-    Names and values of the tensors are those of the source, and config.json has its content; the division into shards is
-    the conversion's. One shard is in memory at a time. Interrupted, the same call resumes.
+    Values and names of the tensors are those of the source (with the base model's prefix, where the source lacks it), and
+    config.json has its content; the division into shards is the conversion's. One shard is in memory at a time.
+    Interrupted, the same call resumes.
 
     Args:
         folder: An output of ``moesaic convert``.
@@ -32,7 +33,7 @@ def undo(folder: str | Path, out: str | Path, *, restart: bool = False) -> Path:
         restart: Throw away an unfinished ``out.partial``.
 
     Raises:
-        InputError: ``folder`` is no conversion, or one that lost something: pruned, faded, refitted. Nothing is written.
+        InputError: ``folder`` is no conversion, or a lossy one (pruned, faded, refitted); nothing is written.
         VerificationError: files of ``folder`` are not those that were written.
         ResourceError: the disk is full.
     """
@@ -117,6 +118,6 @@ def _dense_site(converted: Checkpoint, site: FFNSite, plan: LayerPlan, activatio
 
 
 def _dense_name(anatomy: Anatomy, name: str) -> str:
-    """The name of a copied tensor in the family's checkpoints, where they call the MoE block otherwise than the model."""
+    """The name of a copied tensor in the family's checkpoints, which may call a MoE block otherwise than the model."""
     moe = anatomy.family.moe
     return name if moe is None else name.replace(f".{moe.block}.", f".{moe.block_on_disk}.")

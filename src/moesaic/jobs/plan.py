@@ -64,7 +64,9 @@ def read_config(model: str | Path) -> dict[str, Any]:
         hint = "give the folder of a Hugging Face checkpoint; a .gguf or hub id is planned after its first conversion"
         raise InputError(f"{path} does not exist", hint) from error
     except NotADirectoryError as error:
-        raise InputError(f"{model} is a file, not a checkpoint folder", "give the folder that holds config.json") from error
+        raise InputError(
+            f"{model} is a file, not a checkpoint folder", "give the folder that holds config.json"
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}", "fetch the file again") from error
 
@@ -142,5 +144,7 @@ def _remarks(width: int, padding: int, anatomy: Anatomy) -> tuple[str, ...]:
             remarks.append(f"expert width {width} is not a multiple of {', '.join(missing)}")
     if padding:
         remarks.append(f"{padding} padding neurons per layer, because the units do not divide {anatomy.d_ff} neurons")
-    remarks.append("the output loads in transformers with `import moesaic`, or with trust_remote_code=True and no install")
+    remarks.append(
+        "the output loads in transformers with `import moesaic`, or with trust_remote_code=True and no install"
+    )
     return tuple(remarks)

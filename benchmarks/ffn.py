@@ -1,0 +1,204 @@
+"""How fast is one converted FFN beside the dense FFN and beside transformers' own expert implementations?
+
+    python benchmarks/ffn.py [--threads 2] [--layout S2A2E8] [--tokens 1 16 512] [--json out.json]
+
+Everything runs interleaved in one process: per round every contender computes the same inputs once, in an order that is shuffled anew,
+so that load on the machine and leftovers in the caches hit all alike. Reported is the median over rounds, and its ratio to dense.
+
+Axes: T tokens, D model width, F neurons.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2MoeConfig
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+
+from moesaic.layout import Layout
+from moesaic.nn.modeling_moesaic import MoEFeedForward
+
+STOCK = ("eager", "grouped_mm", "batched_mm")
+BATCHED_LIMIT = 64  # batched_mm copies the weights once per token and choice: beyond this it only fills memory
+
+
+def main() -> None:
+    args = _arguments()
+    torch.set_num_threads(args.threads)
+    rows = [measure(args, dtype, tokens) for dtype in args.dtypes for tokens in args.tokens]
+    conditions = {
+        "shape": f"{args.d_model} x {args.d_ff}",
+        "layout": str(args.layout),
+        "router": args.router,
+        "threads": args.threads,
+        "clock": args.clock,
+        "cpu": _cpu_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    print(markdown(rows, conditions))
+    if args.json is not None:
+        args.json.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(args: argparse.Namespace, dtype: str, tokens: int) -> dict[str, Any]:
+    """One row: medians in microseconds, ratios to dense, and the floor of the work that a token cannot avoid."""
+    torch.manual_seed(0)
+    torch_dtype = getattr(torch, dtype)
+    contenders = build(args, torch_dtype)
+    if tokens > BATCHED_LIMIT:
+        contenders.pop("batched_mm", None)
+    inputs = [torch.randn(1, tokens, args.d_model).to(torch_dtype) for _ in range(8)]
+    with torch.inference_mode():
+        micros = _interleaved(contenders, inputs, _rounds(args, tokens), _CLOCKS[args.clock])
+    dense = micros["dense"]
+    stock = max(dense / micros[name] for name in STOCK if name in micros)
+    return {
+        "dtype": dtype,
+        "tokens": tokens,
+        "micros": {name: round(value, 1) for name, value in micros.items()},
+        "dense_over": {name: round(dense / value, 3) for name, value in micros.items() if name != "dense"},
+        "ours_over_best_stock": round(dense / micros["moesaic"] / stock, 3),
+        "floor": floor(args, torch_dtype, tokens, inputs[0], contenders["moesaic"]),
+    }
+
+
+def build(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The contenders by name: the dense FFN and the same neurons as our module and as stock blocks with a random router."""
+    layout, d_model, d_ff = args.layout, args.d_model, args.d_ff
+    width, shared = d_ff // layout.units, d_ff // layout.units * layout.shared
+    dense = Qwen2MLP(Qwen2Config(hidden_size=d_model, intermediate_size=d_ff, hidden_act="silu"))
+    spec = {
+        "neurons": d_ff,
+        "shared": shared,
+        "experts": layout.routed,
+        "expert_width": width,
+        "top_k": layout.active,
+        "router": args.router,
+        "router_tensors": ["weight"] if args.router == "linear" else ["gate", "up"],
+        "normalise_input": False,
+        "gate": "uniform",
+        "selection_bias": False,
+        "gated": True,
+        "gate_bias": False,
+        "up_bias": False,
+        "down_bias": False,
+    }
+    ours = MoEFeedForward(spec, d_model, "silu")
+    contenders: dict[str, nn.Module] = {"dense": dense, "moesaic": ours}
+    for implementation in STOCK:
+        config = Qwen2MoeConfig(
+            hidden_size=d_model,
+            moe_intermediate_size=width,
+            shared_expert_intermediate_size=shared,
+            num_experts=layout.routed,
+            num_experts_per_tok=layout.active,
+            norm_topk_prob=True,
+            experts_implementation=implementation,
+        )
+        contenders[implementation] = Qwen2MoeSparseMoeBlock(config)
+    for module in contenders.values():
+        module.to(dtype).eval()
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.02)
+    return contenders
+
+
+def floor(args: argparse.Namespace, dtype: torch.dtype, tokens: int, x_1TD: Tensor, ours: nn.Module) -> dict[str, float]:
+    """What cannot be avoided, as a share of dense: weights read by this batch, multiplications, and the ratio that they allow."""
+    assert isinstance(ours, MoEFeedForward)
+    idx_TK, _ = ours.route(x_1TD[0])
+    read = ours.shared + len(idx_TK.unique()) * ours.width
+    used = ours.shared + ours.top_k * ours.width
+    mebibytes = 3 * args.d_model * args.d_ff * dtype.itemsize / 2**20
+    return {
+        "weights_mib_dense": round(mebibytes, 1),
+        "weights_mib_active": round(mebibytes * read / args.d_ff, 1),
+        "gflop_dense": round(6 * args.d_model * args.d_ff * tokens / 1e9, 3),
+        "gflop_active": round(6 * args.d_model * used * tokens / 1e9, 3),
+        "ratio_by_bytes": round(args.d_ff / read, 2),
+        "ratio_by_flops": round(args.d_ff / used, 2),
+    }
+
+
+def markdown(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> str:
+    """The rows as a table: dense time over each contender's time, so more is better and 1 is dense."""
+    lines = [
+        ", ".join(f"{key} {value}" for key, value in conditions.items()),
+        "",
+        f"| dtype | tokens | dense us | moesaic | {' | '.join(STOCK)} | moesaic / best stock | limit by bytes | limit by FLOPs |",
+        "|" + "---|" * (7 + len(STOCK)),
+    ]
+    for row in rows:
+        stock = " | ".join(f"{row['dense_over'][name]:.2f}" if name in row["dense_over"] else "-" for name in STOCK)
+        lines.append(
+            f"| {row['dtype']} | {row['tokens']} | {row['micros']['dense']:.0f} | **{row['dense_over']['moesaic']:.2f}** | {stock} "
+            f"| {row['ours_over_best_stock']:.2f} | {row['floor']['ratio_by_bytes']:.2f} | {row['floor']['ratio_by_flops']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+_CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def _interleaved(
+    contenders: dict[str, nn.Module], inputs: list[Tensor], rounds: int, clock: Callable[[], float]
+) -> dict[str, float]:
+    """Median microseconds per call of each contender."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
+    shuffle = random.Random(0).shuffle
+    for turn in range(-2, rounds):  # two rounds to warm up
+        shuffle(order)
+        for name in order:
+            x = inputs[turn % len(inputs)]
+            begin = clock()
+            contenders[name](x)
+            elapsed = clock() - begin
+            if turn >= 0:
+                times[name].append(elapsed)
+    return {name: 1e6 * statistics.median(values) for name, values in times.items()}
+
+
+def _rounds(args: argparse.Namespace, tokens: int) -> int:
+    return args.rounds or max(7, min(101, 8192 // tokens))
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 512, 4096])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--layout", type=Layout.parse, default=Layout(2, 2, 8), help="SxAyEz")
+    parser.add_argument("--d-model", type=int, default=896)
+    parser.add_argument("--d-ff", type=int, default=4864, help="must be a multiple of the layout's units")
+    parser.add_argument("--router", default="linear", choices=["linear", "gated"])
+    parser.add_argument("--rounds", type=int, help="default: by the number of tokens, 7 to 101")
+    parser.add_argument("--clock", default="wall", choices=list(_CLOCKS), help="cpu: processor time, for a busy machine with --threads 1")
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    args = parser.parse_args()
+    if args.d_ff % args.layout.units:
+        parser.error(f"--d-ff {args.d_ff} is not a multiple of the {args.layout.units} units of {args.layout}")
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What MLPMoE's slicing, Fractal Fade and Compensated Pruning do to a real model: the table of its docs page.
+
+    python benchmarks/mlpmoe.py MODEL [--windows 8] [--window 1024] [--dtype float32] [--only fade]
+
+MODEL is a local folder. Prints a Markdown table: FFN weights removed, proxy perplexity and its change with a 95 %
+interval, WikiText-2 perplexity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moesaic.anatomy import read_anatomy
+from moesaic.anatomy.weights import load_ffn
+from moesaic.blueprint import Blueprint
+from moesaic.calibration.samples import evaluation_text
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.evaluate.perplexity import Perplexity, compare, perplexity, protocol_name, token_windows
+from moesaic.evaluate.proxy import ProxyPerplexity, proxy_change, proxy_perplexity
+from moesaic.jobs.convert import decide, prepare
+from moesaic.materialise import apply_blueprint
+from moesaic.methods.mlpmoe.method import describe
+from moesaic.settings import ConvertSettings
+
+FADE = {"fade_max": 0.4}
+PRUNE = {"keep": 28}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "slices, contiguous": {},
+    "slices, norm-sorted": {"order": "norm-sorted"},
+    "fade weight/matrix": FADE,
+    "fade weight/row": FADE | {"fade_scope": "row"},
+    "fade weight/branch": FADE | {"fade_scope": "branch"},
+    "fade weight/matrix, norm-sorted": FADE | {"order": "norm-sorted"},
+    "fade weight/matrix, dyadic": FADE | {"fade_schedule": "dyadic"},
+    "fade neuron": FADE | {"fade_unit": "neuron"},
+    "fade neuron, norm-sorted": FADE | {"fade_unit": "neuron", "order": "norm-sorted"},
+    "prune none": PRUNE | {"prune_factor": "none"},
+    "prune sqrt": PRUNE | {"prune_factor": "sqrt"},
+    "prune energy": PRUNE | {"prune_factor": "energy"},
+    "prune ratio": PRUNE | {"prune_factor": "ratio"},
+    "prune per_channel": PRUNE | {"prune_factor": "per_channel"},
+    "prune oracle": PRUNE | {"prune_factor": "oracle"},
+    "prune none, norm-sorted": PRUNE | {"prune_factor": "none", "order": "norm-sorted"},
+}
+
+
+def main() -> None:
+    """Evaluate the dense model, then every setting on a fresh copy of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--only", default="", help="run the settings whose name contains this")
+    arguments = parser.parse_args()
+
+    folder = Path(arguments.model)
+    dtype = getattr(torch, arguments.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids_NW = token_windows(tokenizer, evaluation_text(), arguments.window, arguments.windows)
+    name = protocol_name("wikitext2-raw/test", arguments.window, arguments.windows)
+
+    def measure(blueprint: Blueprint | None) -> tuple[ProxyPerplexity, Perplexity]:
+        gc.collect()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        if blueprint is not None:
+            apply_blueprint(model, blueprint, read_anatomy(model.config.to_dict()))
+        return proxy_perplexity(model, tokenizer), perplexity(model, ids_NW, name)
+
+    dense_proxy, dense = measure(None)
+    print(f"torch {torch.__version__}, {arguments.dtype}, {dense_proxy.name}, {name}\n")
+    print("| setting | FFN weights removed | proxy (micro) | change, % | WikiText-2 | ratio to dense |")
+    print("|---|---|---|---|---|---|")
+    print(f"| dense | 0 | {dense_proxy.micro:.3f} | | {dense.value:.3f} | |", flush=True)
+    for setting, options in SETTINGS.items():
+        if arguments.only not in setting:
+            continue
+        blueprint = decide(prepare(folder, ConvertSettings(method="mlpmoe", options=options)))
+        removed, c = account(folder, blueprint)
+        proxy, wiki = measure(blueprint)
+        change, ratio = proxy_change(proxy, dense_proxy), compare(wiki, dense)
+        label = f"{setting} (c {c:.3f})" if options.get("prune_factor") == "oracle" else setting
+        print(
+            f"| {label} | {100 * removed:.2f} % | {proxy.micro:.3f} | {change.percent:+.4f} [{change.low:+.3f}, "
+            f"{change.high:+.3f}] | {wiki.value:.3f} | {ratio.ratio:.5f} |",
+            flush=True,
+        )
+
+
+def account(folder: Path, blueprint: Blueprint) -> tuple[float, float]:
+    """FFN weights removed over the whole model, and the mean c over layers."""
+    checkpoint = Checkpoint(folder)
+    anatomy = read_anatomy(checkpoint.config)
+    accounts = [
+        describe(blueprint.sites[site.path], load_ffn(checkpoint, site, anatomy.activation)) for site in anatomy.sites
+    ]
+    left, total = (sum(getattr(a, key) for a in accounts) for key in ("nonzeros", "parameters"))
+    return 1 - left / total, sum(a.scales[0] for a in accounts) / len(accounts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Options of CMoE. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from moesaic.errors import InputError
+from moesaic.layout import Layout
+from moesaic.methods.base import MethodConfig
+from moesaic.methods.layout_option import LayoutText
+
+MIN_TOKENS_PER_NEURON = 4.0  # experts of an existing MoE that got less stay whole [OURS]
+
+
+class Config(MethodConfig):
+    """Options of CMoE."""
+
+    layout: LayoutText = Field(
+        default="S3A3E8",
+        description="SxAyEz: x shared units, y of z - x routed experts per token (paper: x = N_s, y = N_k, z = N).",
+    )
+    markers_per_token: int = Field(default=10, ge=1, description="Neurons marked per token, the largest |h^| (K_a).")
+    iterations: int = Field(
+        default=1,
+        ge=1,
+        description="Rounds of balanced assignment; before each but the first the centroids become the means of their "
+        "clusters. Ends early when nothing moves.",
+    )
+    balance_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Updates of the selection bias b on calibration batches before use; 0 leaves b at zero. Ours: the "
+        "paper balances only while training.",
+    )
+    balance_rate: float = Field(
+        default=1e-3, gt=0, allow_inf_nan=False, description="Size of one update of the selection bias (gamma)."
+    )
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto",
+        description="Precision of the first pass over the scores; near-ties are scored again in full precision, so it "
+        "changes the speed, not the result. auto: bfloat16 where the CPU has it in hardware.",
+    )
+
+
+def needs_calibration(config: Config) -> bool:
+    """Whether this config reads calibration inputs: only without routed experts there is nothing to decide."""
+    return Layout.parse(config.layout).routed > 0
+
+
+def check(config: Config, d_ff: int) -> None:
+    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
+    Layout.parse(config.layout).unit_sizes(d_ff)
+    if config.markers_per_token > d_ff:
+        raise InputError(
+            f"markers_per_token {config.markers_per_token} is more than the FFN's {d_ff} neurons", "mark fewer, e.g. 10"
+        )

@@ -1,0 +1,393 @@
+"""The `moesaic` architecture for transformers: a dense language model whose feed-forward networks are split into experts.
+
+One self-contained file (torch and transformers only): it lies in every converted folder, so that `trust_remote_code=True`
+works where moesaic is not installed.
+
+An FFN keeps its own matrices. Its neurons are only put in another order, [shared; expert 0; expert 1; ...], and a router
+says which runs of rows a token uses. So `gate_proj.weight` and `up_proj.weight` are [P, D], `down_proj.weight` is [D, P].
+
+Axes: T tokens, D model width, P packed neurons, E routed experts, M neurons per expert, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
+
+# Dispatch constants, measured on one core of a Zen 4 CPU (AVX-512, MKL for fp32, oneDNN for bf16), 896 x 4864, torch 2.13.
+WEIGHT_FIRST_ROWS = 4  # fp32: up to here MKL multiplies (W x^T)^T up to three times faster than x W^T
+WEIGHT_FIRST_FROM = 16  # bf16: from here oneDNN does, as it repacks the right operand, which is then x and not W
+SORT_FROM_FP32 = 5  # fp32: tokens from which gathering each expert's tokens beats masking
+SORT_FROM_BF16 = 48  # bf16: the same; oneDNN needs larger matrices before halving the work pays
+
+
+class MoesaicConfig(PreTrainedConfig):
+    """Config of a converted model.
+
+    Args:
+        text_config: Config of the dense model, as a dict with its `model_type` or as a config object.
+        ffn_sites: Module path of each converted FFN -> its spec (shapes and switches, see :class:`MoEFeedForward`).
+        ffn_bypass: Siblings of a converted FFN that become the identity, as it does their work (OPT's `fc2`).
+    """
+
+    model_type = "moesaic"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
+    # Read through to the dense model's config, because tools look for them on the outer one.
+    _dense_attributes = frozenset(
+        {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
+        | {"max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
+    )
+
+    def __init__(
+        self,
+        text_config: dict[str, Any] | PreTrainedConfig | None = None,
+        ffn_sites: dict[str, dict[str, Any]] | None = None,
+        ffn_bypass: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        if text_config is None:
+            text_config = AutoConfig.for_model("llama")
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self.ffn_sites = dict(ffn_sites or {})
+        self.ffn_bypass = list(ffn_bypass)
+        super().__init__(**kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self)._dense_attributes and "text_config" in self.__dict__:
+            return getattr(self.text_config, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class Router(nn.Module):
+    """Scores experts in fp32. `linear`: W x + b. `gated`: |(W_u x + b_u) act(W_g x + b_g)|, or |act(W_u x + b_u)| without W_g."""
+
+    def __init__(self, spec: dict[str, Any], d_model: int, activation: str) -> None:
+        super().__init__()
+        self.kind = spec["router"]
+        self.normalise_input = spec["normalise_input"]
+        self.act = ACT2FN[activation]
+        for name in ("weight", "bias", "gate", "up", "gate_bias", "up_bias"):
+            shape = (spec["experts"],) if name.endswith("bias") else (spec["experts"], d_model)
+            present = name in spec["router_tensors"]
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=torch.float32)) if present else None)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Scores z_TE, fp32."""
+        if torch.is_autocast_enabled(x_TD.device.type):
+            with torch.autocast(x_TD.device.type, enabled=False):
+                return self(x_TD)
+        x_TD = x_TD.float()
+        if self.normalise_input:
+            x_TD = F.normalize(x_TD, dim=-1)
+        if self.kind == "linear":
+            return F.linear(x_TD, self.weight, self.bias)
+        up_TE = F.linear(x_TD, self.up, self.up_bias)
+        if self.gate is None:
+            return self.act(up_TE).abs()
+        return (up_TE * self.act(F.linear(x_TD, self.gate, self.gate_bias))).abs()
+
+
+class MoEFeedForward(nn.Module):
+    """A feed-forward network of one shared and E routed experts, of which each token uses K.
+
+    Args:
+        spec: `neurons` P, `shared` S, `experts` E, `expert_width` M, `top_k` K, `router` (static, linear, gated), `router_tensors`,
+            `normalise_input`, `gate` (uniform, scaled, softmax_topk), `selection_bias`, `gated`, `gate_bias`, `up_bias`, `down_bias`.
+        d_model: D.
+        activation: Name as in transformers.
+
+    `all_experts_on = True` makes every expert count once with weight 1; a partition then computes the dense network.
+
+    No path loops over tokens. Few tokens: the rows of the experts that anybody chose are multiplied with all tokens, neighbouring experts
+    as one matrix, and what a token did not choose is masked before the down projection; the cost is that of the active rows, never
+    above dense. Many tokens: each expert gets its own tokens. The constants at the top of the file say where one overtakes the other.
+    """
+
+    _routing = ("selection_bias", "gate_scale")
+
+    def __init__(self, spec: dict[str, Any], d_model: int, activation: str) -> None:
+        super().__init__()
+        self.shared, self.experts, self.width = spec["shared"], spec["experts"], spec["expert_width"]
+        self.top_k, self.gate = spec["top_k"], spec["gate"]
+        self.static = spec["router"] == "static"
+        self.all_experts_on = False
+        self.act = ACT2FN[activation]
+        neurons = spec["neurons"]
+        self.gate_proj = nn.Linear(d_model, neurons, bias=spec["gate_bias"]) if spec["gated"] else None
+        self.up_proj = nn.Linear(d_model, neurons, bias=spec["up_bias"])
+        self.down_proj = nn.Linear(neurons, d_model, bias=spec["down_bias"])
+        self.router = None if self.static else Router(spec, d_model, activation)
+        bias_E = torch.zeros(self.experts, dtype=torch.float32) if spec["selection_bias"] else None
+        self.register_buffer("selection_bias", bias_E)
+        scale_E = torch.zeros(self.experts, dtype=torch.float32) if self.gate == "scaled" else None
+        self.gate_scale = None if scale_E is None else nn.Parameter(scale_E)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoEFeedForward:
+        # Routing stays in fp32 under .to(bfloat16), .half(), .double(): a rounded router would choose other experts.
+        before = {name: tensor.data for name, tensor in self._routing_tensors().items()}
+        super()._apply(fn, recurse)
+        for name, tensor in self._routing_tensors().items():
+            if tensor.dtype != torch.float32:
+                tensor.data = before[name].to(tensor.device)
+        return self
+
+    def _routing_tensors(self) -> dict[str, Tensor]:
+        own = {name: tensor for name in self._routing if (tensor := getattr(self, name)) is not None}
+        return own if self.router is None else own | {f"router.{n}": p for n, p in self.router.named_parameters()}
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """Router scores z_TE in fp32; zeros under the static router."""
+        if self.router is None:
+            return x_TD.new_zeros(x_TD.shape[0], self.experts, dtype=torch.float32)
+        return self.router(x_TD)
+
+    def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Chosen experts idx_TK (best first, lower index first among equals) and their weights weight_TK, fp32."""
+        idx_TK, weight_TK = self._route(x_TD)
+        return idx_TK, torch.ones_like(idx_TK, dtype=torch.float32) if weight_TK is None else weight_TK
+
+    def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """:meth:`route` with None for weights of 1: with few tokens, every operation that is left out shows."""
+        z_TE = self.scores(x_TD)
+        # The softmax keeps the order of the scores, so it is needed only where a bias is added to it.
+        p_TE = torch.softmax(z_TE, dim=-1) if self.selection_bias is not None or self.gate == "scaled" else z_TE
+        key_TE = z_TE if self.selection_bias is None else p_TE + self.selection_bias
+        idx_TK = key_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        if self.gate == "scaled":
+            return idx_TK, 1 + p_TE.gather(1, idx_TK) * self.gate_scale[idx_TK]
+        if self.gate == "softmax_topk":
+            return idx_TK, self.top_k * torch.softmax(z_TE.gather(1, idx_TK), dim=-1)
+        return idx_TK, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y of the shape of x, [..., D]."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        if self.static or self.all_experts_on:
+            y_TD = self._down(self._hidden(x_TD, 0, self.up_proj.out_features), 0, self.up_proj.out_features)
+        else:
+            idx_TK, weight_TK = self._route(x_TD)
+            path = self._sorted if self._prefers_sort(x_TD) else self._masked
+            y_TD = path(x_TD, idx_TK, None if weight_TK is None else weight_TK.to(x_TD.dtype))
+        if self.down_proj.bias is not None:
+            y_TD = y_TD + self.down_proj.bias
+        return y_TD.reshape(x.shape)
+
+    def _prefers_sort(self, x_TD: Tensor) -> bool:
+        """Whether to gather each expert's tokens. Not while compiling: the masked path is one graph of fixed shapes."""
+        if x_TD.is_meta or torch.compiler.is_compiling():
+            return False
+        return x_TD.shape[0] >= (SORT_FROM_FP32 if x_TD.dtype == torch.float32 else SORT_FROM_BF16)
+
+    def _masked(self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
+        """All tokens through every row that some token uses; unchosen experts are zeroed between up and down projection."""
+        tokens = x_TD.shape[0]
+        weight_TE = None
+        if tokens > 1 or weight_TK is not None:
+            weight_TE = x_TD.new_zeros(tokens, self.experts).scatter(1, idx_TK, 1 if weight_TK is None else weight_TK)
+        y_TD = None
+        for first, last in self._runs(idx_TK):  # expert -1 stands for the shared one
+            start = self.shared + first * self.width if first >= 0 else 0
+            stop = self.shared + last * self.width
+            h_TM = self._hidden(x_TD, start, stop)
+            if weight_TE is not None and last > 0:
+                h_TM = self._weigh(h_TM, weight_TE[:, max(first, 0) : last])
+            part_TD = self._down(h_TM, start, stop)
+            y_TD = part_TD if y_TD is None else y_TD + part_TD
+        return torch.zeros_like(x_TD) if y_TD is None else y_TD
+
+    def _weigh(self, h_TM: Tensor, weight_TE: Tensor) -> Tensor:
+        """Each expert's activations times its weight; they are the last ones of h_TM, after those of the shared expert if any."""
+        routed = weight_TE.shape[1] * self.width
+        shared_TM, routed_TM = h_TM[:, :-routed], h_TM[:, -routed:]
+        own_TEM = routed_TM.unflatten(1, (-1, self.width))
+        if not torch.is_grad_enabled():
+            own_TEM *= weight_TE[:, :, None]
+            return h_TM
+        weighted_TM = (own_TEM * weight_TE[:, :, None]).flatten(1)
+        return torch.cat([shared_TM, weighted_TM], dim=1)
+
+    def _runs(self, idx_TK: Tensor) -> list[tuple[int, int]]:
+        """Chosen experts as half-open ranges of neighbours; the shared expert is -1, the neighbour of expert 0."""
+        if idx_TK.is_meta or torch.compiler.is_compiling() or idx_TK.numel() >= 4 * self.experts:
+            active = range(self.experts)
+        else:
+            active = sorted(set(idx_TK.flatten().tolist()))
+        runs: list[tuple[int, int]] = [(-1, 0)] if self.shared else []
+        for e in active:
+            if runs and runs[-1][1] == e:
+                runs[-1] = (runs[-1][0], e + 1)
+            else:
+                runs.append((e, e + 1))
+        return runs
+
+    def _sorted(self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
+        """Each expert multiplies the tokens that chose it; idle experts cost nothing."""
+        order = idx_TK.flatten().argsort(stable=True)
+        counts = torch.bincount(idx_TK.flatten(), minlength=self.experts).tolist()
+        tokens = order // idx_TK.shape[1]
+        y_TD = self._down(self._hidden(x_TD, 0, self.shared), 0, self.shared) if self.shared else torch.zeros_like(x_TD)
+        y_TD = y_TD.contiguous()
+        weights = None if weight_TK is None else weight_TK.flatten()[order].split(counts)
+        for e, token in enumerate(tokens.split(counts)):
+            if counts[e] == 0:
+                continue
+            start = self.shared + e * self.width
+            h_NM = self._hidden(x_TD[token], start, start + self.width)
+            if weights is not None:
+                h_NM = h_NM * weights[e][:, None]
+            y_TD = y_TD.index_add(0, token, self._down(h_NM, start, start + self.width))
+        return y_TD
+
+    def _hidden(self, x_TD: Tensor, start: int, stop: int) -> Tensor:
+        """Activations of the packed neurons [start, stop)."""
+        up = _project(x_TD, self.up_proj, slice(start, stop))
+        if self.gate_proj is None:
+            return self.act(up)
+        gate = self.act(_project(x_TD, self.gate_proj, slice(start, stop)))
+        return gate * up if torch.is_grad_enabled() else gate.mul_(up)
+
+    def _down(self, h_TM: Tensor, start: int, stop: int) -> Tensor:
+        return _matmul(h_TM, self.down_proj.weight[:, start:stop])
+
+
+def _project(x_TD: Tensor, linear: nn.Linear, rows: slice) -> Tensor:
+    y_TM = _matmul(x_TD, linear.weight[rows])
+    return y_TM if linear.bias is None else y_TM + linear.bias[rows]
+
+
+def _matmul(x_TD: Tensor, w_MD: Tensor) -> Tensor:
+    """x W^T, on a CPU with the operands in the order that its library multiplies faster."""
+    rows = x_TD.shape[0]
+    if x_TD.device.type == "cpu":
+        if x_TD.dtype == torch.float32:
+            if rows <= WEIGHT_FIRST_ROWS:
+                return (w_MD @ x_TD.contiguous().t()).t()
+        elif rows == 1 or rows >= WEIGHT_FIRST_FROM:
+            return (w_MD @ x_TD.t()).t()
+    return F.linear(x_TD, w_MD)
+
+
+class MoesaicExperts(nn.ModuleList):
+    """The experts of an existing MoE block, each of them split again. Takes the place of transformers' fused experts module."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """y_TD from hidden_states [T, D] and the block's own routing [T, k]."""
+        order = top_k_index.flatten().argsort(stable=True)
+        counts = torch.bincount(top_k_index.flatten(), minlength=len(self)).tolist()
+        weights = top_k_weights.flatten()[order].split(counts)
+        y_TD = torch.zeros_like(hidden_states)
+        for expert, token, weight in zip(self, (order // top_k_index.shape[1]).split(counts), weights, strict=True):
+            if len(token):
+                y_TD = y_TD.index_add(0, token, (expert(hidden_states[token]) * weight[:, None]).to(y_TD.dtype))
+        return y_TD
+
+
+def swap_ffns(model: nn.Module, sites: dict[str, dict[str, Any]], bypass: Sequence[str], d_model: int, activation: str) -> None:
+    """Put a fresh :class:`MoEFeedForward` at every site (module path -> spec) of a dense model, the identity at its bypassed siblings."""
+    for path, spec in sites.items():
+        parent_path, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        if name.isdigit() and not isinstance(parent, MoesaicExperts):
+            block_path, _, experts_name = parent_path.rpartition(".")
+            count = sum(other.rpartition(".")[0] == parent_path for other in sites)
+            parent = MoesaicExperts(nn.Identity() for _ in range(count))
+            setattr(model.get_submodule(block_path), experts_name, parent)
+        setattr(parent, name, MoEFeedForward(spec, d_model, activation))
+        for sibling in bypass:
+            setattr(parent, sibling, nn.Identity())
+
+
+def activation_name(config: PreTrainedConfig) -> str:
+    """Name of the FFN's activation in a dense model's config."""
+    for key in ("hidden_activation", "hidden_act", "activation_function"):
+        if (name := getattr(config, key, None)) is not None:
+            return name
+    raise ValueError(f"no activation in the config of {config.model_type}")
+
+
+class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
+    """The dense family's own model with other FFNs.
+
+    The dense `...ForCausalLM` is built and its children become children of this module, so that every tensor keeps its name.
+    `_dense` is that object: it holds no module of its own but shares this one's table of children, so that what replaces a child
+    here (a resized head, a wrapped layer) is what it computes with. Forward and the preparation of inputs are its own.
+    """
+
+    config_class = MoesaicConfig
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = (r"\.router\.", r"\.selection_bias$", r"\.gate_scale$")
+
+    def __init__(self, config: MoesaicConfig) -> None:
+        super().__init__(config)
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        text_config = config.text_config
+        dense = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)](text_config)
+        swap_ffns(dense, config.ffn_sites, config.ffn_bypass, text_config.hidden_size, activation_name(text_config))
+        self.__dict__["_dense"] = dense
+        self.__dict__["_modules"] = dense._modules
+        self.base_model_prefix = dense.base_model_prefix
+        self._tied_weights_keys = dense._tied_weights_keys
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """What the dense family's forward takes and returns."""
+        return self._dense(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self._dense.prepare_inputs_for_generation(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self._dense.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self._dense.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self._dense.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self._dense.set_output_embeddings(new_embeddings)
+
+    def all_experts_on(self, on: bool = True) -> None:
+        """Switch routing off in every converted FFN (all experts, unit weights), or on again. For parity checks."""
+        for module in self.modules():
+            if isinstance(module, MoEFeedForward):
+                module.all_experts_on = on

@@ -1,0 +1,119 @@
+"""The oracle of the tests: what a :class:`LayerPlan` means on a dense FFN, written for the reader and not for speed.
+
+It starts from the dense weights and the plan, token by token and expert by expert, and shares no code with the runtime or the materialiser.
+
+Axes: T tokens, D model width, F neurons, E experts, M neurons of one expert, K chosen experts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moesaic.blueprint import LayerPlan
+from moesaic.nn.ffn import FFNWeights, activation_function
+
+
+def reference_ffn(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor, *, all_experts_on: bool = False) -> Tensor:
+    """Output y_TD of the converted FFN, in the dtype of ``weights`` (give fp64 weights and inputs for fp64).
+
+    Args:
+        weights: The dense FFN.
+        plan: Its split, with fade, readout, expert scale and bias.
+        x_TD: Inputs; the router reads them in fp32.
+        all_experts_on: Every expert counts once with weight 1, whatever the router says.
+
+    The work per token is one product with the shared neurons and one with each chosen expert.
+    """
+    shared, *experts = _parts(weights, plan)
+    bias_D = weights.down_bias_D if plan.bias is None else plan.bias.to(x_TD.dtype)
+    rows = []
+    for x_D in x_TD:
+        y_D = shared(x_D)
+        chosen = [(e, x_D.new_ones(())) for e in range(len(experts))] if all_experts_on else choose(weights, plan, x_D)
+        for e, weight in chosen:
+            y_D = y_D + weight.to(x_D.dtype) * experts[e](x_D)
+        rows.append(y_D if bias_D is None else y_D + bias_D)
+    return torch.stack(rows) if rows else torch.zeros_like(x_TD)
+
+
+def reference_scores(weights: FFNWeights, plan: LayerPlan, x_D: Tensor) -> Tensor:
+    """Router scores z_E of one token in fp32; zeros for the static router."""
+    router = plan.router
+    x_D = x_D.float()
+    if router.normalise_input:
+        x_D = x_D / x_D.norm().clamp_min(1e-12)
+    if router.kind == "static":
+        return torch.zeros(len(plan.experts))
+    t = {name: tensor.float() for name, tensor in router.tensors.items()}
+    if router.kind == "linear":
+        return t["weight"] @ x_D + t.get("bias", 0)
+    act = activation_function(weights.activation)
+    up_E = t["up"] @ x_D + t.get("up_bias", 0)
+    if "gate" not in t:
+        return act(up_E).abs()
+    return (up_E * act(t["gate"] @ x_D + t.get("gate_bias", 0))).abs()
+
+
+def choose(weights: FFNWeights, plan: LayerPlan, x_D: Tensor) -> list[tuple[int, Tensor]]:
+    """The experts of one token and their weights, best first; of equal experts the one of lower index."""
+    if not plan.experts:
+        return []
+    z_E = reference_scores(weights, plan, x_D)
+    p_E = torch.softmax(z_E, dim=0)
+    key_E = z_E if plan.selection_bias is None else p_E + plan.selection_bias.float()
+    chosen = sorted(range(len(plan.experts)), key=lambda e: (-float(key_E[e]), e))[: plan.top_k]
+    if plan.gate == "uniform":
+        return [(e, torch.ones(())) for e in chosen]
+    if plan.gate == "scaled":
+        s_E = torch.zeros(len(plan.experts)) if plan.gate_scale is None else plan.gate_scale.float()
+        return [(e, 1 + p_E[e] * s_E[e]) for e in chosen]
+    weight_K = plan.top_k * torch.softmax(z_E[chosen], dim=0)
+    return list(zip(chosen, weight_K, strict=True))
+
+
+def _parts(weights: FFNWeights, plan: LayerPlan) -> list[FFNWeights]:
+    """The shared network and every expert, with the plan's changes to their weights, without output bias."""
+    parts, start = [], 0
+    for e, index in enumerate((plan.shared, *plan.experts), start=-1):
+        part = weights.take(index.long())
+        dtype = part.down_DF.dtype
+        if plan.readout is not None:
+            columns = slice(start, start + len(index))
+            part = replace(part, down_DF=(plan.readout[:, columns] * (index >= 0)).to(dtype))
+        start += len(index)
+        if e >= 0 and plan.fade is not None:
+            part = _fade(part, plan.fade.fractions[e], plan.fade.scope, index >= 0)
+        if e >= 0 and plan.expert_scale is not None:
+            wide = torch.promote_types(dtype, torch.float32)
+            scale = plan.expert_scale[e].to(wide).reshape(-1, 1)
+            part = replace(part, down_DF=(part.down_DF.to(wide) * scale).to(dtype))
+        parts.append(part)
+    return parts
+
+
+def _fade(part: FFNWeights, fraction: float, scope: str, real_M: Tensor) -> FFNWeights:
+    """``floor(fraction * n)`` of n competing weights set to zero, the smallest first, earlier ones first among equals."""
+    names = [name for name in ("gate_FD", "up_FD", "down_DF") if getattr(part, name) is not None]
+    matrices = {name: getattr(part, name).clone() for name in names}
+    real = real_M.nonzero().flatten().tolist()
+    entries: dict[str, list[list[tuple[str, int, int]]]] = {}
+    for name in names:
+        lines = range(matrices[name].shape[0]) if name == "down_DF" else real
+        along = real if name == "down_DF" else range(matrices[name].shape[1])
+        entries[name] = [[(name, i, j) for j in along] for i in lines]
+    rows = [row for name in names for row in entries[name]]
+    if scope == "row":
+        groups = rows
+    elif scope == "matrix":
+        groups = [[entry for row in entries[name] for entry in row] for name in names]
+    else:
+        groups = [[entry for row in rows for entry in row]]
+    for group in groups:
+        smallest_first = sorted(group, key=lambda entry: abs(float(matrices[entry[0]][entry[1], entry[2]])))
+        for name, i, j in smallest_first[: math.floor(fraction * len(group))]:
+            matrices[name][i, j] = 0
+    return replace(part, **matrices)

@@ -1,0 +1,135 @@
+"""Everything of a dense decoder but its FFNs, in common terms: what a target must reproduce beside the experts. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moesaic.anatomy.base import Anatomy
+from moesaic.errors import UnsupportedModelError
+
+QKNorm = Literal["none", "head", "full"]
+
+_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite"})
+_QK_NORM: dict[str, QKNorm] = {"qwen3": "head", "olmo2": "full"}
+_NO_STOCK = {
+    "gemma": "GELU experts, and norms with 1 + w",
+    "gemma2": "GELU experts, norms on both sides of the FFN, and soft-capped logits",
+    "gemma3_text": "GELU experts, norms on both sides of the FFN, and two RoPE bases",
+    "smollm3": "layers without rotary position",
+}
+_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Attention, norms, embeddings of a dense decoder.
+
+    Attributes:
+        config: The dense config with every default filled in.
+        head_dim: Width of one attention head.
+        qkv_bias, o_bias: Whether these projections have biases.
+        qk_norm: Norm of queries and keys: none, per head, or over all heads at once.
+        post_norm: Norms stand after attention and FFN (OLMo 2) in place of before.
+        rope: Rotary parameters as transformers 5 writes them.
+        partial_rotary: Share of each head that is rotated.
+        window: Sliding attention window in tokens where it is smaller than the context, else None.
+        window_everywhere: Whether all layers have it.
+        multipliers: Granite's factors, all 1 (and 1/sqrt(head_dim)) in other families.
+        ffn_bias: Whether the FFNs have biases.
+        fused: Whether q, k, v and gate, up are stored as one matrix each (Phi-3).
+        tied: Whether the head is the embedding matrix.
+    """
+
+    config: Any
+    head_dim: int
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: QKNorm
+    post_norm: bool
+    rope: dict[str, Any]
+    partial_rotary: float
+    window: int | None
+    window_everywhere: bool
+    multipliers: dict[str, float]
+    ffn_bias: bool
+    fused: bool
+    tied: bool
+
+    @property
+    def natural_head_dim(self) -> bool:
+        """Whether the heads together are as wide as the model."""
+        return self.head_dim * self.config.num_attention_heads == self.config.hidden_size
+
+    @property
+    def plain_multipliers(self) -> bool:
+        """Whether the model computes as one without multipliers."""
+        return self.multipliers == _plain(self.head_dim)
+
+
+def no_backbone(anatomy: Anatomy) -> str | None:
+    """Why no stock MoE architecture has this family's backbone or FFN, or None."""
+    model_type = anatomy.config["model_type"]
+    if anatomy.family.moe is not None:
+        return f"{model_type} is a MoE whose experts were split: stock architectures have no experts inside experts"
+    if not anatomy.gated:
+        return f"the FFNs of {model_type} have no gate path: experts of stock architectures are gated"
+    if model_type in _NO_STOCK:
+        return f"no stock MoE architecture has {_NO_STOCK[model_type]} as {model_type} has"
+    if model_type not in _FAMILIES:
+        return f"no stock MoE architecture is known to have the attention and norms of {model_type}"
+    if anatomy.activation not in ("silu", "swish"):
+        return f"activation {anatomy.activation}: engines compute the experts of stock architectures with SiLU"
+    return None
+
+
+def read_backbone(anatomy: Anatomy) -> Backbone:
+    """The backbone of a dense model for which :func:`no_backbone` is None. Raises UnsupportedModelError for a broken config."""
+    config = _with_defaults(anatomy)
+    model_type = config.model_type
+    bias = bool(getattr(config, "attention_bias", False))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = {key: value for key, value in config.rope_parameters.items() if key != "partial_rotary_factor"}
+    window, everywhere = _window(config)
+    plain = _plain(head_dim)
+    return Backbone(
+        config=config,
+        head_dim=head_dim,
+        qkv_bias=bias or model_type == "qwen2",
+        o_bias=bias,
+        qk_norm=_QK_NORM.get(model_type, "none"),
+        post_norm=model_type == "olmo2",
+        rope=rope,
+        partial_rotary=float(config.rope_parameters.get("partial_rotary_factor") or 1.0),
+        window=window,
+        window_everywhere=everywhere,
+        multipliers={key: float(getattr(config, key, plain[key])) for key in _MULTIPLIERS},
+        ffn_bias=bool(getattr(config, "mlp_bias", False)),
+        fused=model_type == "phi3",
+        tied=bool(config.tie_word_embeddings),
+    )
+
+
+def _plain(head_dim: int) -> dict[str, float]:
+    return {key: 1.0 for key in _MULTIPLIERS} | {"attention_multiplier": head_dim**-0.5}
+
+
+def _with_defaults(anatomy: Anatomy) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    model_type = anatomy.config["model_type"]
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(dict(anatomy.config))
+    except Exception as error:  # transformers validates strictly and with many exception types
+        reason = " ".join(str(error).split())[:160]
+        raise UnsupportedModelError(f"transformers cannot read this {model_type} config: {reason}") from error
+
+
+def _window(config: Any) -> tuple[int | None, bool]:
+    """The window that narrows attention within the context, and whether it does in every layer."""
+    window = getattr(config, "sliding_window", None)
+    if not window or window >= config.max_position_embeddings:
+        return None, False
+    types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    sliding = [kind == "sliding_attention" for kind in types]
+    return (window, all(sliding)) if any(sliding) else (None, False)

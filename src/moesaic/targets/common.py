@@ -1,0 +1,203 @@
+"""What all stock targets share: sizes of the whole model, the common part of config.json, attention tensors, dense layers.
+
+Axes: D model width, H heads, M neurons of one branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.blueprint import LayerPlan
+from moesaic.targets.backbone import Backbone, read_backbone
+from moesaic.targets.base import Packed, Split, TargetOptions
+from moesaic.targets.limits import dense_layers
+from moesaic.targets.parts import Branch, RouterRows, cut, router_rows
+
+_STALE = ("rotary_emb.inv_freq",)  # buffers that early checkpoints stored
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes that a stock config states once for all layers.
+
+    Attributes:
+        experts: Routed experts of a layer, the largest number.
+        top_k: Active experts, the largest number.
+        width: Neurons of an expert, aligned.
+        shared: Neurons of the shared expert, the largest, aligned; 0 where no layer has one.
+        dense: Layers without routed experts.
+        dense_width: Neurons of the FFNs of those; of the original FFN where there are none.
+    """
+
+    experts: int
+    top_k: int
+    width: int
+    shared: int
+    dense: tuple[int, ...]
+    dense_width: int
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One split FFN, ready to be written."""
+
+    path: str
+    plan: LayerPlan
+    shared: Branch
+    experts: list[Branch]
+    router: RouterRows
+
+
+def geometry(split: Split, options: TargetOptions) -> Geometry:
+    """The sizes of the whole model. Layers whose plan has no experts count as dense."""
+    moe = [plan for plan in split.plans.values() if plan.experts]
+    dense = tuple(dense_layers(split))
+    plans = [split.plan_of(layer) for layer in dense]
+    return Geometry(
+        experts=max(len(plan.experts) for plan in moe),
+        top_k=max(plan.top_k for plan in moe),
+        width=aligned(max(len(expert) for plan in moe for expert in plan.experts), options.align),
+        shared=aligned(max(len(plan.shared) for plan in moe), options.align),
+        dense=dense,
+        dense_width=max(
+            (split.anatomy.d_ff if plan is None else len(plan.shared) for plan in plans), default=split.anatomy.d_ff
+        ),
+    )
+
+
+def aligned(width: int, multiple: int) -> int:
+    """``width`` rounded up to a multiple."""
+    return -(-width // multiple) * multiple
+
+
+def base_config(
+    split: Split, backbone: Backbone, model_type: str, architecture: str, provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The part of config.json that all stock targets have in common. Keys of transformers 5 and the older ones for RoPE.
+
+    Token ids are always written, null as well, as the target's own defaults are other ids.
+    """
+    dense = backbone.config
+    config = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": dense.vocab_size,
+        "hidden_size": dense.hidden_size,
+        "num_hidden_layers": dense.num_hidden_layers,
+        "num_attention_heads": dense.num_attention_heads,
+        "num_key_value_heads": dense.num_key_value_heads,
+        "head_dim": backbone.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": dense.max_position_embeddings,
+        "rms_norm_eps": dense.rms_norm_eps,
+        "rope_parameters": backbone.rope,
+        "rope_theta": backbone.rope["rope_theta"],
+        "attention_dropout": 0.0,
+        "initializer_range": dense.initializer_range,
+        "use_cache": True,
+        "tie_word_embeddings": False,
+        **{key: getattr(dense, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        "moesaic": dict(provenance),
+    }
+    if backbone.rope["rope_type"] != "default":
+        config["rope_scaling"] = {key: value for key, value in backbone.rope.items() if key != "rope_theta"}
+    dtype = split.anatomy.config.get("dtype") or split.anatomy.config.get("torch_dtype")
+    return config if dtype is None else config | {"dtype": dtype, "torch_dtype": dtype}
+
+
+def kept_tensors(split: Split, layer: int, copied: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A decoder layer's tensors but for its FFN; fused query, key, value matrices are split (Phi-3)."""
+    backbone = read_backbone(split.anatomy)
+    ffn = f"{split.path_of(layer)}."
+    kept: dict[str, Tensor] = {}
+    for name, tensor in copied.items():
+        if name.startswith(ffn) or name.endswith(_STALE):
+            continue
+        if backbone.fused and ".qkv_proj." in name:
+            rows = [backbone.head_dim * heads for heads in _heads(backbone)]
+            for part, piece in zip(("q_proj", "k_proj", "v_proj"), tensor.split(rows), strict=True):
+                kept[name.replace("qkv_proj", part)] = piece.clone()
+        else:
+            kept[name] = tensor
+    return kept
+
+
+def _heads(backbone: Backbone) -> tuple[int, int, int]:
+    dense = backbone.config
+    return dense.num_attention_heads, dense.num_key_value_heads, dense.num_key_value_heads
+
+
+def dense_ffn(split: Split, layer: int, copied: Mapping[str, Tensor], packed: Packed, width: int) -> dict[str, Tensor]:
+    """The FFN of a layer without routed experts, padded to ``width``."""
+    path = split.path_of(layer)
+    plan = split.plan_of(layer)
+    if plan is not None:
+        branch, _ = cut(packed[path], plan)
+    elif read_backbone(split.anatomy).fused:
+        gate_MD, up_MD = copied[f"{path}.gate_up_proj.weight"].chunk(2)
+        branch = Branch(gate_MD, up_MD, copied[f"{path}.down_proj.weight"])
+    else:
+        branch = Branch(*(copied[f"{path}.{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj")))
+    return branch.padded(width).tensors(path)
+
+
+def moe_layer(
+    split: Split,
+    layer: int,
+    copied: Mapping[str, Tensor],
+    packed: Packed,
+    options: TargetOptions,
+    *,
+    normalised: bool,
+) -> MoELayer:
+    """The pieces of a split FFN; ``normalised``: weights are divided by their sum over the chosen experts."""
+    path = split.path_of(layer)
+    plan = split.plans[path]
+    shared, experts = cut(packed[path], plan)
+    gamma_D = copied.get(f"{split.anatomy.layer_path(layer)}.post_attention_layernorm.weight")
+    if read_backbone(split.anatomy).post_norm:
+        gamma_D = None
+    router = router_rows(plan, split.anatomy.d_model, gamma_D, options.eps, exact_top1=normalised)
+    return MoELayer(path, plan, shared, experts, router)
+
+
+def expert_tensors(
+    path: str, experts: Iterable[Branch], names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> dict[str, Tensor]:
+    """Experts as transformers writes them, three matrices each, in the order gate, up, down."""
+    tensors: dict[str, Tensor] = {}
+    for index, expert in enumerate(experts):
+        tensors |= expert.tensors(f"{path}.{index}", names)
+    return tensors
+
+
+def replicated(layer: MoELayer, geo: Geometry) -> list[Branch]:
+    """Experts for an architecture without a shared one: each gets a copy of the shared neurons.
+
+    Weights sum to 1, so the copies add up to the shared expert exactly; the routed part counts K times.
+    """
+    shared = layer.shared.padded(geo.shared)
+    return [join(shared, expert.padded(geo.width).scaled(geo.top_k)) for expert in layer.experts]
+
+
+def untied_rest(split: Split, copied: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors outside the layers, with a head of its own: several engines overlook ``tie_word_embeddings``."""
+    rest = {name: tensor for name, tensor in copied.items() if not name.endswith(_STALE)}
+    if read_backbone(split.anatomy).tied:
+        rest["lm_head.weight"] = rest["model.embed_tokens.weight"].clone()
+    return rest
+
+
+def no_files() -> dict[str, str]:
+    """Stock architectures need no further files."""
+    return {}
+
+
+def zeros_like_rows(tensor_MD: Tensor) -> Tensor:
+    """A bias of zeros for a projection [M, D]."""
+    return torch.zeros(tensor_MD.shape[0], dtype=tensor_MD.dtype)

@@ -1,0 +1,105 @@
+"""The pieces of a split FFN as plain tensors, cut from its packed form, padded, scaled and joined; and its router's rows.
+
+Axes: D model width, M neurons of one branch, P packed neurons, E routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moesaic.blueprint import LayerPlan
+from moesaic.targets.limits import biased_selection, weighs_one
+
+
+class Branch(NamedTuple):
+    """A gated FFN of some neurons, without biases: ``down (silu(gate x) * up x)``."""
+
+    gate_MD: Tensor
+    up_MD: Tensor
+    down_DM: Tensor
+
+    @property
+    def width(self) -> int:
+        """M."""
+        return self.up_MD.shape[0]
+
+    def padded(self, width: int) -> Branch:
+        """With neurons of zeros up to ``width``."""
+        more = width - self.width
+        if more == 0:
+            return self
+        return Branch(F.pad(self.gate_MD, (0, 0, 0, more)), F.pad(self.up_MD, (0, 0, 0, more)), F.pad(self.down_DM, (0, more)))
+
+    def scaled(self, factor: float) -> Branch:
+        """With the output times ``factor``; rounded once, exact for powers of two."""
+        wide_DM = self.down_DM.to(torch.promote_types(self.down_DM.dtype, torch.float32)) * factor
+        return self if factor == 1 else self._replace(down_DM=wide_DM.to(self.down_DM.dtype))
+
+    def zeros(self, width: int) -> Branch:
+        """A branch of ``width`` zero neurons, of this one's model width and dtype."""
+        d_model = self.up_MD.shape[1]
+        return Branch(*(self.up_MD.new_zeros(shape) for shape in ((width, d_model), (width, d_model), (d_model, width))))
+
+    def tensors(self, path: str, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")) -> dict[str, Tensor]:
+        """As three matrices under ``path``, each in memory of its own."""
+        return {f"{path}.{name}.weight": t.clone(memory_format=torch.contiguous_format) for name, t in zip(names, self, strict=True)}
+
+
+def join(first: Branch, second: Branch) -> Branch:
+    """Both branches as one; its output is the sum of theirs."""
+    return Branch(
+        torch.cat([first.gate_MD, second.gate_MD]),
+        torch.cat([first.up_MD, second.up_MD]),
+        torch.cat([first.down_DM, second.down_DM], dim=1),
+    )
+
+
+def cut(packed: Mapping[str, Tensor], plan: LayerPlan) -> tuple[Branch, list[Branch]]:
+    """The shared branch (of width 0 where there is none) and the routed experts of a packed FFN."""
+    widths = [len(plan.shared), *(len(expert) for expert in plan.experts)]
+    gate, up, down = (packed[f"{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj"))
+    pieces = zip(gate.split(widths), up.split(widths), down.split(widths, dim=1), strict=True)
+    shared, *experts = (Branch(*piece) for piece in pieces)
+    return shared, experts
+
+
+class RouterRows(NamedTuple):
+    """A router for a stock architecture, fp32. ``bias_E`` belongs to ``weight_ED`` (z = W x + b), zeros where there is none."""
+
+    weight_ED: Tensor
+    bias_E: Tensor
+
+
+def router_rows(plan: LayerPlan, d_model: int, gamma_D: Tensor | None, eps: float, *, exact_top1: bool) -> RouterRows:
+    """Router rows whose scores keep the plan's ranking, scaled for the weights that the plan wants.
+
+    Where weights are 1, the rows are centred over the experts and scaled so that scores have a standard deviation of about
+    ``eps``: neither changes which experts are chosen, and both bring stock weights near 1 [OURS]. Elsewhere they are the
+    plan's own, and a static router has rows of zeros: equal weights.
+
+    Args:
+        plan: Of an FFN with experts, linear or static router.
+        d_model: D.
+        gamma_D: Weight of the norm in front of the FFN, from which the size of the scores is estimated: its output has
+            independent coordinates of standard deviation gamma, about. None: the input has standard deviation 1.
+        eps: Standard deviation of the scores where weights are to be 1.
+        exact_top1: The architecture normalises over the chosen experts, so that top-1 has weight 1 at any scale.
+    """
+    if plan.router.kind == "static":
+        return RouterRows(torch.zeros(len(plan.experts), d_model), torch.zeros(len(plan.experts)))
+    weight_ED = plan.router.tensors["weight"].float()
+    bias_E = plan.router.tensors.get("bias", torch.zeros(len(weight_ED))).float()
+    if biased_selection(plan) or not weighs_one(plan):
+        return RouterRows(weight_ED, bias_E)
+    weight_ED = weight_ED - weight_ED.mean(0)
+    bias_E = bias_E - bias_E.mean()
+    size_ED = weight_ED if gamma_D is None else weight_ED * gamma_D.float()
+    deviation = size_ED.square().sum(1).mean().sqrt().item()
+    top1 = exact_top1 and plan.top_k == 1 and not bool(bias_E.any())
+    factor = (1.0 if top1 else eps) / (deviation or 1.0)
+    return RouterRows(weight_ED * factor, bias_E * factor)

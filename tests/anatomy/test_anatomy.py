@@ -1,0 +1,134 @@
+"""Anatomy: what is read from config.json agrees with the model that transformers builds from it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moesaic.anatomy import FAMILIES, read_anatomy
+from moesaic.anatomy.refusals import ACTIVATIONS
+from moesaic.errors import UnsupportedModelError
+from moesaic.nn.ffn import ACTIVATIONS as COMPUTED
+from tests import tiny_models
+from tests.tiny_models import D_EXPERT, D_FF, D_MODEL, tiny_config
+
+
+def config_of(family: str, **overrides: object) -> dict:
+    return json.loads(tiny_config(family, **overrides).to_json_string())
+
+
+@pytest.mark.parametrize("family", [*tiny_models.FAMILIES, *tiny_models.VARIANTS])
+def test_dense_sites(family: str) -> None:
+    config = config_of(family)
+    anatomy = read_anatomy(config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    d_ff = 4 * D_MODEL if family == "gpt2_default_width" else D_FF
+    assert (anatomy.num_layers, anatomy.d_model, anatomy.d_ff) == (2, D_MODEL, d_ff)
+    assert [site.layer for site in anatomy.sites] == [0, 1]
+    assert all(site.d_ff == d_ff and site.expert is None for site in anatomy.sites)
+    for site in anatomy.sites:
+        model.get_submodule(site.path)  # raises when there is no such module
+        layer = model.get_submodule(anatomy.layer_path(site.layer))
+        assert all(hasattr(layer, name) for name in anatomy.family.bypass)
+        assert site.path.startswith(f"{anatomy.family.prefix}.")
+    assert anatomy.sites_of(1) == anatomy.sites[1:]
+    assert anatomy.gated == (family.partition("_")[0] not in ("gpt2", "opt", "gpt", "phi"))
+
+
+@pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
+def test_moe_sites(family: str) -> None:
+    anatomy = read_anatomy(config_of(family), hierarchical=True)
+    routed = [site for site in anatomy.sites if site.expert is not None]
+    assert [(site.layer, site.expert) for site in routed] == [
+        (layer, expert) for layer in (0, 1) for expert in range(4)
+    ]
+    assert routed[5].path == "model.layers.1.mlp.experts.1"
+    block = "block_sparse_moe" if family == "mixtral" else "mlp"
+    assert routed[5].disk_path == f"model.layers.1.{block}.experts.1"
+    assert all(site.d_ff == D_EXPERT for site in routed)
+    shared = [(site.path, site.d_ff) for site in anatomy.sites if site.expert is None]
+    widths = [("model.layers.0.mlp.shared_expert", 43), ("model.layers.1.mlp.shared_expert", 43)]
+    assert shared == (widths if family == "qwen2_moe" else [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sparse_layers"),
+    [
+        ({"mlp_only_layers": [0, 2]}, [1, 3]),
+        ({"decoder_sparse_step": 2}, [1, 3]),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [3]}, [1]),
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_moe_with_dense_layers(family: str, overrides: dict, sparse_layers: list[int]) -> None:
+    config = config_of(family, num_hidden_layers=4, intermediate_size=41, **overrides)
+    anatomy = read_anatomy(config, hierarchical=True)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    for layer in range(4):
+        sites = anatomy.sites_of(layer)
+        is_sparse = hasattr(model.get_submodule(f"model.layers.{layer}.mlp"), "experts")
+        assert is_sparse == (layer in sparse_layers)
+        if is_sparse:
+            assert sites[0].expert == 0
+        else:
+            assert [(site.path, site.d_ff) for site in sites] == [(f"model.layers.{layer}.mlp", 41)]
+
+
+def test_expert_count_under_either_name() -> None:
+    config = config_of("qwen3_moe")
+    count = config.pop("num_local_experts", None) or config.pop("num_experts")
+    for key in ("num_experts", "num_local_experts"):
+        assert len(read_anatomy({**config, key: count}, hierarchical=True).sites) == 2 * count
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "activation"),
+    [
+        ("llama", {}, "silu"),
+        ("gpt2", {}, "gelu_new"),
+        ("opt", {}, "relu"),
+        ("opt", {"activation_function": "gelu"}, "gelu"),
+        ("gpt_neox", {}, "gelu"),
+        ("gemma2", {"hidden_act": "gelu"}, "gelu_pytorch_tanh"),
+        ("gemma3", {"hidden_activation": None}, "gelu_pytorch_tanh"),
+        ("gemma1", {"hidden_act": "gelu"}, "gelu_pytorch_tanh"),
+        ("gemma1", {"hidden_act": "relu"}, "relu"),
+    ],
+)
+def test_activation(family: str, overrides: dict, activation: str) -> None:
+    assert read_anatomy({**config_of(family), **overrides}).activation == activation
+
+
+def test_known_activations_are_those_that_are_computed() -> None:
+    assert ACTIVATIONS == COMPUTED
+
+
+def test_families_of_the_tests_are_those_of_the_package() -> None:
+    names = [*tiny_models.FAMILIES, *tiny_models.MOE_FAMILIES, "gemma1"]
+    assert {tiny_config(name).model_type for name in names} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"intermediate_size": None}, "intermediate_size"),
+        ({"hidden_size": 0}, "hidden_size = 0"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers = '2'"),
+        ({"hidden_act": "relu2"}, "relu2"),
+        ({"hidden_act": None}, "hidden_act"),
+    ],
+)
+def test_broken_config_is_named(change: dict, message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        read_anatomy({**config_of("llama"), **change})
+
+
+def test_no_torch() -> None:
+    code = "import moesaic.anatomy, moesaic.anatomy.weights, moesaic.checkpoint.reader, moesaic.checkpoint.source, sys"
+    code += "; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy import'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)

@@ -1,0 +1,101 @@
+"""Every model that cannot be converted is refused with its reason and with what to do instead."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from moesaic.anatomy import read_anatomy
+from moesaic.errors import UnsupportedModelError
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "hidden_act": "silu",
+}
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4}
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+# name: (config, hierarchical, part of the message, part of the hint)
+REFUSED: dict[str, tuple[dict[str, Any], bool, str, str]] = {
+    "gptq": ({**LLAMA, "quantization_config": {"quant_method": "gptq"}}, False, "quantised .gptq", "full-precision"),
+    "awq": ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, False, "quantised .awq", "full-precision"),
+    "bnb": ({**LLAMA, "quantization_config": BNB}, False, "quantised .bitsandbytes", "full-precision"),
+    "fp8": ({**LLAMA, "quantization_config": {"quant_method": "fp8"}}, False, "quantised .fp8", "full-precision"),
+    "sparse": ({**LLAMA, "compression_config": {"format": "x"}}, False, "quantised", "full-precision"),
+    "quantised and MoE": ({**MIXTRAL, "quantization_config": {"quant_method": "awq"}}, True, "quantised", "original"),
+    "bert": ({"model_type": "bert"}, False, "bert is an encoder", "decoder-only"),
+    "modernbert": ({"model_type": "modernbert"}, False, "encoder", "decoder-only"),
+    "t5": ({"model_type": "t5", "is_encoder_decoder": True}, False, "t5 is an encoder-decoder", "decoder-only"),
+    "other seq2seq": ({"model_type": "new", "is_encoder_decoder": True}, False, "encoder-decoder", "decoder-only"),
+    "mamba": ({"model_type": "mamba2"}, False, "mamba2 is a state-space", "decoder-only"),
+    "rwkv": ({"model_type": "rwkv"}, False, "state-space or recurrent", "decoder-only"),
+    "gemma 3 multimodal": (
+        {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}, "vision_config": {}},
+        False,
+        "multimodal wrapper around gemma3_text",
+        "save its text model .gemma3_text",
+    ),
+    "llava": (
+        {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {}},
+        False,
+        "llava is a multimodal wrapper around llama",
+        "text model",
+    ),
+    "flat multimodal": ({"model_type": "qwen2_vl", "vision_config": {}}, False, "multimodal wrapper", "language_model"),
+    "moesaic": ({"model_type": "moesaic", "text_config": LLAMA}, False, "already converted by moesaic", "undo"),
+    "moesaic target": ({**LLAMA, "moesaic": {"version": "0.1.0"}}, False, "already converted", "undo"),
+    "adapter": ({"peft_type": "LORA", "base_model_name_or_path": "x"}, False, "PEFT adapter .LORA", "merge"),
+    "no model_type": ({"hidden_size": 32}, False, "no model_type", "Hugging Face"),
+    "odd model_type": ({"model_type": 7}, False, "no model_type", "Hugging Face"),
+    "gpt-j": ({"model_type": "gptj"}, False, "does not know the model type 'gptj'", "known: .*gpt_neox"),
+    "misspelt": ({"model_type": "qwen_2"}, False, "'qwen_2'", "did you mean qwen2"),
+    "unknown MoE": ({"model_type": "deepseek_v3", "n_routed_experts": 256}, False, "already a Mixture", "mixtral"),
+    "classifier": ({**LLAMA, "architectures": ["LlamaForSequenceClassification"]}, False, "no language-model head", ""),
+    "embedding model": ({**LLAMA, "architectures": ["LlamaModel"]}, False, "LlamaModel", "causal language model"),
+    "MoE": (MIXTRAL, False, "mixtral is already a Mixture of Experts", "--hierarchical"),
+    "dense with --hierarchical": (LLAMA, True, "llama is a dense model", "leave out --hierarchical"),
+    "cross-attention": (
+        {
+            "model_type": "gpt2",
+            "n_embd": 8,
+            "n_layer": 1,
+            "activation_function": "gelu_new",
+            "add_cross_attention": True,
+        },
+        False,
+        "cross-attention",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    config, hierarchical, message, hint = REFUSED[name]
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        read_anatomy(config, hierarchical=hierarchical)
+    assert "\n" not in str(caught.value)
+    assert re.search(hint, caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LLAMA,
+        {**LLAMA, "architectures": ["LlamaForCausalLM"], "quantization_config": None, "auto_map": {}},
+        {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "n_embd": 8,
+            "n_layer": 1,
+            "activation_function": "relu",
+        },
+    ],
+)
+def test_accepted(config: dict) -> None:
+    assert read_anatomy(config).sites

@@ -1,0 +1,591 @@
+"""The staged writer: refusals, resume, and crashes at every file-system operation."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moesaic.blueprint import LayerPlan
+from moesaic.checkpoint import durable
+from moesaic.checkpoint.manifest import check_manifest
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.writer import LOCK_NAME, StagedOutput
+from moesaic.errors import InputError, ResourceError, VerificationError
+
+KEY = {"source": "a" * 64, "method": "cmoe", "options": {"layout": "S3A3E8", "markers": 10}}
+STEPS = ("layer-00000", "layer-00001", "rest")
+SHARDS = {
+    step: {f"{step}.weight": torch.full((3, 4), float(i)), f"{step}.bias": torch.arange(3.0) + i}
+    for i, step in enumerate(STEPS)
+}
+PLAN = {"model.layers.0.mlp": LayerPlan(4, torch.tensor([1, 0, 3, 2]))}
+
+
+@pytest.fixture
+def fast_dir() -> Iterator[Path]:
+    """A folder in memory where there is one: the crash tests sync thousands of times."""
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def job(out: Path, written: Callable[[str], object] = lambda step: None, key: dict[str, Any] = KEY) -> list[str]:
+    """A small conversion with all that a real one writes; returns the steps that it had to write."""
+    fresh = []
+    with StagedOutput.open(out, key) as staged:
+        state = staged.read_state()
+        first = 0 if state is None else state[0]
+        for number, step in enumerate(STEPS):
+            if not staged.done(step):
+                assert number >= first, "the state is ahead of the shards"
+                staged.write_plans(step, PLAN)
+                staged.write_shard(step, SHARDS[step])
+                fresh.append(step)
+                written(step)
+            assert staged.read_plans(step).keys() == PLAN.keys()
+            if number >= first:
+                staged.write_state(number + 1, {"x": torch.full((5,), float(number))})
+        (staged.work / "spill").write_bytes(b"scratch")
+        staged.write_text("config.json", '{"model_type": "llama"}\n')
+        staged.copy_file(Path(__file__), "extra/code.txt")
+        staged.finish(results={"seconds": 1}, verify=check_manifest)
+    return fresh
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def complete(fast_dir: Path) -> dict[str, bytes]:
+    """The files of an uninterrupted run."""
+    job(fast_dir / "reference")
+    return tree(fast_dir / "reference")
+
+
+def test_output_is_a_complete_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert job(out) == list(STEPS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    names = [f"model-{i:05d}-of-00003.safetensors" for i in range(1, 4)]
+    expected = {
+        *names,
+        "model.safetensors.index.json",
+        "config.json",
+        "manifest.json",
+        "results.json",
+        "extra/code.txt",
+    }
+    assert tree(out).keys() == expected
+    checkpoint = Checkpoint(out)
+    for step, tensors in SHARDS.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(checkpoint.tensor(name), tensor), step
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_parameters": 3 * 15, "total_size": 3 * 15 * 4}
+    assert index["weight_map"]["rest.bias"] == names[-1]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["key"] == KEY
+    assert manifest["files"].keys() == expected - {"manifest.json", "results.json"}
+
+
+def test_one_shard_is_called_model_safetensors(tmp_path: Path) -> None:
+    with StagedOutput.open(tmp_path / "out", KEY) as staged:
+        staged.write_shard("rest", SHARDS["rest"])
+        staged.finish(manifest=False)
+    assert tree(tmp_path / "out").keys() == {"model.safetensors"}
+
+
+def test_two_runs_write_equal_bytes(tmp_path: Path) -> None:
+    job(tmp_path / "a")
+    job(tmp_path / "b")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+# -- crashes -------------------------------------------------------------------------------------------------------
+
+_EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.copyfile"}
+_WRITING = os.O_WRONLY | os.O_RDWR
+
+
+def crash_at(number: int, action: Callable[[], object]) -> None:
+    """Run ``action`` and die, as in a power cut, at file-system operation ``number``; half of what is unsynced is lost.
+
+    Operations are counted where they reach the system: audit events for names, ``os.fsync`` before and after, and the
+    file writer of safetensors. Must run in a forked child: an audit hook stays.
+    """
+    count = 0
+    synced: dict[int, int] = {}
+    real_fsync, real_save = os.fsync, save_file
+
+    def tick(before_death: Callable[[], object] = lambda: None) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            before_death()
+            os._exit(9)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING
+        if event in _EVENTS or writes:
+            tick()
+
+    def fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+
+        def lose_half() -> None:
+            if stat.S_ISREG(status.st_mode):
+                safe = min(synced.get(status.st_ino, 0), status.st_size)
+                os.truncate(f"/proc/self/fd/{descriptor}", safe + (status.st_size - safe) // 2)
+
+        tick(lose_half)
+        real_fsync(descriptor)
+        synced[status.st_ino] = status.st_size
+        tick()
+
+    def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        tick(lambda: path.write_bytes(b"\x10"))
+        real_save(tensors, path, metadata=metadata)
+        tick(lambda: os.truncate(path, path.stat().st_size // 2))
+
+    os.fsync = fsync
+    durable.save_file = save  # type: ignore[assignment]
+    sys.addaudithook(hook)
+    action()
+    os._exit(0)
+
+
+def in_child(action: Callable[[Callable[[str], object]], object]) -> tuple[int, list[str]]:
+    """Fork, run ``action``, which is given a function to report a finished step; returns exit code and reports."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            action(lambda step: os.write(writer, f"{step}\n".encode()))
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with os.fdopen(reader) as reports:
+        steps = reports.read().split()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), steps
+
+
+def crash_job(out: Path, number: int) -> tuple[int, list[str]]:
+    return in_child(lambda report: crash_at(number, lambda: job(out, report)))
+
+
+forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@forks
+def test_crash_at_every_operation_resumes_to_equal_bytes(fast_dir: Path, complete: dict[str, bytes]) -> None:
+    out, partial = fast_dir / "out", fast_dir / "out.partial"
+    number, appeared = 0, 0
+    while True:
+        number += 1
+        code, finished = crash_job(out, number)
+        if code == 0:
+            break
+        assert code == 9
+        if out.exists():
+            appeared += 1
+        else:
+            fresh = job(out)
+            assert not set(fresh) & set(finished), f"crash at operation {number}: a finished step is done again"
+            assert not partial.exists()
+        assert tree(out) == complete, f"crash at operation {number}"
+        shutil.rmtree(out)
+        shutil.rmtree(partial, ignore_errors=True)
+    assert number > 100
+    assert 0 < appeared < number / 5
+    assert tree(out) == complete
+
+
+@forks
+@pytest.mark.parametrize("seed", range(8))
+def test_crash_after_crash_still_ends_in_equal_bytes(fast_dir: Path, complete: dict[str, bytes], seed: int) -> None:
+    dice, out = random.Random(seed), fast_dir / "out"
+    while not out.exists():
+        crash_job(out, dice.randint(1, 100))
+    assert tree(out) == complete
+
+
+@forks
+def test_remains_of_a_crash_after_the_last_act_do_not_matter(fast_dir: Path, complete: dict[str, bytes]) -> None:
+    out, partial = fast_dir / "out", fast_dir / "out.partial"
+    for number in range(1, 1000):
+        crash_job(out, number)
+        if out.exists():
+            break
+        shutil.rmtree(partial, ignore_errors=True)
+    assert partial.exists()
+    shutil.rmtree(out)
+    assert job(out, key={**KEY, "method": "random"}) == list(
+        STEPS
+    )  # another conversion: nothing to resume, none refused
+    assert not partial.exists()
+
+
+def suppressed(kind: type[BaseException], action: Callable[[], object]) -> list[BaseException]:
+    try:
+        action()
+    except kind as error:
+        return [error]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [(OSError(errno.ENOSPC, "No space left on device"), ResourceError), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_failure_at_every_sync_keeps_what_is_done(
+    fast_dir: Path,
+    complete: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+    raised: type[BaseException],
+) -> None:
+    real_fsync, out = os.fsync, fast_dir / "out"
+    for number in range(1, 1000):
+        calls = 0
+
+        def fsync(descriptor: int, number: int = number) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                raise failure
+            real_fsync(descriptor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            errors = suppressed(raised, lambda: job(out))
+        if calls < number:
+            break
+        assert [type(error) for error in errors] == [raised]
+        assert all("No space left" in str(error) and "it resumes" in str(error) for error in errors if error.args)
+        if not out.exists():
+            job(out)
+        assert tree(out) == complete
+        shutil.rmtree(out)
+    assert number > 40
+
+
+@forks
+def test_file_size_limit_is_a_resource_error(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    large = {"w": torch.zeros(300_000)}
+
+    def limited(report: Callable[[str], object]) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+        try:
+            with StagedOutput.open(out, KEY) as staged:
+                staged.write_shard("layer-00000", SHARDS["layer-00000"])
+                staged.write_shard("rest", large)
+        except ResourceError as error:
+            report(f"{type(error).__name__}:{'resumes' in error.hint}:{'rest' in error.message}")
+
+    assert in_child(limited)[1] == ["ResourceError:True:True"]
+    assert not list(tmp_path.rglob("*.tmp"))
+    with StagedOutput.open(out, KEY) as staged:
+        assert staged.done("layer-00000")
+        assert not staged.done("rest")
+
+
+# -- the lock ------------------------------------------------------------------------------------------------------
+
+
+@forks
+def test_second_process_is_refused_and_takes_over_from_a_killed_one(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ready, ready_write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with StagedOutput.open(out, KEY) as staged:
+            staged.write_plans("layer-00000", PLAN)
+            staged.write_shard("layer-00000", SHARDS["layer-00000"])
+            os.write(ready_write, b"x")
+            signal.pause()
+        os._exit(1)
+    assert os.read(ready, 1) == b"x"
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match="another process is writing"):
+        job(out)
+    assert tree(tmp_path) == before
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert job(out) == list(STEPS[1:])
+
+
+# -- what an interrupted run left ----------------------------------------------------------------------------------
+
+
+def interrupted(out: Path, steps: int = 2) -> Path:
+    """A staging folder with ``steps`` steps done; returns it."""
+
+    def stop(step: str) -> None:
+        if step == STEPS[steps - 1]:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        job(out, stop)
+    assert not out.exists()
+    return out.with_name(f"{out.name}.partial")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ({**KEY, "source": "b" * 64}, 'source was "aaaaaaaaaaaaaaa...aaa", now "bbbbbbbbbbbbbbb...bbb"'),
+        ({**KEY, "options": {"layout": "S2A2E8", "markers": 10}}, 'options.layout was "S3A3E8", now "S2A2E8"'),
+        ({**KEY, "seed": 1}, "seed was null, now 1"),
+        ({"source": "a" * 64}, "method was"),
+    ],
+)
+def test_another_key_is_refused_and_names_what_changed(tmp_path: Path, key: dict[str, Any], words: str) -> None:
+    out = tmp_path / "out"
+    partial = interrupted(out)
+    before = tree(partial)
+    with pytest.raises(InputError) as refused:
+        job(out, key=key)
+    assert words in refused.value.message
+    assert "--restart" in refused.value.hint
+    assert tree(partial) == before
+    with StagedOutput.open(out, key, restart=True) as staged:
+        assert not staged.done(STEPS[0])
+        assert staged.read_state() is None
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "plans", "line"])
+def test_damaged_shard_is_done_again(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture, complete: dict[str, bytes]
+) -> None:
+    partial = interrupted(tmp_path / "out", 2)
+    shard = partial / "shards" / "layer-00001.safetensors"
+    if damage == "truncate":
+        os.truncate(shard, shard.stat().st_size - 1)
+    elif damage == "flip":
+        shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    elif damage == "delete":
+        shard.unlink()
+    elif damage == "plans":
+        (partial / "plans" / "layer-00001" / "blueprint.json").write_text("{}")
+    else:
+        lines = (partial / "progress.jsonl").read_bytes().splitlines(keepends=True)
+        (partial / "progress.jsonl").write_bytes(lines[0] + b"\x00" * len(lines[1]) + b"\n")
+    assert job(tmp_path / "out") == ["layer-00001", "rest"]
+    assert ("layer-00001" in caplog.text) == (damage != "line")
+    assert tree(tmp_path / "out") == complete
+
+
+def test_state_is_forgotten_when_a_step_before_it_is(tmp_path: Path) -> None:
+    partial = interrupted(tmp_path / "out", 2)
+    with StagedOutput.open(tmp_path / "out", KEY) as staged:
+        state = staged.read_state()
+        assert state is not None
+        assert state[0] == 1
+        assert torch.equal(state[1]["x"], torch.full((5,), 0.0))
+    (partial / "shards" / "layer-00000.safetensors").unlink()
+    with StagedOutput.open(tmp_path / "out", KEY) as staged:
+        assert staged.read_state() is None
+
+
+def test_damaged_state_is_forgotten(tmp_path: Path, complete: dict[str, bytes]) -> None:
+    partial = interrupted(tmp_path / "out", 2)
+    (partial / "state.safetensors").write_bytes(b"\x00" * 20)
+    assert job(tmp_path / "out") == ["rest"]
+    assert tree(tmp_path / "out") == complete
+
+
+def test_damaged_key_asks_for_restart(tmp_path: Path) -> None:
+    partial = interrupted(tmp_path / "out")
+    (partial / "key.json").write_text("{")
+    with pytest.raises(InputError, match="--restart"):
+        job(tmp_path / "out")
+
+
+def test_nothing_is_left_when_nothing_was_done(tmp_path: Path) -> None:
+    def fail_early() -> None:
+        with StagedOutput.open(tmp_path / "out", KEY) as staged:
+            staged.write_plans("layer-00000", PLAN)
+            raise RuntimeError("early")
+
+    with pytest.raises(RuntimeError, match="early"):
+        fail_early()
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_verification_keeps_the_shards_and_no_output(tmp_path: Path, complete: dict[str, bytes]) -> None:
+    def refuse(folder: Path) -> None:
+        assert check_manifest(folder) > 0
+        raise VerificationError("wrong logits")
+
+    def convert() -> None:
+        with StagedOutput.open(tmp_path / "out", KEY) as staged:
+            for step in STEPS:
+                staged.write_plans(step, PLAN)
+                staged.write_shard(step, SHARDS[step])
+            staged.write_text("config.json", "{}")
+            staged.finish(verify=refuse)
+
+    with pytest.raises(VerificationError, match="wrong logits"):
+        convert()
+    assert not (tmp_path / "out").exists()
+    assert job(tmp_path / "out") == []
+    assert tree(tmp_path / "out") == complete
+
+
+def test_results_hold_what_verification_added(tmp_path: Path) -> None:
+    results: dict[str, Any] = {}
+    with StagedOutput.open(tmp_path / "out", KEY) as staged:
+        staged.write_shard("rest", SHARDS["rest"])
+        staged.finish(results=results, verify=lambda folder: results.update(parity=1e-7))
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == {"parity": 1e-7}
+
+
+def test_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    with StagedOutput.open(tmp_path / "out", KEY) as staged:
+        staged.write_shard("a", {"w": torch.zeros(1)})
+        staged.write_shard("b", {"w": torch.zeros(1)})
+        with pytest.raises(VerificationError, match="tensor w was written twice"):
+            staged.finish()
+
+
+# -- where an output may go ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model in it, links, a file and a read-only folder; also the home and the current folder."""
+    (tmp_path / "model" / "sub").mkdir(parents=True)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    (tmp_path / "foreign.partial").mkdir()
+    (tmp_path / "foreign.partial" / "thesis.txt").write_text("x")
+    (tmp_path / "linked.partial").symlink_to(tmp_path / "full")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "to_model").symlink_to(tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("full", "output .*full exists"),
+        ("full/", "output .*full exists"),
+        ("~/full", "output .*full exists"),
+        ("file", "exists and is a file"),
+        ("dangling", "is a link"),
+        ("model", "is the model itself"),
+        ("to_model", "is the model itself"),
+        ("model/out", "inside the model folder"),
+        ("model/sub/out", "inside the model folder"),
+        ("to_model/out", "inside the model folder"),
+        ("./x/../model/out", "inside the model folder"),
+        (".", "the model .* lies inside the output"),
+        ("..", "the model .* lies inside the output"),
+        ("/", "cannot be an output folder"),
+        ("", "it is empty"),
+        ("missing/out", "missing does not exist"),
+        ("file/out", "file is not a folder"),
+        ("foreign", "foreign.partial is in the way"),
+        ("linked", "linked.partial is in the way"),
+        ("a\0b", "null"),
+        ("n" * 250, "File name too long"),
+        ("/proc/out", "cannot create /proc/out"),
+        ("~no_such_user/out", "home directory"),
+    ],
+)
+def test_output_that_cannot_be_is_refused_and_nothing_written(place: Path, out: str, words: str) -> None:
+    before = sorted(place.rglob("*"))
+    with pytest.raises(InputError, match=words), StagedOutput.open(out, KEY, source="model"):
+        pass
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("out", ["out/", "./out", "~/out", "full/../out", "model/../out"])
+def test_spellings_of_an_output(place: Path, out: str) -> None:
+    StagedOutput.check(out, "model")
+    with StagedOutput.open(out, KEY, source="~/model") as staged:
+        staged.write_shard("rest", SHARDS["rest"])
+        assert staged.finish() == place / "out"
+    assert load_file(place / "out" / "model.safetensors").keys() == SHARDS["rest"].keys()
+
+
+def test_complete_output_is_named_as_such(tmp_path: Path) -> None:
+    job(tmp_path / "out")
+    with pytest.raises(InputError, match="exists and is complete"):
+        StagedOutput.check(tmp_path / "out")
+
+
+def test_unfinished_output_is_kept_when_another_conversion_finished_it(tmp_path: Path) -> None:
+    partial = interrupted(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="exists"):
+        job(tmp_path / "out")
+    assert (partial / "progress.jsonl").exists()
+
+
+def test_too_little_disk_is_refused_before_work(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ResourceError, match=r"needs about .* GB more"),
+        StagedOutput.open(tmp_path / "out", KEY, expected_bytes=10**18),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_in_the_callers_own_writes_is_a_resource_error(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ResourceError, match="No space left"),
+        StagedOutput.open(tmp_path / "out", KEY),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_other_errors_of_the_caller_pass_unchanged(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), StagedOutput.open(tmp_path / "out", KEY):
+        (tmp_path / "nothing").read_text()
+
+
+def test_file_names_stay_inside(tmp_path: Path) -> None:
+    with StagedOutput.open(tmp_path / "out", KEY) as staged:
+        for name in ("../config.json", "/etc/passwd", "a/../../b"):
+            with pytest.raises(InputError, match="leads outside"):
+                staged.write_text(name, "x")
+        with pytest.raises(ValueError, match="file name"):
+            staged.write_shard("../x", SHARDS["rest"])
+
+
+def test_copied_link_becomes_a_file(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"tokenizer")
+    (tmp_path / "tokenizer.json").symlink_to("blob")
+    with StagedOutput.open(tmp_path / "out", KEY) as staged:
+        staged.write_shard("rest", SHARDS["rest"])
+        staged.copy_file(tmp_path / "tokenizer.json")
+        staged.finish()
+    assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"tokenizer"
+
+
+def test_lock_file_does_not_reach_the_output(tmp_path: Path) -> None:
+    job(tmp_path / "out")
+    assert LOCK_NAME not in tree(tmp_path / "out")

@@ -1,0 +1,112 @@
+"""``moesaic convert`` killed with SIGKILL at random moments and run again: the output is absent or complete, and always the same."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moesaic.checkpoint.manifest import UNHASHED, check_manifest
+from tests.tiny_models import build_tiny
+
+REPOSITORY = Path(__file__).parents[2]
+KILLS = 20
+TEXT = "One expert reads, the others rest; a router in between decides which of them it is. " * 40
+
+Cli = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def cli() -> Iterator[Cli]:
+    """``cli(*args, kill_after=None)``: runs the command line; returns exit code and seconds."""
+    command = [sys.executable, "-m", "tests.jobs.forking_cli"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=REPOSITORY, text=True, **pipes) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        stdin, stdout = server.stdin, server.stdout
+
+        def run(*args: str | Path, kill_after: float | None = None) -> dict[str, Any]:
+            stdin.write(json.dumps({"args": [str(arg) for arg in args], "kill_after": kill_after}) + "\n")
+            stdin.flush()
+            return json.loads(stdout.readline())
+
+        yield run
+        stdin.close()
+
+
+def fixed_files(folder: Path) -> dict[str, bytes]:
+    """All files of an output that must not differ between two runs."""
+    names = UNHASHED - {"manifest.json"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in names
+    }
+
+
+def test_killed_at_random_moments_and_resumed(cli: Cli, tmp_path: Path) -> None:
+    model = build_tiny("llama", tmp_path / "model", num_hidden_layers=4)
+    (tmp_path / "text.txt").write_text(TEXT)
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    settings = ("--layout", "S2A2E7", "--calib", tmp_path / "text.txt", "--calib-tokens", "512", "--calib-window", "64")
+
+    def convert(target: Path, kill_after: float | None = None) -> dict[str, Any]:
+        return cli("convert", model, target, *settings, "--quiet", kill_after=kill_after)
+
+    assert convert(tmp_path / "first")["code"] == 0
+    whole = convert(tmp_path / "reference")
+    assert whole["code"] == 0
+    reference = fixed_files(tmp_path / "reference")
+    assert fixed_files(tmp_path / "first") == reference
+
+    dice, killed, resumed = random.Random(0), 0, 0
+    for kill in range(KILLS):
+        moment = whole["seconds"] * (kill + dice.random()) / KILLS
+        code = convert(out, kill_after=moment)["code"]
+        killed += code == -9
+        if out.exists():
+            check_manifest(out)
+        else:
+            resumed += (partial / "shards").is_dir() and any((partial / "shards").glob("*.safetensors"))
+            assert convert(out)["code"] == 0
+        assert fixed_files(out) == reference, f"killed after {moment:.3f} s"
+        assert not partial.exists() or not (partial / "model").exists()
+        shutil.rmtree(out)
+        shutil.rmtree(partial, ignore_errors=True)
+    assert killed >= KILLS * 0.7
+    assert resumed >= 3, "the kills never met an unfinished run with finished layers"
+
+    import moesaic
+
+    moesaic.register()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "reference")
+    with torch.inference_mode():
+        assert torch.isfinite(loaded(input_ids=torch.arange(8)[None]).logits).all()
+
+
+def test_chain_of_kills_ends_in_the_same_bytes(cli: Cli, tmp_path: Path) -> None:
+    model = build_tiny("gpt2", tmp_path / "model", n_layer=5)
+
+    def convert(target: Path, kill_after: float | None = None) -> dict[str, Any]:
+        return cli("convert", model, target, "--method", "mlpmoe", "--set", "branches=5", kill_after=kill_after)
+
+    assert convert(tmp_path / "first")["code"] == 0
+    whole = convert(tmp_path / "reference")
+    dice, out = random.Random(1), tmp_path / "out"
+    for _ in range(KILLS):
+        convert(out, kill_after=whole["seconds"] * dice.uniform(0.2, 0.7))
+        if out.exists():
+            break
+    else:
+        assert convert(out)["code"] == 0
+    assert fixed_files(out) == fixed_files(tmp_path / "reference")
