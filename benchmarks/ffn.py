@@ -2,7 +2,7 @@
 
     python benchmarks/ffn.py [--threads 2] [--layout S2A2E8] [--tokens 1 16 512] [--json out.json]
 
-Everything runs interleaved in one process: per round every contender computes the same inputs once, in an order that is shuffled anew,
+Everything runs interleaved in one process: per round every contender computes the same new inputs once, in an order that is shuffled anew,
 so that load on the machine and leftovers in the caches hit all alike. Reported is the median over rounds, and its ratio to dense.
 
 Axes: T tokens, D model width, F neurons.
@@ -31,7 +31,7 @@ from moesaic.layout import Layout
 from moesaic.nn.modeling_moesaic import MoEFeedForward
 
 STOCK = ("eager", "grouped_mm", "batched_mm")
-BATCHED_LIMIT = 64  # batched_mm copies the weights once per token and choice: beyond this it only fills memory
+BATCHED_LIMIT = 16  # batched_mm copies the weights once per token and choice: beyond this it only fills memory
 
 
 def main() -> None:
@@ -60,9 +60,9 @@ def measure(args: argparse.Namespace, dtype: str, tokens: int) -> dict[str, Any]
     contenders = build(args, torch_dtype)
     if tokens > BATCHED_LIMIT:
         contenders.pop("batched_mm", None)
-    inputs = [torch.randn(1, tokens, args.d_model).to(torch_dtype) for _ in range(8)]
+    shape = (1, tokens, args.d_model)
     with torch.inference_mode():
-        micros = _interleaved(contenders, inputs, _rounds(args, tokens), _CLOCKS[args.clock])
+        micros = _interleaved(contenders, shape, torch_dtype, _rounds(args, tokens), _CLOCKS[args.clock])
     dense = micros["dense"]
     stock = max(dense / micros[name] for name in STOCK if name in micros)
     return {
@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace, dtype: str, tokens: int) -> dict[str, Any]
         "micros": {name: round(value, 1) for name, value in micros.items()},
         "dense_over": {name: round(dense / value, 3) for name, value in micros.items() if name != "dense"},
         "ours_over_best_stock": round(dense / micros["moesaic"] / stock, 3),
-        "floor": floor(args, torch_dtype, tokens, inputs[0], contenders["moesaic"]),
+        "floor": floor(args, torch_dtype, torch.randn(tokens, args.d_model), contenders["moesaic"]),
     }
 
 
@@ -116,18 +116,18 @@ def build(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, nn.Module]:
     return contenders
 
 
-def floor(args: argparse.Namespace, dtype: torch.dtype, tokens: int, x_1TD: Tensor, ours: nn.Module) -> dict[str, float]:
+def floor(args: argparse.Namespace, dtype: torch.dtype, x_TD: Tensor, ours: nn.Module) -> dict[str, float]:
     """What cannot be avoided, as a share of dense: weights read by this batch, multiplications, and the ratio that they allow."""
     assert isinstance(ours, MoEFeedForward)
-    idx_TK, _ = ours.route(x_1TD[0])
+    idx_TK, _ = ours.route(x_TD)
     read = ours.shared + len(idx_TK.unique()) * ours.width
     used = ours.shared + ours.top_k * ours.width
     mebibytes = 3 * args.d_model * args.d_ff * dtype.itemsize / 2**20
     return {
         "weights_mib_dense": round(mebibytes, 1),
         "weights_mib_active": round(mebibytes * read / args.d_ff, 1),
-        "gflop_dense": round(6 * args.d_model * args.d_ff * tokens / 1e9, 3),
-        "gflop_active": round(6 * args.d_model * used * tokens / 1e9, 3),
+        "gflop_dense": round(6 * args.d_model * args.d_ff * len(x_TD) / 1e9, 3),
+        "gflop_active": round(6 * args.d_model * used * len(x_TD) / 1e9, 3),
         "ratio_by_bytes": round(args.d_ff / read, 2),
         "ratio_by_flops": round(args.d_ff / used, 2),
     }
@@ -154,16 +154,16 @@ _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": tim
 
 
 def _interleaved(
-    contenders: dict[str, nn.Module], inputs: list[Tensor], rounds: int, clock: Callable[[], float]
+    contenders: dict[str, nn.Module], shape: tuple[int, ...], dtype: torch.dtype, rounds: int, clock: Callable[[], float]
 ) -> dict[str, float]:
-    """Median microseconds per call of each contender."""
+    """Median microseconds per call of each contender. Inputs are new in each round, so that routing is, as in use."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
     shuffle = random.Random(0).shuffle
     for turn in range(-2, rounds):  # two rounds to warm up
         shuffle(order)
+        x = torch.randn(shape).to(dtype)
         for name in order:
-            x = inputs[turn % len(inputs)]
             begin = clock()
             contenders[name](x)
             elapsed = clock() - begin

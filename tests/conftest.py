@@ -7,13 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from moesaic.checkpoint.source import resolve_model
+from moesaic.errors import InputError
+from moesaic.jobs.demo import packaged_gguf
+from moesaic.paths import cache_folder
 from tests.tiny_models import build_tiny
 
-REAL_MODEL_VARIABLE = "MOESAIC_SMOLLM2"
+_USER_CACHE = cache_folder()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,8 +42,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M as a folder, for tests marked ``real``."""
-    folder = os.environ.get(REAL_MODEL_VARIABLE)
-    if folder is None or not (Path(folder) / "config.json").exists():
-        pytest.skip(f"{REAL_MODEL_VARIABLE} does not name a model folder")
-    return Path(folder)
+    """SmolLM2-135M-Instruct for tests marked ``real``: dequantised once, into the cache that ``moesaic demo`` uses."""
+    try:
+        gguf = packaged_gguf()
+    except InputError as missing:
+        if os.environ.get("CI") == "true":
+            pytest.fail(str(missing))
+        pytest.skip(str(missing))
+    _USER_CACHE.mkdir(parents=True, exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch, FileLock(_USER_CACHE / ".tests.lock"):
+        patch.setenv("MOESAIC_CACHE", str(_USER_CACHE))
+        return resolve_model(str(gguf))

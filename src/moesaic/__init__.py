@@ -61,3 +61,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
+
+
+from moesaic.nn.register import register_on_import  # noqa: E402  (standard library only; needs the names above)
+
+register_on_import()

@@ -11,7 +11,6 @@ import shutil
 import signal
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from moesaic.checkpoint.manifest import check_manifest
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import LOCK_NAME, StagedOutput
 from moesaic.errors import InputError, ResourceError, VerificationError
+from tests.in_memory import memory_folder
 
 KEY = {"source": "a" * 64, "method": "cmoe", "options": {"layout": "S3A3E8", "markers": 10}}
 STEPS = ("layer-00000", "layer-00001", "rest")
@@ -38,10 +38,8 @@ PLAN = {"model.layers.0.mlp": LayerPlan(4, torch.tensor([1, 0, 3, 2]))}
 
 @pytest.fixture
 def fast_dir() -> Iterator[Path]:
-    """A folder in memory where there is one: the crash tests sync thousands of times."""
-    folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-    yield folder
-    shutil.rmtree(folder)
+    with memory_folder() as folder:
+        yield folder
 
 
 def job(out: Path, written: Callable[[str], object] = lambda step: None, key: dict[str, Any] = KEY) -> list[str]:

@@ -1,4 +1,4 @@
-"""``moesaic convert`` killed with SIGKILL at random moments and run again: the output is absent or complete, and always the same."""
+"""``moesaic convert`` killed with SIGKILL at random moments and run again: OUT is absent or complete, and the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import moesaic
 from moesaic.checkpoint.manifest import UNHASHED, check_manifest
+from tests.in_memory import memory_folder
 from tests.tiny_models import build_tiny
 
 REPOSITORY = Path(__file__).parents[2]
@@ -27,7 +29,7 @@ Cli = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def cli() -> Iterator[Cli]:
-    """``cli(*args, kill_after=None)``: runs the command line; returns exit code and seconds."""
+    """``cli(*args, fork=True, kill_after=None)``: runs the command line; returns exit code and CPU seconds."""
     command = [sys.executable, "-m", "tests.jobs.forking_cli"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, cwd=REPOSITORY, text=True, **pipes) as server:
@@ -35,13 +37,20 @@ def cli() -> Iterator[Cli]:
         assert server.stdout is not None
         stdin, stdout = server.stdin, server.stdout
 
-        def run(*args: str | Path, kill_after: float | None = None) -> dict[str, Any]:
-            stdin.write(json.dumps({"args": [str(arg) for arg in args], "kill_after": kill_after}) + "\n")
+        def run(*args: str | Path, **how: Any) -> dict[str, Any]:
+            request = {"args": [str(arg) for arg in args], "fork": True, "kill_after": None} | how
+            stdin.write(json.dumps(request) + "\n")
             stdin.flush()
             return json.loads(stdout.readline())
 
         yield run
         stdin.close()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with memory_folder() as folder:
+        yield folder
 
 
 def fixed_files(folder: Path) -> dict[str, bytes]:
@@ -54,20 +63,20 @@ def fixed_files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_killed_at_random_moments_and_resumed(cli: Cli, tmp_path: Path) -> None:
-    model = build_tiny("llama", tmp_path / "model", num_hidden_layers=4)
-    (tmp_path / "text.txt").write_text(TEXT)
-    out, partial = tmp_path / "out", tmp_path / "out.partial"
-    settings = ("--layout", "S2A2E7", "--calib", tmp_path / "text.txt", "--calib-tokens", "512", "--calib-window", "64")
+def test_killed_at_random_moments_and_resumed(cli: Cli, folder: Path) -> None:
+    model = build_tiny("llama", folder / "model", num_hidden_layers=3)
+    (folder / "text.txt").write_text(TEXT)
+    out, partial = folder / "out", folder / "out.partial"
+    settings = ("--layout", "S2A2E7", "--calib", folder / "text.txt", "--calib-tokens", "256", "--calib-window", "64")
 
-    def convert(target: Path, kill_after: float | None = None) -> dict[str, Any]:
-        return cli("convert", model, target, *settings, "--quiet", kill_after=kill_after)
+    def convert(target: Path, **how: Any) -> dict[str, Any]:
+        return cli("convert", model, target, *settings, "--quiet", **how)
 
-    assert convert(tmp_path / "first")["code"] == 0
-    whole = convert(tmp_path / "reference")
+    assert convert(folder / "first", fork=False)["code"] == 0
+    whole = convert(folder / "reference")
     assert whole["code"] == 0
-    reference = fixed_files(tmp_path / "reference")
-    assert fixed_files(tmp_path / "first") == reference
+    reference = fixed_files(folder / "reference")
+    assert fixed_files(folder / "first") == reference
 
     dice, killed, resumed = random.Random(0), 0, 0
     for kill in range(KILLS):
@@ -86,27 +95,25 @@ def test_killed_at_random_moments_and_resumed(cli: Cli, tmp_path: Path) -> None:
     assert killed >= KILLS * 0.7
     assert resumed >= 3, "the kills never met an unfinished run with finished layers"
 
-    import moesaic
-
     moesaic.register()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "reference")
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "reference")
     with torch.inference_mode():
         assert torch.isfinite(loaded(input_ids=torch.arange(8)[None]).logits).all()
 
 
-def test_chain_of_kills_ends_in_the_same_bytes(cli: Cli, tmp_path: Path) -> None:
-    model = build_tiny("gpt2", tmp_path / "model", n_layer=5)
+def test_chain_of_kills_ends_in_the_same_bytes(cli: Cli, folder: Path) -> None:
+    model = build_tiny("gpt2", folder / "model", n_layer=5)
 
-    def convert(target: Path, kill_after: float | None = None) -> dict[str, Any]:
-        return cli("convert", model, target, "--method", "mlpmoe", "--set", "branches=5", kill_after=kill_after)
+    def convert(target: Path, **how: Any) -> dict[str, Any]:
+        return cli("convert", model, target, "--method", "mlpmoe", "--set", "branches=5", "--quiet", **how)
 
-    assert convert(tmp_path / "first")["code"] == 0
-    whole = convert(tmp_path / "reference")
-    dice, out = random.Random(1), tmp_path / "out"
+    assert convert(folder / "first", fork=False)["code"] == 0
+    whole = convert(folder / "reference")
+    dice, out = random.Random(1), folder / "out"
     for _ in range(KILLS):
         convert(out, kill_after=whole["seconds"] * dice.uniform(0.2, 0.7))
         if out.exists():
             break
     else:
         assert convert(out)["code"] == 0
-    assert fixed_files(out) == fixed_files(tmp_path / "reference")
+    assert fixed_files(out) == fixed_files(folder / "reference")

@@ -170,7 +170,7 @@ def planted() -> tuple[FFNWeights, Tensor, Tensor]:
     """One block of 16 neurons that fires for all tokens and four that fire each for its own tokens, in mixed order.
 
     Every block has its own 6 input coordinates; its first neuron reads their sum and fires most, the others read
-    equally tilted sums. Returns the FFN, inputs of groups of slightly different sizes, and each neuron's block (0: all).
+    equally tilted sums. Returns the FFN, inputs of groups of slightly different sizes, each neuron's block (0: all).
     """
     generator = torch.Generator().manual_seed(0)
     blocks, wide, size = 5, 6, 16

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moesaic.anatomy import read_anatomy
+from moesaic.anatomy.weights import load_ffn
 from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError
-from moesaic.materialise import TENSOR_NAMES, pack
+from moesaic.evaluate.proxy import proxy_change, proxy_perplexity
+from moesaic.materialise import TENSOR_NAMES, apply_blueprint, pack
 from moesaic.methods.base import SiteInputs
 from moesaic.methods.mlpmoe.config import Config, check, needs_calibration
 from moesaic.methods.mlpmoe.method import describe, plan_site
@@ -347,3 +353,22 @@ def test_two_conversions_are_identical_and_use_no_global_randomness(options: dic
     assert torch.equal(torch.get_rng_state(), state)
     first.save(tmp_path)
     assert Blueprint.load(tmp_path).digest() == first.digest()
+
+
+# --- the published figure
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("order", ORDERS)
+def test_slicing_a_real_model_changes_its_proxy_perplexity_by_less_than_published(order: str, smollm2: Path) -> None:
+    checkpoint = Checkpoint(smollm2)
+    anatomy = read_anatomy(checkpoint.config)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    dense = proxy_perplexity(model, tokenizer)
+    sites = {
+        site.path: plan_of(load_ffn(checkpoint, site, anatomy.activation), order=order, branches=32)
+        for site in anatomy.sites
+    }
+    apply_blueprint(model, Blueprint("llama", checkpoint.fingerprint(), "mlpmoe", {}, sites), anatomy)
+    assert abs(proxy_change(proxy_perplexity(model, tokenizer), dense).percent) < 0.05

@@ -40,5 +40,14 @@ def test_batches_start_over_at_the_end() -> None:
     prob_TE = torch.tensor([[0.9, 0.1], [0.2, 0.8]])  # batch 0 loads expert 0, batch 1 loads expert 1
     assert balance_bias(prob_TE, 1, steps=0, step=0.125, batch=1).tolist() == [0.0, 0.0]
     assert balance_bias(prob_TE, 1, steps=1, step=0.125, batch=1).tolist() == [-0.125, 0.125]
-    assert balance_bias(prob_TE, 1, steps=2, step=0.125, batch=1).tolist() == [0.0, 0.0]
-    assert balance_bias(prob_TE, 1, steps=3, step=0.125, batch=1).tolist() == [-0.125, 0.125]
+    # Steps shrink: 0.25 down, then 0.125 back; or 0.375, 0.25 back and 0.125 down again.
+    assert balance_bias(prob_TE, 1, steps=2, step=0.25, batch=1).tolist() == [-0.125, 0.125]
+    assert balance_bias(prob_TE, 1, steps=3, step=0.375, batch=1).tolist() == [-0.25, 0.25]
+
+
+def test_nearly_uniform_probabilities_are_balanced_by_a_coarse_step() -> None:
+    prob_TE = 0.5 + 1e-5 * torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    prob_TE[:, 0] += 1e-5
+    assert expert_load(prob_TE, torch.zeros(2), 1)[0] > 700
+    bias_E = balance_bias(prob_TE, 1, steps=500, step=1e-3, batch=500)
+    assert abs(int(expert_load(prob_TE, bias_E, 1)[0]) - 500) < 100

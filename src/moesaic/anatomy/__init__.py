@@ -126,21 +126,20 @@ def _sites(config: Config, family: Family, layer: int) -> Iterator[FFNSite]:
         path = f"{layer_path}.{family.ffn}"
         yield FFNSite(path, layer, _size(config, family.d_ff, config["model_type"]), moe.dense_names, disk_path=path)
     else:
-        yield from _expert_sites(config, moe, layer_path, layer)
+        yield from _expert_sites(config, family, moe, layer)
 
 
-def _expert_sites(config: Config, moe: MoENames, layer_path: str, layer: int) -> Iterator[FFNSite]:
-    path, disk_path = f"{layer_path}.{moe.block}", f"{layer_path}.{moe.block_on_disk}"
+def _expert_sites(config: Config, family: Family, moe: MoENames, layer: int) -> Iterator[FFNSite]:
+    block = f"{family.layers}.{layer}.{moe.block}"
     model_type = config["model_type"]
     width = _size(config, moe.expert_width, model_type)
     for expert in range(_expert_count(config, moe)):
-        name = f"experts.{expert}"
-        yield FFNSite(f"{path}.{name}", layer, width, moe.names, disk_path=f"{disk_path}.{name}", expert=expert)
+        path = f"{block}.experts.{expert}"
+        yield FFNSite(path, layer, width, moe.names, disk_path=family.disk_name(path), expert=expert)
     if moe.shared is not None and moe.shared_names is not None and moe.shared_width is not None:
+        path = f"{block}.{moe.shared}"
         shared_width = _size(config, moe.shared_width, model_type)
-        yield FFNSite(
-            f"{path}.{moe.shared}", layer, shared_width, moe.shared_names, disk_path=f"{disk_path}.{moe.shared}"
-        )
+        yield FFNSite(path, layer, shared_width, moe.shared_names, disk_path=family.disk_name(path))
 
 
 def _expert_count(config: Config, moe: MoENames) -> int:

@@ -43,13 +43,11 @@ GATED_PROJ = FFNNames(gate="gate_proj", up="up_proj", down="down_proj")
 class MoENames:
     """Where an existing MoE keeps its experts (hierarchical conversion), relative to the decoder layer.
 
-    The experts are ``experts.0``, ``experts.1`` ... of the block, which the checkpoint may call otherwise
-    (``block_on_disk``; Mixtral: ``block_sparse_moe``) than the model (``block``: ``mlp``).
+    The experts are ``experts.0``, ``experts.1`` ... of ``block``, named as in the model.
     ``names``: projection names of one expert on disk. ``shared``: an always-on expert beside them.
     """
 
     block: str
-    block_on_disk: str
     names: FFNNames
     expert_count: str
     expert_width: str
@@ -74,6 +72,8 @@ class Family:
         d_ff_default: Computes d_ff where config.json may leave it out (GPT-2: 4 x n_embd).
         activation_of: Computes the activation where the value of its key is not the whole story (Gemma).
         prefix: Prefix of the base model's tensors; checkpoints without it are read as well.
+        renames: Parts of tensor names that the checkpoint spells otherwise than the model: (on disk, in the model).
+        buffers: Ends of names of tensors that old checkpoints hold and that are no weights (causal masks, rotary tables).
         refuse: Returns the reason why a config of this family cannot be converted, or None.
         moe: Set for families that are MoE already.
     """
@@ -91,8 +91,23 @@ class Family:
     d_ff_default: Callable[[Config], int] | None = None
     activation_of: Callable[[Config], str] | None = None
     prefix: str = "model"
+    renames: tuple[tuple[str, str], ...] = ()
+    buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
     refuse: Callable[[Config], str | None] | None = None
     moe: MoENames | None = None
+
+
+    def model_name(self, name: str) -> str:
+        """A tensor's name in the model, given its name on disk (prefix included)."""
+        for on_disk, in_model in self.renames:
+            name = name.replace(on_disk, in_model)
+        return name
+
+    def disk_name(self, name: str) -> str:
+        """The inverse of :meth:`model_name`."""
+        for on_disk, in_model in self.renames:
+            name = name.replace(in_model, on_disk)
+        return name
 
 
 @dataclass(frozen=True)

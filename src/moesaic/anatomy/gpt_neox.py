@@ -9,4 +9,6 @@ FAMILY = Family(
     ffn="mlp",
     names=FFNNames(up="dense_h_to_4h", down="dense_4h_to_h"),
     prefix="gpt_neox",
+    renames=(("embed_out.", "lm_head."),),
+    buffers=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
 )

@@ -10,7 +10,6 @@ FAMILY = Family(
     names=GATED_PROJ,
     moe=MoENames(
         block="mlp",
-        block_on_disk="mlp",
         names=GATED_PROJ,
         expert_count="num_experts",
         expert_width="moe_intermediate_size",

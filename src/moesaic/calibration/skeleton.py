@@ -26,7 +26,6 @@ FFNTable = Mapping[str, Callable[[Tensor], Tensor]]
 """Site path -> what computes that FFN, x_TD -> y_TD."""
 
 _HEAD = "lm_head.weight"
-_ALIASES = {_HEAD: "embed_out.weight"}  # GPT-NeoX checkpoints
 
 
 @dataclass(frozen=True)
@@ -195,9 +194,7 @@ class Skeleton:
     def _stored_name(self, name: str) -> str | None:
         """How the checkpoint calls a parameter of the model; None when it is not there."""
         family = self.anatomy.family
-        candidates = [name, name.removeprefix(f"{family.prefix}."), _ALIASES.get(name, name)]
-        if family.moe is not None:
-            candidates.append(name.replace(f".{family.moe.block}.", f".{family.moe.block_on_disk}.", 1))
+        candidates = [name, name.removeprefix(f"{family.prefix}."), family.disk_name(name)]
         return next((candidate for candidate in candidates if candidate in self.checkpoint), None)
 
 

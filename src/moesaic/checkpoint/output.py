@@ -21,17 +21,19 @@ from moesaic.targets.base import Split, TargetModule, TargetOptions
 
 
 def output_names(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, str]:
-    """Every tensor of the checkpoint -> the name that transformers' modules use, under which a copy is written.
+    """Every weight of the checkpoint -> the name that transformers' modules use, under which a copy is written.
 
-    Two differences occur: checkpoints saved without the base model's prefix (GPT-2's ``h.0.attn...``), and blocks that
-    transformers renames on loading (Mixtral's ``block_sparse_moe``).
+    Differences occur: checkpoints saved without the base model's prefix (GPT-2's ``h.0.attn...``), parts that transformers
+    renames on loading (``Family.renames``), and buffers of old checkpoints, which are left out.
     """
-    bare = not any(name.startswith(f"{anatomy.family.layers}.") for name in checkpoint.names)
-    prefix = f"{anatomy.family.prefix}." if bare else ""
-    moe = anatomy.family.moe
-    names = {name: name if name.startswith("lm_head.") else prefix + name for name in checkpoint.names}
-    if moe is not None and moe.block != moe.block_on_disk:
-        names = {name: out.replace(f".{moe.block_on_disk}.", f".{moe.block}.") for name, out in names.items()}
+    family = anatomy.family
+    bare = not any(name.startswith(f"{family.layers}.") for name in checkpoint.names)
+    prefix = f"{family.prefix}." if bare else ""
+    names = {}
+    for name in checkpoint.names:
+        in_model = family.model_name(name)
+        if not name.endswith(family.buffers):
+            names[name] = in_model if in_model.startswith("lm_head.") else prefix + in_model
     return names
 
 

@@ -86,6 +86,7 @@ class Checkpoint:
         self._handles: dict[Path, Any] = {}
         self._tensors: dict[str, TensorInfo] = {}
         self._fingerprint: str | None = None
+        self._finite: set[str] = set()
         weight_map = self._weight_map()
         for file in self._shards(weight_map):
             self._read_header(file)
@@ -133,16 +134,22 @@ class Checkpoint:
             raise CheckpointError(f"{file}: cannot read tensor {name}: {error}", "has the file changed?") from error
 
     def finite_tensor(self, name: str) -> Tensor:
-        """Like :meth:`tensor`; raises CheckpointError, naming file and tensor, when it holds NaN or infinity."""
+        """Like :meth:`tensor`; raises CheckpointError, naming file and tensor, when it holds NaN or infinity.
+
+        Each tensor is looked at once per opened checkpoint.
+        """
         import torch
 
         tensor = self.tensor(name)
+        if name in self._finite:
+            return tensor
         # aminmax carries NaN through and allocates nothing: two orders faster than isfinite(tensor).all().
         if tensor.is_floating_point() and tensor.numel() and not _finite(*torch.aminmax(tensor)):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
                 f"{self.info(name).file}: tensor {name} has {bad} NaN or infinite values", "the checkpoint is damaged"
             )
+        self._finite.add(name)
         return tensor
 
     def fingerprint(self) -> str:

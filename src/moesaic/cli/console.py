@@ -5,8 +5,19 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
+
+
+def quiet_libraries() -> None:
+    """No bars, advice or warnings of libraries between our lines. Imports transformers: for verbs that need it."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if not sys.warnoptions:  # python -W shows them
+        warnings.simplefilter("ignore")
 
 
 def say(text: str = "") -> None:
@@ -26,9 +37,9 @@ def emit_json(data: Any) -> None:
 
 def fail(message: str, hint: str, code: int) -> NoReturn:
     """The one way to end with an error: a line, a hint, an exit code."""
-    say(f"error: {message}")
+    say(f"error: {' '.join(message.split())}")
     if hint:
-        say(f"hint: {hint}")
+        say(f"hint: {' '.join(hint.split())}")
     sys.exit(code)
 
 

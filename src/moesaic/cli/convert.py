@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moesaic.cli import options as opt
-from moesaic.cli.console import ConsoleProgress, emit, emit_json
+from moesaic.cli.console import ConsoleProgress, emit, emit_json, quiet_libraries
 
 
 def attach(app: typer.Typer) -> None:
@@ -55,9 +55,16 @@ def run(
         hierarchical=hierarchical,
         seed=seed,
     )
+    from moesaic.jobs.request import check_request
+
+    if model.endswith(".gguf"):
+        quiet_libraries()  # transformers dequantises it
+    source = check_request(model, settings, out).checkpoint.folder  # a slip is answered before torch is imported
+    quiet_libraries()
     from moesaic.jobs.convert import convert
 
-    done = convert(model, out, settings=settings, blueprint=blueprint, restart=restart, progress=ConsoleProgress(quiet))
+    progress = ConsoleProgress(quiet)
+    done = convert(source, out, settings=settings, blueprint=blueprint, restart=restart, progress=progress)
     if as_json:
         emit_json({"output": str(done.output)} | done.results)
         return

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moesaic.cli import options as opt
-from moesaic.cli.console import ConsoleProgress, emit, emit_json, table
+from moesaic.cli.console import ConsoleProgress, emit, emit_json, quiet_libraries, table
 
 
 def attach(app: typer.Typer) -> None:
@@ -23,6 +23,7 @@ def run(
     quiet: opt.Quiet = False,
 ) -> None:
     """Convert SmolLM2-135M by CMoE and MLPMoE, and measure both beside the dense model and two controls."""
+    quiet_libraries()
     from moesaic.jobs.demo import demo
 
     result = demo(out, windows=windows, progress=ConsoleProgress(quiet))

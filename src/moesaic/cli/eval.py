@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moesaic.cli import options as opt
-from moesaic.cli.console import ConsoleProgress, emit, emit_json, table
+from moesaic.cli.console import ConsoleProgress, emit, emit_json, quiet_libraries, table
 
 
 def attach(app: typer.Typer) -> None:
@@ -38,11 +38,18 @@ def run(
     quiet: opt.Quiet = False,
 ) -> None:
     """Measure a converted model beside the dense one. Results go to stdout and into OUT/results.json."""
+    from moesaic.checkpoint.reader import Checkpoint
+    from moesaic.checkpoint.source import resolve_model
+
+    if model.endswith(".gguf") or (baseline or "").endswith(".gguf"):
+        quiet_libraries()  # transformers dequantises it
+    folder, *dense = [Checkpoint(resolve_model(name)).folder for name in (model, baseline) if name is not None]
+    quiet_libraries()
     from moesaic.evaluate.run import evaluate_model
 
     results = evaluate_model(
-        model,
-        baseline=baseline,
+        folder,
+        baseline=dense[0] if dense else None,
         text=text,
         window=1024 if quick else window,
         limit=16 if quick and limit is None else limit,

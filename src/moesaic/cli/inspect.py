@@ -9,6 +9,7 @@ import typer
 
 from moesaic.cli import options as opt
 from moesaic.cli.console import emit, emit_json, table
+from moesaic.errors import InputError
 
 if TYPE_CHECKING:
     from moesaic.blueprint import Blueprint
@@ -33,6 +34,7 @@ def run(
         emit_json(lines) if as_json else emit("\n".join(lines) or "the two convert alike")
         return
     rows = [_row(path, plan) for path, plan in blueprint.sites.items()]
+    results = _results(folder)
     if as_json:
         emit_json({"method": blueprint.method, "config": blueprint.config, "digest": blueprint.digest(), "sites": rows})
         return
@@ -42,7 +44,11 @@ def run(
     emit("")
     headers = ["FFN", "neurons", "shared", "experts", "width", "top-k", "active", "router", "gate"]
     emit(table(headers, [[str(value) for value in row.values()] for row in rows]))
-    _emit_results(folder, blueprint)
+    for name, measured in results.get("evaluation", {}).items():
+        emit("")
+        for label, row in measured["perplexity"].items():
+            ratio = row.get("ratio_to_dense")
+            emit(f"{name} {label:8} {row['value']:.3f}" + (f"  {ratio['ratio']:.3f}x dense" if ratio else ""))
 
 
 def _row(path: str, plan: Any) -> dict[str, Any]:
@@ -59,14 +65,11 @@ def _row(path: str, plan: Any) -> dict[str, Any]:
     }
 
 
-def _emit_results(folder: Path, blueprint: Blueprint) -> None:
+def _results(folder: Path) -> dict[str, Any]:
     import json
 
     path = folder / "results.json"
-    if not path.exists():
-        return
-    for name, results in json.loads(path.read_text(encoding="utf-8")).get("evaluation", {}).items():
-        emit("")
-        for label, row in results["perplexity"].items():
-            ratio = row.get("ratio_to_dense")
-            emit(f"{name} {label:8} {row['value']:.3f}" + (f"  {ratio['ratio']:.3f}x dense" if ratio else ""))
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}", "delete it: it holds only measurements") from error

@@ -59,7 +59,7 @@ def main() -> None:
         if debug:
             raise
         fail(
-            f"internal error: {type(error).__name__}: {' '.join(str(error).split())}",
+            f"internal error: {type(error).__name__}: {error}",
             "--debug shows the trace; please report it",
             1,
         )

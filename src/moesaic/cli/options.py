@@ -64,12 +64,12 @@ def make_settings(
     values = load_settings(config) if config is not None else {}
     if layout is not None and active is not None:
         raise InputError("both --layout and --active are given", "give one of them")
-    method_options = dict(values.get("options") or {}) | _pairs(options)
+    method_options = _section(values, "options") | _pairs(options)
     if layout is not None:
         method_options["layout"] = str(Layout.parse(layout))
     if active is not None:
         method_options["layout"] = str(Layout.from_active_fraction(active))
-    calibration = dict(values.get("calibration") or {})
+    calibration = _section(values, "calibration")
     given = {"sources": calib, "tokens": calib_tokens, "window": calib_window, "seed": seed}
     calibration |= {key: value for key, value in given.items() if value is not None}
     flags: dict[str, Any] = {"method": method, "hierarchical": hierarchical, "seed": seed}
@@ -77,6 +77,13 @@ def make_settings(
         flags["dense_layers"] = _layers(dense_layers)
     values |= {key: value for key, value in flags.items() if value is not None}
     return build(ConvertSettings, values | {"options": method_options, "calibration": calibration}, "settings")
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name) or {}
+    if not isinstance(section, dict):
+        raise InputError(f"settings: {name} holds no mapping", "write `key: value` lines below it")
+    return dict(section)
 
 
 def _pairs(options: list[str] | None) -> dict[str, Any]:
@@ -88,7 +95,10 @@ def _pairs(options: list[str] | None) -> dict[str, Any]:
         key, equals, value = option.partition("=")
         if not equals or not key:
             raise InputError(f"cannot read --set {option!r}", "write --set key=value")
-        pairs[key.strip().replace("-", "_")] = yaml.safe_load(value)
+        try:
+            pairs[key.strip().replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"cannot read the value of --set {option!r}", "quote it as in YAML") from error
     return pairs
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moesaic.cli import options as opt
-from moesaic.cli.console import emit, emit_json
+from moesaic.cli.console import emit, emit_json, quiet_libraries
 
 
 def attach(app: typer.Typer) -> None:
@@ -22,6 +22,7 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Check hashes, shapes, finiteness and, with --baseline, parity. Exit code 3 when anything is wrong."""
+    quiet_libraries()
     from moesaic.jobs.verify import verify_output
 
     report = verify_output(folder, baseline=baseline)

@@ -23,6 +23,7 @@ from moesaic.evaluate.fidelity import router_fidelity, summarise
 from moesaic.evaluate.perplexity import Perplexity, compare, perplexity, protocol_name, token_windows
 from moesaic.evaluate.speed import measure
 from moesaic.progress import Progress, Silent
+from moesaic.report.card import write_card
 
 RESULTS = "results.json"
 _FIDELITY_WINDOWS = 2
@@ -82,10 +83,6 @@ def evaluate_model(
     Raises:
         InputError: A path or text that cannot be used; ``controls`` without ``baseline`` or blueprint.
     """
-    import moesaic.nn.modeling_moesaic  # noqa: F401  (registers the architecture with transformers' Auto classes)
-    from moesaic.nn.register import register
-
-    register()
     folder = resolve_model(str(model))
     blueprint = Blueprint.load(folder) if (folder / JSON_NAME).exists() else None
     if controls and (baseline is None or blueprint is None):
@@ -165,7 +162,7 @@ def _calibration(folder: Path) -> CalibrationConfig:
 
 
 def merge_results(folder: Path, new: dict[str, Any]) -> None:
-    """Merge top-level and ``evaluation`` entries into the folder's results.json, atomically."""
+    """Merge entries into the folder's results.json, atomically, and renew its model card."""
     path = folder / RESULTS
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for key, value in new.items():
@@ -174,3 +171,4 @@ def merge_results(folder: Path, new: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
+    write_card(folder)

@@ -6,6 +6,7 @@ Axes: N windows, W tokens per window, D model width, T tokens.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,23 +17,26 @@ import torch
 from torch import Tensor
 
 import moesaic
-from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy, FFNSite
 from moesaic.anatomy.weights import load_ffn
 from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.calibration.skeleton import Skeleton
 from moesaic.calibration.stream import LayerStream
 from moesaic.calibration.text import Windows, build_windows
 from moesaic.checkpoint.output import write_layer, write_rest
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.checkpoint.source import resolve_model
 from moesaic.checkpoint.writer import StagedOutput
-from moesaic.errors import InputError
+from moesaic.errors import CheckpointError, InputError
+from moesaic.jobs.request import check_request
 from moesaic.materialise import build_ffn
 from moesaic.methods import get_config, get_method
 from moesaic.methods.base import MethodConfig, MethodModule, SiteInputs
 from moesaic.nn.ffn import FFNWeights
 from moesaic.progress import Progress, Silent
-from moesaic.settings import ConvertSettings, build, check_fits, method_config
+from moesaic.report.card import CARD, model_card
+from moesaic.settings import ConvertSettings, build
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -75,36 +79,78 @@ class Job:
         }
 
 
-def prepare(model: str | Path, settings: ConvertSettings, blueprint: Path | None = None) -> Job:
-    """Resolve and check everything that can be known before the work. Raises an InputError for anything that cannot work."""
-    config = method_config(settings)
-    folder = resolve_model(str(model))
-    checkpoint = Checkpoint(folder)
-    anatomy = read_anatomy(checkpoint.config, hierarchical=settings.hierarchical)
-    dense_layers = check_fits(settings.method, config, anatomy, settings.dense_layers)
-    method = get_method(settings.method)
+def prepare(
+    model: str | Path, settings: ConvertSettings, blueprint: Path | None = None, output: Path | None = None
+) -> Job:
+    """Resolve and check everything that can be known before the work. Raises InputError for what cannot work."""
+    request = check_request(model, settings, output)
+    checkpoint, anatomy, config = request.checkpoint, request.anatomy, request.config
     given = None if blueprint is None else Blueprint.load(blueprint)
-    if given is not None and (strangers := given.sites.keys() - {site.path for site in anatomy.sites}):
-        raise InputError(
-            f"the blueprint converts {min(strangers)}, which this model does not have", "use its own model"
-        )
+    if given is not None:
+        _check_blueprint(given, anatomy)
+    # In the dtype of the largest tensor, which is that of nearly all: then looking at the weights copies none.
+    largest = max(checkpoint.names, key=lambda name: checkpoint.info(name).nbytes)
+    skeleton = Skeleton(checkpoint, anatomy, getattr(torch, checkpoint.info(largest).dtype))
     windows = None
     if given is None and get_config(settings.method).needs_calibration(config):
         from transformers import AutoTokenizer
 
-        tokenizer = load_tokenizer(AutoTokenizer, folder)
+        tokenizer = load_tokenizer(AutoTokenizer, checkpoint.folder)
         limit = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
         windows = build_windows(settings.calibration, tokenizer, limit)
-    return Job(checkpoint, anatomy, settings, method, config, dense_layers, windows, given)
+    _check_weights(skeleton)
+    method = get_method(settings.method)
+    return Job(checkpoint, anatomy, settings, method, config, request.dense_layers, windows, given)
+
+
+def _check_blueprint(given: Blueprint, anatomy: Anatomy) -> None:
+    """Refuse a blueprint of another model. One of the same shapes is accepted: a fine-tune can take its parent's."""
+    sites = {site.path: site for site in anatomy.sites}
+    for path, plan in given.sites.items():
+        if path not in sites:
+            raise InputError(f"the blueprint converts {path}, which this model does not have", "use its own model")
+        if plan.d_ff != sites[path].d_ff:
+            raise InputError(
+                f"the blueprint's {path} has {plan.d_ff} neurons, this model's {sites[path].d_ff}", "use its own model"
+            )
+        widths = {tensor.shape[1] for tensor in plan.router.tensors.values() if tensor.dim() == 2}
+        if widths - {anatomy.d_model}:
+            raise InputError(
+                f"the blueprint's router of {path} reads width {max(widths)}, this model has {anatomy.d_model}",
+                "use its own model",
+            )
+
+
+def _check_weights(skeleton: Skeleton) -> None:
+    """Every tensor there, of the shape that config.json asks for, and finite: hours of work must not end in a NaN.
+
+    One pass over the weights; the checkpoint remembers which are finite.
+    """
+    checkpoint, anatomy = skeleton.checkpoint, skeleton.anatomy
+    skeleton.load_outer()
+    skeleton.unload()
+    for layer in range(anatomy.num_layers):
+        skeleton.layer(layer, {})
+        for site in anatomy.sites_of(layer):
+            width = load_ffn(checkpoint, site, anatomy.activation).d_model
+            if width != anatomy.d_model:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {site.path} has width {width}, config.json says {anatomy.d_model}",
+                    "config.json and the weights belong to different models",
+                )
+    for name in checkpoint.names:  # those that no module reads are copied all the same
+        checkpoint.finite_tensor(name)
 
 
 def load_tokenizer(auto_class: Any, folder: Path) -> Any:
     """The folder's tokenizer. Raises InputError when there is none or it cannot be read."""
+    if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise InputError(f"there is no tokenizer in {folder}", "copy tokenizer.json and tokenizer_config.json there")
     try:
         return auto_class.from_pretrained(folder)
     except Exception as error:
         reason = " ".join(str(error).split())[:120]
-        raise InputError(f"no usable tokenizer in {folder}: {reason}", "copy tokenizer.json there") from error
+        raise InputError(f"no usable tokenizer in {folder}: {reason}", "download it again") from error
 
 
 def convert(
@@ -139,8 +185,9 @@ def convert(
         settings = build(ConvertSettings, {**(settings or {}), **values}, "settings")
     started = time.monotonic()
     output = Path(output).expanduser()
-    StagedOutput.check(output, model if Path(model).is_dir() else None)
-    job = prepare(model, settings, None if blueprint is None else Path(blueprint))
+    job = prepare(model, settings, None if blueprint is None else Path(blueprint).expanduser(), output)
+    for note in () if job.windows is None else job.windows.notes:
+        progress.note(note)
     with StagedOutput.open(
         output, job.key, source=job.checkpoint.folder, expected_bytes=expected_bytes(job), restart=restart
     ) as staged:
@@ -148,7 +195,8 @@ def convert(
         blueprint_made = _blueprint(job, plans)
         calibration = None if job.windows is None else settings.calibration.model_dump(mode="json")
         write_rest(job.checkpoint, job.anatomy, staged, blueprint_made, calibration)
-        results = {"conversion": {"seconds": round(time.monotonic() - started, 2), "method": settings.method}}
+        staged.write_text(CARD, model_card(json.loads((staged.folder / "config.json").read_text("utf-8")), {}))
+        results = {"conversion": {"seconds": round(time.monotonic() - started, 2), "method": blueprint_made.method}}
         staged.finish(results=results, verify=lambda folder: _check(job, folder, blueprint_made, results, progress))
     return Conversion(output, blueprint_made, results)
 

@@ -74,9 +74,6 @@ def demo(out: Path, *, windows: int = 8, progress: Progress | None = None) -> De
     from moesaic.evaluate.perplexity import compare, perplexity, protocol_name, token_windows
     from moesaic.evaluate.speed import measure
     from moesaic.jobs.convert import convert
-    from moesaic.nn.register import register
-
-    register()
     progress = progress or Silent()
     started = time.monotonic()
     dense_folder = resolve_model(str(packaged_gguf()))

@@ -59,7 +59,7 @@ def read_config(model: str | Path) -> dict[str, Any]:
     """config.json of a local folder. Raises InputError when there is none."""
     path = Path(model).expanduser() / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         hint = "give the folder of a Hugging Face checkpoint; a .gguf or hub id is planned after its first conversion"
         raise InputError(f"{path} does not exist", hint) from error
@@ -69,6 +69,9 @@ def read_config(model: str | Path) -> dict[str, Any]:
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}", "fetch the file again") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} does not hold a JSON object", "fetch the file again")
+    return config
 
 
 def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None = None, **values: Any) -> PlanReport:

@@ -96,7 +96,7 @@ def _dense_shard(
     tensors: dict[str, Tensor] = {}
     for name in names:
         if name not in owner:
-            tensors[_dense_name(anatomy, name)] = converted.tensor(name)
+            tensors[anatomy.family.disk_name(name)] = converted.tensor(name)
     for path in dict.fromkeys(owner[name] for name in names if name in owner):
         tensors |= _dense_site(converted, sites[path], blueprint.sites[path], anatomy.activation)
     return tensors
@@ -115,9 +115,3 @@ def _dense_site(converted: Checkpoint, site: FFNSite, plan: LayerPlan, activatio
         if f"{site.path}.{leaf}" in converted
     }
     return dense_tensors(unpack(packed, plan, activation), site)
-
-
-def _dense_name(anatomy: Anatomy, name: str) -> str:
-    """The name of a copied tensor in the family's checkpoints, which may call a MoE block otherwise than the model."""
-    moe = anatomy.family.moe
-    return name if moe is None else name.replace(f".{moe.block}.", f".{moe.block_on_disk}.")

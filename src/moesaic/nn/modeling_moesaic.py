@@ -23,11 +23,14 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
-# Dispatch constants, measured on one core of a Zen 4 CPU (AVX-512, MKL for fp32, oneDNN for bf16), 896 x 4864, torch 2.13.
-WEIGHT_FIRST_ROWS = 4  # fp32: up to here MKL multiplies (W x^T)^T up to three times faster than x W^T
-WEIGHT_FIRST_FROM = 16  # bf16: from here oneDNN does, as it repacks the right operand, which is then x and not W
-SORT_FROM_FP32 = 5  # fp32: tokens from which gathering each expert's tokens beats masking
-SORT_FROM_BF16 = 48  # bf16: the same; oneDNN needs larger matrices before halving the work pays
+# Dispatch constants, measured with benchmarks/ffn.py on one core of a Zen 4 CPU (MKL for fp32, oneDNN for bf16), torch 2.13.
+SORT_FROM_FP32 = 5  # tokens from which giving each expert its own tokens beats masking
+SORT_FROM_BF16 = 48  # the same; oneDNN repacks its right operand, so that few tokens per expert do not halve the time
+ROWS_BF16 = 16  # sorted path: rows come in multiples of this, as oneDNN compiles a kernel of 0.5 ms for each new number of rows
+WEIGHT_FIRST_BF16 = 16  # masked path: tokens from which (W x^T)^T beats x W^T
+
+
+Matmul = Callable[[Tensor, Tensor], Tensor]
 
 
 class MoesaicConfig(PreTrainedConfig):
@@ -84,7 +87,7 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Scores z_TE, fp32."""
-        if torch.is_autocast_enabled(x_TD.device.type):
+        if not x_TD.is_meta and torch.is_autocast_enabled(x_TD.device.type):
             with torch.autocast(x_TD.device.type, enabled=False):
                 return self(x_TD)
         x_TD = x_TD.float()
@@ -181,7 +184,7 @@ class MoEFeedForward(nn.Module):
             y_TD = path(x_TD, idx_TK, None if weight_TK is None else weight_TK.to(x_TD.dtype))
         if self.down_proj.bias is not None:
             y_TD = y_TD + self.down_proj.bias
-        return y_TD.reshape(x.shape)
+        return y_TD.reshape(x.shape).contiguous()
 
     def _prefers_sort(self, x_TD: Tensor) -> bool:
         """Whether to gather each expert's tokens. Not while compiling: the masked path is one graph of fixed shapes."""
@@ -195,14 +198,15 @@ class MoEFeedForward(nn.Module):
         weight_TE = None
         if tokens > 1 or weight_TK is not None:
             weight_TE = x_TD.new_zeros(tokens, self.experts).scatter(1, idx_TK, 1 if weight_TK is None else weight_TK)
+        up_matmul, down_matmul = _matmuls(x_TD)
         y_TD = None
         for first, last in self._runs(idx_TK):  # expert -1 stands for the shared one
             start = self.shared + first * self.width if first >= 0 else 0
             stop = self.shared + last * self.width
-            h_TM = self._hidden(x_TD, start, stop)
+            h_TM = self._hidden(x_TD, start, stop, up_matmul)
             if weight_TE is not None and last > 0:
                 h_TM = self._weigh(h_TM, weight_TE[:, max(first, 0) : last])
-            part_TD = self._down(h_TM, start, stop)
+            part_TD = self._down(h_TM, start, stop, down_matmul)
             y_TD = part_TD if y_TD is None else y_TD + part_TD
         return torch.zeros_like(x_TD) if y_TD is None else y_TD
 
@@ -236,46 +240,59 @@ class MoEFeedForward(nn.Module):
         order = idx_TK.flatten().argsort(stable=True)
         counts = torch.bincount(idx_TK.flatten(), minlength=self.experts).tolist()
         tokens = order // idx_TK.shape[1]
+        weights = None if weight_TK is None else weight_TK.flatten()[order]
+        multiple = ROWS_BF16 if x_TD.device.type == "cpu" and x_TD.dtype != torch.float32 else 1
         y_TD = self._down(self._hidden(x_TD, 0, self.shared), 0, self.shared) if self.shared else torch.zeros_like(x_TD)
-        y_TD = y_TD.contiguous()
-        weights = None if weight_TK is None else weight_TK.flatten()[order].split(counts)
-        for e, token in enumerate(tokens.split(counts)):
-            if counts[e] == 0:
+        begin = 0
+        for e, count in enumerate(counts):
+            if count == 0:
                 continue
+            # Rounding up takes in rows of a neighbouring expert; they are computed and dropped.
+            rows = -(-count // multiple) * multiple
+            first = max(0, min(begin, len(tokens) - rows))
+            own = slice(begin - first, begin - first + count)
             start = self.shared + e * self.width
-            h_NM = self._hidden(x_TD[token], start, start + self.width)
+            h_NM = self._hidden(x_TD[tokens[first : first + rows]], start, start + self.width)
+            part_ND = self._down(h_NM, start, start + self.width)[own]
             if weights is not None:
-                h_NM = h_NM * weights[e][:, None]
-            y_TD = y_TD.index_add(0, token, self._down(h_NM, start, start + self.width))
+                part_ND = part_ND * weights[begin : begin + count, None]
+            y_TD.index_add_(0, tokens[begin : begin + count], part_ND)
+            begin += count
         return y_TD
 
-    def _hidden(self, x_TD: Tensor, start: int, stop: int) -> Tensor:
+    def _hidden(self, x_TD: Tensor, start: int, stop: int, matmul: Matmul = F.linear) -> Tensor:
         """Activations of the packed neurons [start, stop)."""
-        up = _project(x_TD, self.up_proj, slice(start, stop))
+        up_TM = _project(x_TD, self.up_proj, slice(start, stop), matmul)
         if self.gate_proj is None:
-            return self.act(up)
-        gate = self.act(_project(x_TD, self.gate_proj, slice(start, stop)))
-        return gate * up if torch.is_grad_enabled() else gate.mul_(up)
+            return self.act(up_TM)
+        gate_TM = self.act(_project(x_TD, self.gate_proj, slice(start, stop), matmul))
+        return gate_TM * up_TM if torch.is_grad_enabled() else gate_TM.mul_(up_TM)
 
-    def _down(self, h_TM: Tensor, start: int, stop: int) -> Tensor:
-        return _matmul(h_TM, self.down_proj.weight[:, start:stop])
+    def _down(self, h_TM: Tensor, start: int, stop: int, matmul: Matmul = F.linear) -> Tensor:
+        return matmul(h_TM, self.down_proj.weight[:, start:stop])
 
 
-def _project(x_TD: Tensor, linear: nn.Linear, rows: slice) -> Tensor:
-    y_TM = _matmul(x_TD, linear.weight[rows])
+def _project(x_TD: Tensor, linear: nn.Linear, rows: slice, matmul: Matmul) -> Tensor:
+    y_TM = matmul(x_TD, linear.weight[rows])
     return y_TM if linear.bias is None else y_TM + linear.bias[rows]
 
 
-def _matmul(x_TD: Tensor, w_MD: Tensor) -> Tensor:
-    """x W^T, on a CPU with the operands in the order that its library multiplies faster."""
-    rows = x_TD.shape[0]
-    if x_TD.device.type == "cpu":
-        if x_TD.dtype == torch.float32:
-            if rows <= WEIGHT_FIRST_ROWS:
-                return (w_MD @ x_TD.contiguous().t()).t()
-        elif rows == 1 or rows >= WEIGHT_FIRST_FROM:
-            return (w_MD @ x_TD.t()).t()
-    return F.linear(x_TD, w_MD)
+def _weight_first(x_TD: Tensor, w_MD: Tensor) -> Tensor:
+    """x W^T as (W x^T)^T: the library then packs the few tokens and not the weights."""
+    return (w_MD @ x_TD.t()).t()
+
+
+def _tokens_first(x_TD: Tensor, w_MD: Tensor) -> Tensor:
+    return F.linear(x_TD.contiguous(), w_MD)
+
+
+def _matmuls(x_TD: Tensor) -> tuple[Matmul, Matmul]:
+    """The faster operand orders of the masked path's up and down products: as elsewhere, but for few tokens on a CPU."""
+    if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.linear, F.linear
+    if x_TD.dtype == torch.float32:
+        return (_weight_first, _tokens_first) if x_TD.shape[0] < SORT_FROM_FP32 else (F.linear, F.linear)
+    return (_weight_first, _weight_first) if x_TD.shape[0] >= WEIGHT_FIRST_BF16 else (F.linear, F.linear)
 
 
 class MoesaicExperts(nn.ModuleList):

@@ -65,8 +65,8 @@ def choose(weights: FFNWeights, plan: LayerPlan, x_D: Tensor) -> list[tuple[int,
     z_E = reference_scores(weights, plan, x_D)
     p_E = torch.softmax(z_E, dim=0)
     key_E = z_E if plan.selection_bias is None else p_E + plan.selection_bias.float()
-    chosen = sorted(range(len(plan.experts)), key=lambda e: (-float(key_E[e]), e))[: plan.top_k]
-    if plan.gate == "uniform":
+    chosen = sorted(range(len(plan.experts)), key=lambda e: (-key_E[e].item(), e))[: plan.top_k]
+    if plan.gate == "uniform" or plan.router.kind == "static":
         return [(e, torch.ones(())) for e in chosen]
     if plan.gate == "scaled":
         s_E = torch.zeros(len(plan.experts)) if plan.gate_scale is None else plan.gate_scale.float()

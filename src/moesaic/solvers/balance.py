@@ -27,10 +27,14 @@ def expert_load(prob_TE: Tensor, bias_E: Tensor, k: int) -> Tensor:
 def balance_bias(prob_TE: Tensor, k: int, steps: int, step: float, batch: int) -> Tensor:
     """The bias [E] after ``steps`` updates from zero, on consecutive batches of tokens, starting over at the end.
 
-    [OURS]: the paper updates the bias only while it trains; here calibration tokens do, and no weight changes.
+    [OURS]: the paper updates the bias only while it trains, by a constant step; here calibration tokens do, no weight
+    changes, and the step shrinks linearly to ``step / steps``: a constant one swings about the optimum for ever where
+    the probabilities lie closer together than ``step``.
     """
     bias_E = torch.zeros(prob_TE.shape[1], dtype=prob_TE.dtype)
     batches = prob_TE.split(batch)
     for number in range(steps):
-        bias_E = update_balance_bias(bias_E, expert_load(batches[number % len(batches)], bias_E, k), step)
+        bias_E = update_balance_bias(
+            bias_E, expert_load(batches[number % len(batches)], bias_E, k), step * (1 - number / steps)
+        )
     return bias_E

@@ -1,4 +1,5 @@
-"""The target architectures: name -> what it is and which engines load it. A target is the file of its name, imported when used."""
+"""The target architectures: name -> what it is and which engines load it. A target is the file of its name, imported
+when used."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ TARGETS: dict[str, TargetInfo] = {
         "shared expert of any width, softmax over the chosen; Granite's multipliers", ("transformers", "vLLM", "SGLang")
     ),
     "qwen2_moe": TargetInfo(
-        "shared expert behind a gate, dense layers anywhere", ("transformers", "vLLM", "SGLang", "llama.cpp's converter")
+        "shared expert behind a gate, dense layers anywhere",
+        ("transformers", "vLLM", "SGLang", "llama.cpp's converter"),
     ),
     "qwen3_moe": TargetInfo(
         "no shared expert, norms on queries and keys, dense layers anywhere",
@@ -42,15 +44,27 @@ TARGETS: dict[str, TargetInfo] = {
         "shared expert, biases on attention and on the FFN's output, correction bias", ("transformers", "vLLM")
     ),
     "dense": TargetInfo(
-        "the dense architecture itself with fewer neurons, for FFNs without routing", ("whatever loads the dense model",)
+        "the dense architecture itself with fewer neurons, for FFNs without routing",
+        ("whatever loads the dense model",),
     ),
     "moesaic": TargetInfo(
-        "holds every blueprint; transformers with moesaic or trust_remote_code", ("transformers with our modelling file",)
+        "holds every blueprint; transformers with moesaic or trust_remote_code",
+        ("transformers with our modelling file",),
     ),
 }
 AUTO = "auto"
-_REPLICATING = ("mixtral", "qwen3_moe", "flex_olmo")
-_AUTO_ORDER = ("dense", "glm4_moe", "granitemoeshared", "qwen2_moe", "qwen3_moe", "mixtral", "flex_olmo", "ernie4_5_moe")
+REPLICATING = ("mixtral", "qwen3_moe", "flex_olmo")
+"""Targets without a shared expert: they copy the shared neurons into every routed one."""
+_AUTO_ORDER = (
+    "dense",
+    "glm4_moe",
+    "granitemoeshared",
+    "qwen2_moe",
+    "qwen3_moe",
+    "mixtral",
+    "flex_olmo",
+    "ernie4_5_moe",
+)
 
 
 def get_target(name: str) -> TargetModule:
@@ -89,7 +103,7 @@ def choose_target(split: Split, name: str = AUTO) -> Choice:
     for candidate in _auto_order(split):
         module = get_target(candidate)
         reasons = module.reasons(split)
-        if not reasons and candidate in _REPLICATING:
+        if not reasons and candidate in REPLICATING:
             reasons = _too_costly(split)
         if not reasons:
             return Choice(candidate, module, refused)
@@ -100,7 +114,7 @@ def choose_target(split: Split, name: str = AUTO) -> Choice:
 def _auto_order(split: Split) -> list[str]:
     if any(len(plan.shared) for plan in split.plans.values()):
         return list(_AUTO_ORDER)
-    return sorted(_AUTO_ORDER, key=lambda name: name not in ("dense", *_REPLICATING))
+    return sorted(_AUTO_ORDER, key=lambda name: name not in ("dense", *REPLICATING))
 
 
 def _too_costly(split: Split) -> list[str]:
@@ -109,7 +123,7 @@ def _too_costly(split: Split) -> list[str]:
         active = plan.top_k * (len(plan.shared) + plan.expert_width)
         if len(plan.shared) and active > plan.d_ff:
             return [
-                f"it has no shared expert: with the shared neurons copied into each of the {plan.top_k} active experts, {path} "
-                f"would compute {active} neurons per token, dense has {plan.d_ff}"
+                f"it has no shared expert: with the shared neurons in each of the {plan.top_k} active experts, "
+                f"{path} would compute {active} neurons per token, dense has {plan.d_ff}"
             ]
     return []

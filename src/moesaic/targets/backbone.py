@@ -1,4 +1,5 @@
-"""Everything of a dense decoder but its FFNs, in common terms: what a target must reproduce beside the experts. No torch here."""
+"""Everything of a dense decoder but its FFNs, in common terms: what a target must reproduce beside the experts. No
+torch here."""
 
 from __future__ import annotations
 
@@ -84,7 +85,10 @@ def no_backbone(anatomy: Anatomy) -> str | None:
 
 
 def read_backbone(anatomy: Anatomy) -> Backbone:
-    """The backbone of a dense model for which :func:`no_backbone` is None. Raises UnsupportedModelError for a broken config."""
+    """The backbone of a dense model for which :func:`no_backbone` is None.
+
+    Raises UnsupportedModelError for a config that transformers rejects.
+    """
     config = _with_defaults(anatomy)
     model_type = config.model_type
     bias = bool(getattr(config, "attention_bias", False))
@@ -111,7 +115,7 @@ def read_backbone(anatomy: Anatomy) -> Backbone:
 
 
 def _plain(head_dim: int) -> dict[str, float]:
-    return {key: 1.0 for key in _MULTIPLIERS} | {"attention_multiplier": head_dim**-0.5}
+    return dict.fromkeys(_MULTIPLIERS, 1.0) | {"attention_multiplier": head_dim**-0.5}
 
 
 def _with_defaults(anatomy: Anatomy) -> Any:

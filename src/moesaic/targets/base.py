@@ -1,6 +1,7 @@
 """What every target architecture is: a module that says whether it can hold a split model, and how it is written.
 
-A target is one file with the names of :class:`TargetModule`; one line in ``targets/__init__.py`` describes it. No torch here.
+A target is one file with the names of :class:`TargetModule`; one line in ``targets/__init__.py`` describes it. No torch
+here.
 
 Axes: D model width, M neurons per expert.
 """
@@ -30,14 +31,19 @@ class TargetOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     eps: float = Field(
-        1e-3,
+        default=1e-3,
         gt=0,
         le=0.1,
         description="Scale of the router scores where a chosen expert counts with weight 1, which stock routers reach "
         "only in the limit: weights are off by about eps/2, scores closer than 2.4e-7/eps become ties.",
     )
+    exact_weights: bool = Field(
+        default=False,
+        description="glm4_moe: weights of exactly 1 instead of eps. Each expert gets a twin of zeros, never computed, "
+        "that carries its score; routed experts take twice the memory.",
+    )
     align: int = Field(
-        8,
+        default=8,
         ge=8,
         multiple_of=8,
         description="Widths of experts are padded with neurons of zeros to a multiple of this. 8 is what transformers' "
@@ -74,10 +80,15 @@ class TargetModule(Protocol):
 
     @staticmethod
     def reasons(split: Split) -> list[str]:
-        """Why this architecture cannot hold the model, one line each, naming what does not fit and what would; [] if it can.
+        """Why this architecture cannot hold the model, naming what does not fit and what would; [] if it can.
 
         With empty ``split.plans`` only what config.json shows is judged, before any work.
         """
+        ...
+
+    @staticmethod
+    def exact(split: Split, options: TargetOptions) -> bool:
+        """Whether it computes the same function, rounding apart; if not, weights of 1 are approached (``eps``)."""
         ...
 
     @staticmethod

@@ -1,4 +1,5 @@
-"""What all stock targets share: sizes of the whole model, the common part of config.json, attention tensors, dense layers.
+"""What all stock targets share: sizes of the whole model, the common part of config.json, attention tensors, dense
+layers.
 
 Axes: D model width, H heads, M neurons of one branch.
 """
@@ -16,7 +17,7 @@ from moesaic.blueprint import LayerPlan
 from moesaic.targets.backbone import Backbone, read_backbone
 from moesaic.targets.base import Packed, Split, TargetOptions
 from moesaic.targets.limits import dense_layers
-from moesaic.targets.parts import Branch, RouterRows, cut, router_rows
+from moesaic.targets.parts import Branch, RouterRows, cut, join, router_rows
 
 _STALE = ("rotary_emb.inv_freq",)  # buffers that early checkpoints stored
 
@@ -78,7 +79,7 @@ def aligned(width: int, multiple: int) -> int:
 def base_config(
     split: Split, backbone: Backbone, model_type: str, architecture: str, provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The part of config.json that all stock targets have in common. Keys of transformers 5 and the older ones for RoPE.
+    """The part of config.json that all stock targets have in common; for RoPE, keys of transformers 5 and older ones.
 
     Token ids are always written, null as well, as the target's own defaults are other ids.
     """
@@ -154,15 +155,20 @@ def moe_layer(
     options: TargetOptions,
     *,
     normalised: bool,
+    exact_weights: bool = False,
 ) -> MoELayer:
-    """The pieces of a split FFN; ``normalised``: weights are divided by their sum over the chosen experts."""
+    """The pieces of a split FFN.
+
+    ``normalised``: weights are divided by their sum over the chosen experts. ``exact_weights``: they are 1 anyhow.
+    """
     path = split.path_of(layer)
     plan = split.plans[path]
     shared, experts = cut(packed[path], plan)
     gamma_D = copied.get(f"{split.anatomy.layer_path(layer)}.post_attention_layernorm.weight")
     if read_backbone(split.anatomy).post_norm:
         gamma_D = None
-    router = router_rows(plan, split.anatomy.d_model, gamma_D, options.eps, exact_top1=normalised)
+    any_scale = exact_weights or (normalised and plan.top_k == 1)
+    router = router_rows(plan, split.anatomy.d_model, gamma_D, options.eps, any_scale=any_scale)
     return MoELayer(path, plan, shared, experts, router)
 
 

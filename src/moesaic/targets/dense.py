@@ -1,7 +1,7 @@
 """The dense architecture itself with fewer neurons: for FFNs whose every expert is always on, and for pruned ones.
 
-The FFN of such a layer is a dense one with its neurons in another order; neurons of zeros are dropped, and layers that are narrower
-than the widest are filled up with zeros. Every engine that runs the dense model runs this.
+The FFN of such a layer is a dense one with its neurons in another order; neurons of zeros are dropped, and layers that
+are narrower than the widest are filled up with zeros. Every engine that runs the dense model runs this.
 
 Axes: D model width, F neurons.
 """
@@ -36,6 +36,11 @@ def reasons(split: Split) -> list[str]:
     if biased:
         found.append(f"{biased[0]}: the FFN's output has a bias, the dense model's has none: target moesaic holds it")
     return found
+
+
+def exact(split: Split, options: TargetOptions) -> bool:
+    """See :class:`TargetModule`."""
+    return True
 
 
 def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""ERNIE 4.5's MoE: ungated shared expert, softmax over the chosen scores in fp32, a bias for choosing, biases everywhere or nowhere.
+"""ERNIE 4.5's MoE: ungated shared expert, softmax over the chosen scores in fp32, a bias for choosing, biases
+everywhere or nowhere.
 
-Down projections of routed experts are multiplied by K. Weights of 1: rows scaled by eps. With gate ``softmax_topk`` or top-1 the plan's
-selection bias is this router's own, exactly. RoPE pairs neighbouring coordinates here, so the rows of query and key are put in that
-order, head by head: new[2j] = old[j], new[2j + 1] = old[j + head_dim / 2].
+Down projections of routed experts are multiplied by K. Weights of 1: rows scaled by eps. With gate ``softmax_topk`` or
+top-1 the plan's selection bias is this router's own, exactly. RoPE pairs neighbouring coordinates here, so the rows of
+query and key are put in that order, head by head: new[2j] = old[j], new[2j + 1] = old[j + head_dim / 2].
 
-Known limits: biases (``use_bias``: of attention, or of an FFN's output) make it a model for transformers alone, as vLLM gives experts
-none; rounded in bf16 unless K is a power of two.
+Known limits: biases (``use_bias``: of attention, or of an FFN's output) make it a model for transformers alone, as vLLM
+gives experts none; rounded in bf16 unless K is a power of two.
 
 Axes: D model width, E experts.
 """
@@ -22,7 +23,7 @@ from moesaic.targets import common
 from moesaic.targets.backbone import Backbone, read_backbone
 from moesaic.targets.base import Packed, Split, TargetOptions
 from moesaic.targets.common import Geometry
-from moesaic.targets.limits import Limits, biased_selection, reasons_against
+from moesaic.targets.limits import Limits, approximates, biased_selection, reasons_against
 
 LIMITS = Limits(qkv_bias=True, o_bias=True, dense_layers="leading", selection_bias=True, output_bias=True)
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -34,6 +35,11 @@ files = common.no_files
 def reasons(split: Split) -> list[str]:
     """See :class:`TargetModule`."""
     return reasons_against(split, LIMITS)
+
+
+def exact(split: Split, options: TargetOptions) -> bool:
+    """See :class:`TargetModule`."""
+    return not approximates(split, normalised=True)
 
 
 def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:

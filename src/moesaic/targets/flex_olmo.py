@@ -1,9 +1,11 @@
 """FlexOlmo's architecture, the MoE of OLMo 2: norms after attention and FFN, one norm over all query and all key heads.
 
-No shared expert: shared neurons are copied into every expert, down projections of routed neurons are multiplied by K. Weights of 1:
-rows scaled by eps; the router reads the residual stream itself, whose size is not known here, so eps is relative to a deviation of 1.
+No shared expert: shared neurons are copied into every expert, down projections of routed neurons are multiplied by K.
+Weights of 1: rows scaled by eps; the router reads the residual stream itself, whose size is not known here, so eps is
+relative to a deviation of 1.
 
-Known limits: every layer has experts; the copies cost memory and, for K > 1, time; vLLM runs it through its transformers backend.
+Known limits: every layer has experts; the copies cost memory and, for K > 1, time; vLLM runs it through its
+transformers backend.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 from moesaic.targets import common
 from moesaic.targets.backbone import read_backbone
 from moesaic.targets.base import Packed, Split, TargetOptions
-from moesaic.targets.limits import Limits, reasons_against
+from moesaic.targets.limits import Limits, approximates, reasons_against
 
 LIMITS = Limits(qkv_bias=True, o_bias=True, qk_norm=("full",), post_norm=True)
 
@@ -27,6 +29,11 @@ files = common.no_files
 def reasons(split: Split) -> list[str]:
     """See :class:`TargetModule`."""
     return reasons_against(split, LIMITS)
+
+
+def exact(split: Split, options: TargetOptions) -> bool:
+    """See :class:`TargetModule`."""
+    return not approximates(split, normalised=True)
 
 
 def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:

@@ -1,14 +1,22 @@
 """GLM-4.5's architecture, the universal target: ungated shared expert, sigmoid router in fp32, leading dense layers.
 
-Weights of 1: rows scaled by eps, ``norm_topk_prob`` false and ``routed_scaling_factor`` 2, so w = 2 sigmoid(eps z) = 1 + eps z / 2.
-With top-1 in all layers the weight is normalised and exactly 1. A router bias b becomes ``e_score_correction_bias`` eps b / 4:
-sigmoid(eps z) + eps b / 4 ranks like z + b up to terms of eps^2. Layers may differ: missing experts are dead (bias -10), missing active
-ones are experts of zeros that are always chosen (bias +10).
+Weights of 1, three ways:
 
-Known limits: engines overlook tied embeddings, so the head is written; transformers wants two experts at least; the shared expert's width
-is a multiple of an expert's, and a model without one gets one of zeros.
+- Normalised, where all layers have one top-k: w_i = K sigmoid(eps z_i) / sum_topk; exactly 1 for K = 1 and for static
+  routers.
+- Plain, where layers differ: w = 2 sigmoid(eps z) = 1 + eps z / 2. Missing experts of a layer are dead (bias -10),
+  missing active ones are experts of zeros that are always chosen (bias +10).
+- Paired (``exact_weights``) [OURS]: expert e becomes a group of two, the expert with a router row of zeros and bias +1,
+  and a twin of zeros with the row of e. The sum of both scores ranks the groups, K of them stay, and in these the
+  experts win over their twins, with weight 2 sigmoid(0) = 1.
 
-Axes: E experts.
+A router bias b becomes ``e_score_correction_bias``: sigmoid(eps z) + eps b / 4 ranks like z + b up to terms of eps^2.
+
+Known limits: engines overlook tied embeddings, so the head is written; transformers wants two experts at least; the
+shared expert's width is a multiple of an expert's, and a model without one gets one of zeros. Paired routing was run in
+transformers only.
+
+Axes: E experts, X experts as written, D model width.
 """
 
 from __future__ import annotations
@@ -18,13 +26,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moesaic.targets import common
 from moesaic.targets.backbone import read_backbone
 from moesaic.targets.base import Packed, Split, TargetOptions
-from moesaic.targets.common import Geometry
-from moesaic.targets.limits import Limits, reasons_against
+from moesaic.targets.common import Geometry, MoELayer
+from moesaic.targets.limits import Limits, approximates, reasons_against
+from moesaic.targets.parts import Branch
 
 LIMITS = Limits(
     qkv_bias=True,
@@ -36,6 +44,8 @@ LIMITS = Limits(
     router_bias=True,
 )
 _PINNED, _DEAD = 10.0, -10.0
+_AHEAD = 1.0
+"""Lead of a paired expert over its twin: above any sigmoid, and small, as it takes digits from the twin's score."""
 
 rest_tensors = common.untied_rest
 files = common.no_files
@@ -46,12 +56,19 @@ def reasons(split: Split) -> list[str]:
     return reasons_against(split, LIMITS)
 
 
+def exact(split: Split, options: TargetOptions) -> bool:
+    """See :class:`TargetModule`."""
+    return _paired(split, options) or not approximates(split, normalised=_normalised(split))
+
+
 def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:
     """See :class:`TargetModule`."""
     backbone = read_backbone(split.anatomy)
     geo = common.geometry(split, options)
     config = common.base_config(split, backbone, "glm4_moe", "Glm4MoeForCausalLM", provenance)
-    top1 = geo.top_k == 1
+    paired = _paired(split, options)
+    normalised = _normalised(split) and not paired
+    slots = _slots(split, geo)
     return config | {
         "rope_parameters": {**backbone.rope, "partial_rotary_factor": backbone.partial_rotary},
         "partial_rotary_factor": backbone.partial_rotary,
@@ -59,14 +76,14 @@ def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOpti
         "use_qk_norm": backbone.qk_norm == "head",
         "intermediate_size": geo.dense_width,
         "moe_intermediate_size": geo.width,
-        "n_routed_experts": _slots(split, geo),
+        "n_routed_experts": 2 * slots if paired else slots,
         "n_shared_experts": _shared_multiple(geo),
         "num_experts_per_tok": geo.top_k,
-        "n_group": 1,
-        "topk_group": 1,
+        "n_group": slots if paired else 1,
+        "topk_group": geo.top_k if paired else 1,
         "first_k_dense_replace": len(geo.dense),
-        "norm_topk_prob": top1,
-        "routed_scaling_factor": 1.0 if top1 else 2.0,
+        "norm_topk_prob": normalised,
+        "routed_scaling_factor": float(geo.top_k) if normalised else 2.0,
         "num_nextn_predict_layers": 0,
     }
 
@@ -79,20 +96,46 @@ def layer_tensors(
     kept = common.kept_tensors(split, layer, copied)
     if layer in geo.dense:
         return kept | common.dense_ffn(split, layer, copied, packed, geo.dense_width)
-    moe = common.moe_layer(split, layer, copied, packed, options, normalised=geo.top_k == 1)
-    pinned = geo.top_k - moe.plan.top_k
-    dead = _slots(split, geo) - len(moe.experts) - pinned
-    spare = [moe.experts[0].zeros(geo.width)] * (pinned + dead)
-    bias_E = torch.cat([moe.router.bias_E / 4, torch.full((pinned,), _PINNED), torch.full((dead,), _DEAD)])
+    paired = _paired(split, options)
+    moe = common.moe_layer(split, layer, copied, packed, options, normalised=_normalised(split), exact_weights=paired)
+    experts, rows_XD, bias_X = _routed(moe, geo, _slots(split, geo))
+    if paired:
+        experts, rows_XD, bias_X = _with_twins(experts, rows_XD, bias_X)
     return (
         kept
-        | common.expert_tensors(f"{moe.path}.experts", [expert.padded(geo.width) for expert in moe.experts] + spare)
+        | common.expert_tensors(f"{moe.path}.experts", experts)
         | moe.shared.padded(_shared_multiple(geo) * geo.width).tensors(f"{moe.path}.shared_experts")
-        | {
-            f"{moe.path}.gate.weight": F.pad(moe.router.weight_ED, (0, 0, 0, pinned + dead)),
-            f"{moe.path}.gate.e_score_correction_bias": bias_E,
-        }
+        | {f"{moe.path}.gate.weight": rows_XD, f"{moe.path}.gate.e_score_correction_bias": bias_X}
     )
+
+
+def _routed(moe: MoELayer, geo: Geometry, slots: int) -> tuple[list[Branch], Tensor, Tensor]:
+    """A layer's experts, router rows and biases, filled up to ``slots``."""
+    pinned = geo.top_k - moe.plan.top_k
+    dead = slots - len(moe.experts) - pinned
+    spare = moe.experts[0].zeros(geo.width)
+    bias_X = torch.cat([moe.router.bias_E / 4, torch.full((pinned,), _PINNED), torch.full((dead,), _DEAD)])
+    rows_XD = torch.nn.functional.pad(moe.router.weight_ED, (0, 0, 0, pinned + dead))
+    return [*(expert.padded(geo.width) for expert in moe.experts), *[spare] * (pinned + dead)], rows_XD, bias_X
+
+
+def _with_twins(experts: list[Branch], rows_XD: Tensor, bias_X: Tensor) -> tuple[list[Branch], Tensor, Tensor]:
+    """Each expert in a group with its twin: (expert 0, twin 0, expert 1, twin 1, ...)."""
+    twin = experts[0].zeros(experts[0].width)
+    return (
+        [branch for expert in experts for branch in (expert, twin)],
+        torch.stack([torch.zeros_like(rows_XD), rows_XD], dim=1).flatten(0, 1),
+        torch.stack([bias_X + _AHEAD, torch.zeros_like(bias_X)], dim=1).flatten(),
+    )
+
+
+def _normalised(split: Split) -> bool:
+    """Whether weights can be divided by their sum: not where layers differ in top-k: experts of zeros would count."""
+    return len({plan.top_k for plan in split.plans.values() if plan.experts}) == 1
+
+
+def _paired(split: Split, options: TargetOptions) -> bool:
+    return options.exact_weights and approximates(split, normalised=_normalised(split))
 
 
 def _slots(split: Split, geo: Geometry) -> int:

@@ -1,9 +1,12 @@
-"""Granite's MoE with a shared expert of any width: router weights are the softmax over the chosen scores, w = K softmax_topk(z).
+"""Granite's MoE with a shared expert of any width: router weights are the softmax over the chosen scores, w = K
+softmax_topk(z).
 
-The sum of the weights is 1, so down projections of routed experts are multiplied by K (rounded in bf16 unless K is a power of two).
-Weights of 1: rows scaled by eps. Llama's attention is Granite's with ``attention_multiplier`` 1 / sqrt(head_dim) and other multipliers 1.
+The sum of the weights is 1, so down projections of routed experts are multiplied by K (rounded in bf16 unless K is a
+power of two). Weights of 1: rows scaled by eps. Llama's attention is Granite's with ``attention_multiplier`` 1 /
+sqrt(head_dim) and other multipliers 1.
 
-Known limits: vLLM has no biases in this attention and takes hidden_size / heads for head_dim; SGLang ignores RoPE scaling.
+Known limits: vLLM has no biases in this attention and takes hidden_size / heads for head_dim; SGLang ignores RoPE
+scaling.
 
 Axes: E experts, D model width, M neurons per expert.
 """
@@ -19,7 +22,7 @@ from torch import Tensor
 from moesaic.targets import common
 from moesaic.targets.backbone import read_backbone
 from moesaic.targets.base import Packed, Split, TargetOptions
-from moesaic.targets.limits import Limits, reasons_against
+from moesaic.targets.limits import Limits, approximates, reasons_against
 
 LIMITS = Limits(qkv_bias=True, o_bias=True, any_head_dim=False, multipliers=True)
 
@@ -29,6 +32,11 @@ files = common.no_files
 def reasons(split: Split) -> list[str]:
     """See :class:`TargetModule`."""
     return reasons_against(split, LIMITS)
+
+
+def exact(split: Split, options: TargetOptions) -> bool:
+    """See :class:`TargetModule`."""
+    return not approximates(split, normalised=True)
 
 
 def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:

@@ -77,6 +77,17 @@ def biased_selection(plan: LayerPlan) -> bool:
     return bias_E is not None and not all_on(plan) and bool((bias_E != bias_E[0]).any())
 
 
+def approximates(split: Split, *, normalised: bool) -> bool:
+    """Whether a stock router only approaches the plans' weights of 1.
+
+    ``normalised``: it divides by the sum over the chosen experts, so that a single one has weight 1 whatever its score.
+    """
+    return any(
+        plan.router.kind != "static" and weighs_one(plan) and not (normalised and plan.top_k == 1)
+        for plan in split.plans.values()
+    )
+
+
 def reasons_against(split: Split, limits: Limits) -> list[str]:
     """Why ``split`` does not fit into ``limits``; [] if it does. See :meth:`TargetModule.reasons`."""
     if reason := no_backbone(split.anatomy):
@@ -95,7 +106,10 @@ def _backbone_reasons(backbone: Backbone, limits: Limits) -> Iterable[str]:
     if backbone.qkv_bias and not limits.qkv_bias:
         yield "query, key and value have biases, which it has not: glm4_moe and qwen2_moe have"
     if backbone.o_bias and not limits.o_bias:
-        yield "the attention output has a bias, which it has not: granitemoeshared and ernie4_5_moe have (with qk-norm: qwen3_moe)"
+        yield (
+            "the attention output has a bias, which it has not: granitemoeshared and ernie4_5_moe have, "
+            "qwen3_moe for models with qk-norm"
+        )
     if backbone.qk_norm not in limits.qk_norm:
         own = " or ".join(limits.qk_norm)
         yield f"norm of queries and keys is {backbone.qk_norm!r}, its own {own!r}: {_QK_NORM_HINT[backbone.qk_norm]}"
@@ -106,7 +120,7 @@ def _backbone_reasons(backbone: Backbone, limits: Limits) -> Iterable[str]:
             f"{'flex_olmo' if backbone.post_norm else 'glm4_moe'} fits"
         )
     if not backbone.natural_head_dim and not limits.any_head_dim:
-        yield f"head_dim is {backbone.head_dim}, engines compute hidden_size / heads for it: glm4_moe and qwen3_moe read head_dim"
+        yield f"head_dim is {backbone.head_dim}, not hidden_size / heads: glm4_moe, qwen3_moe and mixtral read head_dim"
     if backbone.partial_rotary != 1.0 and not limits.partial_rotary:
         yield f"partial_rotary_factor is {backbone.partial_rotary:g}, it rotates whole heads: glm4_moe rotates a part"
     if backbone.window is not None and not (limits.window and backbone.window_everywhere):
@@ -132,9 +146,9 @@ def _layer_reasons(split: Split, limits: Limits) -> Iterable[str]:
         return
     names = ", ".join(str(layer) for layer in dense[:5]) + (" ..." if len(dense) > 5 else "")
     if dense and limits.dense_layers == "none":
-        yield f"layers {names} stay dense, all of its layers have experts: glm4_moe takes leading dense layers, qwen2_moe any"
+        yield f"layers {names} stay dense, its layers have experts: glm4_moe takes leading dense ones, qwen2_moe any"
     if limits.dense_layers == "leading" and dense != list(range(len(dense))):
-        yield f"layers {names} stay dense, it takes dense layers at the start only: qwen2_moe and qwen3_moe take them anywhere"
+        yield f"layers {names} stay dense, it takes them at the start only: qwen2_moe and qwen3_moe take them anywhere"
     shapes = sorted({(len(plan.experts), plan.top_k) for plan in split.plans.values() if plan.experts})
     if len(shapes) > 1 and not limits.unequal_layers:
         text = ", ".join(f"top-{k} of {n}" for n, k in shapes[:4])
@@ -147,7 +161,9 @@ def _router_reason(plan: LayerPlan, limits: Limits) -> str | None:
         return "router of kind 'gated': only linear ones exist there; convert with --router linear"
     if router.kind == "linear" and "bias" in router.tensors and not all_on(plan):
         if not (limits.router_bias and weighs_one(plan)):
-            return "the router has a bias: glm4_moe holds one where weights are 1; elsewhere fit the router without bias"
+            return (
+                "the router has a bias: glm4_moe holds one where weights are 1; elsewhere fit the router without bias"
+            )
         if router.normalise_input:
             return "router with a bias on normalised inputs: no stock router normalises its input"
     if router.normalise_input and not weighs_one(plan):
@@ -159,7 +175,7 @@ def _gate_reason(plan: LayerPlan, limits: Limits) -> str | None:
     if weighs_one(plan) or (plan.gate == "softmax_topk" and limits.softmax_topk):
         return None
     if plan.gate == "scaled":
-        return "gate 'scaled' with trained scales: no stock architecture weighs experts by 1 + p s; use gate 'uniform' or 'softmax_topk'"
+        return "gate 'scaled' with trained scales: no stock architecture has weights 1 + p s; use gate 'softmax_topk'"
     return "gate 'softmax_topk': granitemoeshared, mixtral, qwen3_moe and ernie4_5_moe weigh experts so"
 
 
@@ -188,5 +204,6 @@ def _grouped(plans: Iterable[tuple[str, LayerPlan]], check: Callable[[LayerPlan]
         if reason := check(plan):
             paths.setdefault(reason, []).append(path)
     return [
-        f"{found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}: {reason}" for reason, found in paths.items()
+        f"{found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}: {reason}"
+        for reason, found in paths.items()
     ]

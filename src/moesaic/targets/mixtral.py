@@ -1,8 +1,10 @@
 """Mixtral's architecture: softmax over the chosen scores, no shared expert, a sliding window in every layer if any.
 
-Down projections of routed experts are multiplied by K; shared neurons are copied into every expert. Weights of 1: rows scaled by eps.
+Down projections of routed experts are multiplied by K; shared neurons are copied into every expert. Weights of 1: rows
+scaled by eps.
 
-Known limits: every layer has experts; the copies cost memory and, for K > 1, time; rounded in bf16 unless K is a power of two.
+Known limits: every layer has experts; the copies cost memory and, for K > 1, time; rounded in bf16 unless K is a power
+of two.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 from moesaic.targets import common
 from moesaic.targets.backbone import read_backbone
 from moesaic.targets.base import Packed, Split, TargetOptions
-from moesaic.targets.limits import Limits, reasons_against
+from moesaic.targets.limits import Limits, approximates, reasons_against
 
 LIMITS = Limits(window=True)
 
@@ -26,6 +28,11 @@ files = common.no_files
 def reasons(split: Split) -> list[str]:
     """See :class:`TargetModule`."""
     return reasons_against(split, LIMITS)
+
+
+def exact(split: Split, options: TargetOptions) -> bool:
+    """See :class:`TargetModule`."""
+    return not approximates(split, normalised=True)
 
 
 def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The ``moesaic`` architecture: every blueprint fits; transformers loads it after ``import moesaic`` or with ``trust_remote_code``.
+"""The ``moesaic`` architecture: every blueprint fits; transformers loads it after ``import moesaic`` or with
+``trust_remote_code``.
 
-The folder holds the dense family's tensors under their own names, the FFNs packed as [shared; expert 0; ...] with their routers, and
-one modelling file that needs nothing but torch and transformers.
+The folder holds the dense family's tensors under their own names, the FFNs packed as [shared; expert 0; ...] with their
+routers, and one modelling file that needs nothing but torch and transformers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings
 def reasons(split: Split) -> list[str]:
     """See :class:`TargetModule`."""
     return []
+
+
+def exact(split: Split, options: TargetOptions) -> bool:
+    """See :class:`TargetModule`."""
+    return True
 
 
 def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The pieces of a split FFN as plain tensors, cut from its packed form, padded, scaled and joined; and its router's rows.
+"""The pieces of a split FFN as plain tensors, cut from its packed form, padded, scaled and joined; and its router's
+rows.
 
 Axes: D model width, M neurons of one branch, P packed neurons, E routed experts.
 """
@@ -33,7 +34,9 @@ class Branch(NamedTuple):
         more = width - self.width
         if more == 0:
             return self
-        return Branch(F.pad(self.gate_MD, (0, 0, 0, more)), F.pad(self.up_MD, (0, 0, 0, more)), F.pad(self.down_DM, (0, more)))
+        return Branch(
+            F.pad(self.gate_MD, (0, 0, 0, more)), F.pad(self.up_MD, (0, 0, 0, more)), F.pad(self.down_DM, (0, more))
+        )
 
     def scaled(self, factor: float) -> Branch:
         """With the output times ``factor``; rounded once, exact for powers of two."""
@@ -43,11 +46,16 @@ class Branch(NamedTuple):
     def zeros(self, width: int) -> Branch:
         """A branch of ``width`` zero neurons, of this one's model width and dtype."""
         d_model = self.up_MD.shape[1]
-        return Branch(*(self.up_MD.new_zeros(shape) for shape in ((width, d_model), (width, d_model), (d_model, width))))
+        return Branch(
+            *(self.up_MD.new_zeros(shape) for shape in ((width, d_model), (width, d_model), (d_model, width)))
+        )
 
     def tensors(self, path: str, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")) -> dict[str, Tensor]:
         """As three matrices under ``path``, each in memory of its own."""
-        return {f"{path}.{name}.weight": t.clone(memory_format=torch.contiguous_format) for name, t in zip(names, self, strict=True)}
+        return {
+            f"{path}.{name}.weight": t.clone(memory_format=torch.contiguous_format)
+            for name, t in zip(names, self, strict=True)
+        }
 
 
 def join(first: Branch, second: Branch) -> Branch:
@@ -69,18 +77,22 @@ def cut(packed: Mapping[str, Tensor], plan: LayerPlan) -> tuple[Branch, list[Bra
 
 
 class RouterRows(NamedTuple):
-    """A router for a stock architecture, fp32. ``bias_E`` belongs to ``weight_ED`` (z = W x + b), zeros where there is none."""
+    """A linear router in fp32, z = W x + b: ``weight_ED``, ``bias_E`` (zeros where there is none)."""
 
     weight_ED: Tensor
     bias_E: Tensor
 
 
-def router_rows(plan: LayerPlan, d_model: int, gamma_D: Tensor | None, eps: float, *, exact_top1: bool) -> RouterRows:
+_WITH_BIAS = 0.03
+"""Scale of scores whose bias is added behind the sigmoid: in between rounding (smaller) and its curvature (larger)."""
+
+
+def router_rows(plan: LayerPlan, d_model: int, gamma_D: Tensor | None, eps: float, *, any_scale: bool) -> RouterRows:
     """Router rows whose scores keep the plan's ranking, scaled for the weights that the plan wants.
 
-    Where weights are 1, the rows are centred over the experts and scaled so that scores have a standard deviation of about
-    ``eps``: neither changes which experts are chosen, and both bring stock weights near 1 [OURS]. Elsewhere they are the
-    plan's own, and a static router has rows of zeros: equal weights.
+    Where weights are 1, the rows are centred over the experts and brought to scores of standard deviation ``eps``:
+    neither changes which experts are chosen, and both bring stock weights near 1 [OURS]. Elsewhere they are the plan's
+    own, and a static router has rows of zeros: equal weights.
 
     Args:
         plan: Of an FFN with experts, linear or static router.
@@ -88,7 +100,7 @@ def router_rows(plan: LayerPlan, d_model: int, gamma_D: Tensor | None, eps: floa
         gamma_D: Weight of the norm in front of the FFN, from which the size of the scores is estimated: its output has
             independent coordinates of standard deviation gamma, about. None: the input has standard deviation 1.
         eps: Standard deviation of the scores where weights are to be 1.
-        exact_top1: The architecture normalises over the chosen experts, so that top-1 has weight 1 at any scale.
+        any_scale: The architecture gives weights of 1 whatever the size of the scores; they then have deviation 1.
     """
     if plan.router.kind == "static":
         return RouterRows(torch.zeros(len(plan.experts), d_model), torch.zeros(len(plan.experts)))
@@ -99,7 +111,7 @@ def router_rows(plan: LayerPlan, d_model: int, gamma_D: Tensor | None, eps: floa
     weight_ED = weight_ED - weight_ED.mean(0)
     bias_E = bias_E - bias_E.mean()
     size_ED = weight_ED if gamma_D is None else weight_ED * gamma_D.float()
-    deviation = size_ED.square().sum(1).mean().sqrt().item()
-    top1 = exact_top1 and plan.top_k == 1 and not bool(bias_E.any())
-    factor = (1.0 if top1 else eps) / (deviation or 1.0)
-    return RouterRows(weight_ED * factor, bias_E * factor)
+    deviation = size_ED.square().sum(1).mean().sqrt().item() or 1.0
+    if any_scale:
+        eps = _WITH_BIAS if bool(bias_E.any()) else 1.0
+    return RouterRows(weight_ED * (eps / deviation), bias_E * (eps / deviation))

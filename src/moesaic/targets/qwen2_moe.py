@@ -1,8 +1,9 @@
 """Qwen1.5-MoE's architecture: a shared expert behind a sigmoid gate, softmax over all scores, dense layers anywhere.
 
-Written so that every engine computes the same: ``norm_topk_prob`` false, as llama.cpp has no other, and down projections of routed
-experts times N, w = N softmax(eps z), near 1; the shared gate a little beside zero (llama.cpp computes silu(g) / g for it, NaN at
-g = 0) and the shared down projection times 2; biases of query, key and value always, as vLLM reads them unasked.
+Written so that every engine computes the same: ``norm_topk_prob`` false, as llama.cpp has no other, and down
+projections of routed experts times N, w = N softmax(eps z), near 1; the shared gate a little beside zero (llama.cpp
+computes silu(g) / g for it, NaN at g = 0) and the shared down projection times 2; biases of query, key and value
+always, as vLLM reads them unasked.
 
 Known limits: weights of 1 only; rounded in bf16 unless N is a power of two.
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from moesaic.targets import common
 from moesaic.targets.backbone import read_backbone
 from moesaic.targets.base import Packed, Split, TargetOptions
-from moesaic.targets.limits import Limits, reasons_against
+from moesaic.targets.limits import Limits, approximates, reasons_against
 
 LIMITS = Limits(qkv_bias=True, any_head_dim=False, dense_layers="any", softmax_topk=False)
 _GATE = 1e-7
@@ -33,6 +34,11 @@ files = common.no_files
 def reasons(split: Split) -> list[str]:
     """See :class:`TargetModule`."""
     return reasons_against(split, LIMITS)
+
+
+def exact(split: Split, options: TargetOptions) -> bool:
+    """See :class:`TargetModule`."""
+    return not approximates(split, normalised=False)
 
 
 def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""Qwen3-MoE's architecture: norms on queries and keys, softmax over the chosen scores, no shared expert, dense layers anywhere.
+"""Qwen3-MoE's architecture: norms on queries and keys, softmax over the chosen scores, no shared expert, dense layers
+anywhere.
 
-Down projections of routed experts are multiplied by K; shared neurons are copied into every expert. Weights of 1: rows scaled by eps.
+Down projections of routed experts are multiplied by K; shared neurons are copied into every expert. Weights of 1: rows
+scaled by eps.
 
 Known limits: the copies cost memory and, for K > 1, time; rounded in bf16 unless K is a power of two.
 """
@@ -15,7 +17,7 @@ from torch import Tensor
 from moesaic.targets import common
 from moesaic.targets.backbone import read_backbone
 from moesaic.targets.base import Packed, Split, TargetOptions
-from moesaic.targets.limits import Limits, reasons_against
+from moesaic.targets.limits import Limits, approximates, reasons_against
 
 LIMITS = Limits(qkv_bias=True, o_bias=True, qk_norm=("head",), window=True, dense_layers="any")
 
@@ -26,6 +28,11 @@ files = common.no_files
 def reasons(split: Split) -> list[str]:
     """See :class:`TargetModule`."""
     return reasons_against(split, LIMITS)
+
+
+def exact(split: Split, options: TargetOptions) -> bool:
+    """See :class:`TargetModule`."""
+    return not approximates(split, normalised=True)
 
 
 def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:

@@ -35,7 +35,10 @@ class Config(MethodConfig):
         "paper balances only while training.",
     )
     balance_rate: float = Field(
-        default=1e-3, gt=0, allow_inf_nan=False, description="Size of one update of the selection bias (gamma)."
+        default=1e-3,
+        gt=0,
+        allow_inf_nan=False,
+        description="First step of the selection bias (gamma); it shrinks to 0.",
     )
     compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto",

@@ -1,0 +1,192 @@
+"""From a folder of the ``moesaic`` architecture to one that stock engines load, layer by layer, proven by its logits.
+
+Axes: W tokens of a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import moesaic
+from moesaic.anatomy import FAMILIES, read_anatomy
+from moesaic.blueprint import Blueprint
+from moesaic.checkpoint.output import write_side_files
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.writer import RESULTS_NAME, StagedOutput
+from moesaic.errors import InputError
+from moesaic.evaluate.native_parity import native_parity, parity_ids
+from moesaic.progress import Progress, Silent
+from moesaic.settings import build
+from moesaic.targets import AUTO, REPLICATING, Choice, choose_target
+from moesaic.targets.base import Split, TargetOptions
+
+_PARITY_WINDOW = 256
+
+
+@dataclass(frozen=True)
+class Export:
+    """What :func:`export` did: the folder, its architecture, and why others were not taken (target -> reasons)."""
+
+    output: Path
+    target: str
+    refused: dict[str, list[str]]
+    results: dict[str, Any]
+
+
+def export(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    target: str = AUTO,
+    options: TargetOptions | Mapping[str, Any] | None = None,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Export:
+    """Write the converted model in ``folder`` as a stock architecture.
+
+    Args:
+        folder: Output of ``moesaic convert``, of the ``moesaic`` architecture.
+        output: Folder to create. It appears when it is complete and stock transformers computes from it what ``folder``
+            computes; an interrupted run resumes from ``output.partial`` with the same call.
+        target: A name from ``moesaic.targets.TARGETS``, or ``auto`` for the first that holds the model.
+        options: A :class:`TargetOptions` or its keys.
+        restart: Throw away an unfinished ``output.partial``.
+        progress: Receives layers done and notes.
+
+    Raises:
+        InputError, CheckpointError: before anything is written; the message says what no target, or the one asked for,
+            can hold.
+        VerificationError: stock transformers computes something else; ``output`` is not created.
+        ResourceError: disk full; the staging folder is kept.
+    """
+    progress = progress or Silent()
+    folder, output = Path(folder).expanduser(), Path(output).expanduser()
+    settings = options if isinstance(options, TargetOptions) else build(TargetOptions, dict(options or {}), "target")
+    StagedOutput.check(output, folder)
+    checkpoint, blueprint, split = read_converted(folder)
+    choice = _choose(split, target)
+    key = {
+        "moesaic": moesaic.__version__,
+        "source": checkpoint.fingerprint(),
+        "target": choice.name,
+        "options": settings.model_dump(),
+    }
+    size = _expected_bytes(checkpoint, split, choice)
+    with StagedOutput.open(output, key, source=folder, expected_bytes=size, restart=restart) as staged:
+        _write_tensors(checkpoint, split, choice, settings, staged, progress)
+        provenance = {**checkpoint.config["moesaic"], "target": choice.name, "target_options": settings.model_dump()}
+        write_side_files(checkpoint, staged, split, blueprint, provenance, choice.module, settings)
+        results = _earlier_results(folder) | {"export": {"target": choice.name, "options": settings.model_dump()}}
+
+        def verify(staged_folder: Path) -> None:
+            progress.note("verifying: logits in stock transformers against those of the source folder")
+            window = min(_PARITY_WINDOW, split.anatomy.config.get("max_position_embeddings") or _PARITY_WINDOW)
+            ids_NW = parity_ids(staged_folder, int(split.anatomy.config["vocab_size"]), window)
+            parity = native_parity(
+                staged_folder, ids_NW, moesaic_logits(folder), exact=choice.module.exact(split, settings)
+            )
+            results["native_parity"] = parity.to_dict()
+            parity.require(output.name)
+
+        staged.finish(results=results, verify=verify)
+    return Export(output, choice.name, choice.refused, results)
+
+
+def read_converted(folder: Path) -> tuple[Checkpoint, Blueprint, Split]:
+    """A folder of the ``moesaic`` architecture. Raises InputError for anything else."""
+    checkpoint = Checkpoint(folder)
+    if checkpoint.config.get("model_type") != "moesaic":
+        raise InputError(
+            f"{folder} is a {checkpoint.config.get('model_type')} model, not one of the moesaic architecture",
+            "export starts from an output of `moesaic convert` with --target moesaic",
+        )
+    blueprint = Blueprint.load(folder)
+    dense_config = checkpoint.config["text_config"]
+    hierarchical = FAMILIES[dense_config["model_type"]].moe is not None
+    anatomy = read_anatomy(dense_config, hierarchical=hierarchical)
+    return checkpoint, blueprint, Split(anatomy, blueprint.sites, checkpoint.config["ffn_sites"])
+
+
+def moesaic_logits(folder: Path) -> Callable[[Tensor], Tensor]:
+    """A function from ids_W to logits_WV of the model in a folder of the ``moesaic`` architecture, in fp32."""
+    from moesaic.nn.modeling_moesaic import MoesaicForCausalLM
+
+    model = MoesaicForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def logits(ids_W: Tensor) -> Tensor:
+        return model(ids_W[None], use_cache=False).logits[0]
+
+    return logits
+
+
+def _choose(split: Split, target: str) -> Choice:
+    if target == "moesaic":
+        raise InputError("the folder is of the moesaic architecture already", "choose another target, or auto")
+    choice = choose_target(split, target)
+    if choice.name == "moesaic":
+        text = "; ".join(f"{name}: {' and '.join(reasons)}" for name, reasons in choice.refused.items())
+        raise InputError(
+            f"no stock architecture holds this model: {text}", "serve the folder as it is, with transformers"
+        )
+    return choice
+
+
+def _write_tensors(
+    checkpoint: Checkpoint,
+    split: Split,
+    choice: Choice,
+    options: TargetOptions,
+    staged: StagedOutput,
+    progress: Progress,
+) -> None:
+    anatomy = split.anatomy
+    progress.start(f"{choice.name}: layers", anatomy.num_layers)
+    for layer in range(anatomy.num_layers):
+        step = f"layer-{layer:05d}"
+        if not staged.done(step):
+            copied, packed = _layer(checkpoint, split, layer)
+            staged.write_shard(step, choice.module.layer_tensors(split, layer, copied, packed, options))
+        progress.advance(f"layer {layer}")
+    if not staged.done("rest"):
+        layers = tuple(f"{anatomy.layer_path(layer)}." for layer in range(anatomy.num_layers))
+        rest = {name: checkpoint.finite_tensor(name) for name in checkpoint.names if not name.startswith(layers)}
+        staged.write_shard("rest", choice.module.rest_tensors(split, rest))
+
+
+def _layer(checkpoint: Checkpoint, split: Split, layer: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """One decoder layer's tensors: those of the dense model, and each converted FFN's packed ones."""
+    prefix = f"{split.anatomy.layer_path(layer)}."
+    paths = [site.path for site in split.anatomy.sites_of(layer) if site.path in split.plans]
+    copied: dict[str, Tensor] = {}
+    packed: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
+    for name in checkpoint.names:
+        if not name.startswith(prefix):
+            continue
+        owner = next((path for path in paths if name.startswith(f"{path}.")), None)
+        if owner is None:
+            copied[name] = checkpoint.finite_tensor(name)
+        else:
+            packed[owner][name.removeprefix(f"{owner}.")] = checkpoint.finite_tensor(name)
+    return copied, packed
+
+
+def _expected_bytes(checkpoint: Checkpoint, split: Split, choice: Choice) -> int:
+    """Disk that the output will take, about: the source, a head of its own, and copies of shared neurons."""
+    embedding = [checkpoint.info(name).nbytes for name in checkpoint.names if name.endswith("embed_tokens.weight")]
+    copies = 0
+    if choice.name in REPLICATING:
+        copies = sum((len(plan.experts) - 1) * len(plan.shared) for plan in split.plans.values())
+    return int(1.02 * checkpoint.nbytes) + sum(embedding) + copies * 3 * 4 * split.anatomy.d_model
+
+
+def _earlier_results(folder: Path) -> dict[str, Any]:
+    path = folder / RESULTS_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

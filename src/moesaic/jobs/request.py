@@ -1,0 +1,56 @@
+"""What a conversion can be refused for at once, without torch: paths, options, config.json, headers of the shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moesaic.anatomy import read_anatomy
+from moesaic.anatomy.base import Anatomy
+from moesaic.anatomy.weights import ffn_tensor_names
+from moesaic.checkpoint.placement import absolute, check_output
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.source import resolve_model
+from moesaic.methods.base import MethodConfig
+from moesaic.settings import ConvertSettings, check_fits, method_config
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model and what to do with it, possible as far as its headers show. ``dense_layers`` count from 0."""
+
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    config: MethodConfig
+    dense_layers: tuple[int, ...]
+
+
+def check_request(model: str | Path, settings: ConvertSettings, output: str | Path | None = None) -> Request:
+    """Resolve ``model`` (which may fetch or dequantise it) and refuse what cannot work.
+
+    Args:
+        model: Local folder, .gguf file or hub id.
+        settings: The conversion.
+        output: The folder to create, when there is to be one.
+
+    Raises:
+        InputError, UnsupportedModelError, CheckpointError: naming the path, option, file or tensor.
+        ResourceError: no room for the dequantised copy of a .gguf.
+    """
+    config = method_config(settings)
+    if output is not None:  # before a model is fetched for it
+        check_output(absolute(output), _local_folder(model))
+    checkpoint = Checkpoint(resolve_model(str(model)))
+    anatomy = read_anatomy(checkpoint.config, hierarchical=settings.hierarchical)
+    dense_layers = check_fits(settings.method, config, anatomy, settings.dense_layers)
+    for site in anatomy.sites:
+        ffn_tensor_names(checkpoint, site)
+    return Request(checkpoint, anatomy, config, dense_layers)
+
+
+def _local_folder(model: str | Path) -> Path | None:
+    try:
+        path = Path(model).expanduser()
+        return path if str(model) and path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # resolve_model says what is wrong with it
+        return None

@@ -1,0 +1,81 @@
+"""Parity with stock transformers in a fresh process: figures, and folders that do not load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moesaic.errors import VerificationError
+from moesaic.evaluate.native_parity import NativeParity, native_parity, parity_ids
+from tests.tiny_models import build_tiny
+
+Tiny = Callable[[str], Path]
+
+
+def test_a_folder_equals_itself_and_a_shifted_reference_is_measured(tiny: Tiny) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32).eval()
+    calls: list[Tensor] = []
+
+    @torch.inference_mode()
+    def reference(ids_W: Tensor) -> Tensor:
+        calls.append(ids_W)
+        logits_WV = model(ids_W[None]).logits[0]
+        if len(calls) == 2:  # the second window: one token's logits are off by two
+            logits_WV[3, 7] += 2.0
+        return logits_WV
+
+    ids_NW = torch.arange(24).view(2, 12) + 4
+    parity = native_parity(tiny("llama"), ids_NW, reference, exact=True)
+    assert parity.tokens == 24
+    assert parity.max_delta == pytest.approx(2.0, abs=1e-4)
+    assert 22 / 24 <= parity.top1 <= 1.0
+    assert 1e-4 < parity.mean_kl < 0.1
+    with pytest.raises(VerificationError, match="llama differs|differs from its blueprint"):
+        parity.require("llama")
+
+
+def test_a_folder_with_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
+    folder = build_tiny("qwen2", tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.bias"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match="missing_keys.*layers.1.self_attn.q_proj.bias"):
+        native_parity(folder, torch.tensor([[5, 6, 7]]), lambda ids: torch.zeros(3, 300), exact=True)
+
+
+@pytest.mark.parametrize(
+    ("exact", "relative", "mean_kl", "passes"),
+    [
+        (True, 1e-5, 1.0, True),
+        (True, 1e-2, 0.0, False),
+        (False, 1e-2, 1e-5, True),
+        (False, 1e-2, 1e-2, False),
+        (True, math.inf, math.inf, False),
+        (False, math.inf, math.inf, False),
+    ],
+)
+def test_bounds(exact: bool, relative: float, mean_kl: float, passes: bool) -> None:
+    parity = NativeParity(10, exact, 0.1, relative, 1.0, mean_kl)
+    if passes:
+        parity.require("x")
+    else:
+        with pytest.raises(VerificationError):
+            parity.require("x")
+
+
+def test_token_ids_come_from_the_tokenizer_or_are_fixed(tiny: Tiny, tmp_path: Path) -> None:
+    text = parity_ids(tiny("llama"), 300, 32, 2)
+    assert text.shape == (2, 32)
+    fixed = parity_ids(tmp_path, 300, 32, 2)
+    assert fixed.shape == (2, 32)
+    assert torch.equal(fixed, parity_ids(tmp_path, 300, 32, 2))
+    assert not torch.equal(fixed, text)
+    assert int(fixed.max()) < 300

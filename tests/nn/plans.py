@@ -1,0 +1,71 @@
+"""Plans that switch on every feature of a LayerPlan, for the tests of the runtime.
+
+Axes: D model width, F neurons, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moesaic.blueprint import LayerPlan, Router, WeightFade
+from moesaic.layout import Layout
+from moesaic.nn.ffn import FFNWeights
+
+ROUTERS = ("static", "linear", "linear_bias_normalised", "gated", "gated_biases", "gated_ungated")
+EXTRAS = ("plain", "selection_bias", "changed_weights")
+
+
+def random_partition(weights: FFNWeights, layout: str, seed: int = 0) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Shared neurons and experts of a random balanced partition, padded with -1 to equal width."""
+    split = Layout.parse(layout)
+    order_F = torch.randperm(weights.d_ff, generator=torch.Generator().manual_seed(seed))
+    shared, routed = order_F.tensor_split([split.shared_size(weights.d_ff)])
+    sizes = split.expert_sizes(weights.d_ff)
+    parts = routed.split(sizes) if sizes else ()
+    return shared, tuple(torch.nn.functional.pad(part, (0, max(sizes) - len(part)), value=-1) for part in parts)
+
+
+def random_router(kind: str, experts: int, d_model: int, seed: int = 0) -> Router:
+    """A router of one of the ``ROUTERS`` with Gaussian tensors."""
+    generator = torch.Generator().manual_seed(seed + 1000)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    matrices = {name: draw(experts, d_model) for name in ("weight", "gate", "up")}
+    biases = {name: draw(experts) for name in ("bias", "gate_bias", "up_bias")}
+    every = matrices | biases
+    names = {
+        "static": (),
+        "linear": ("weight",),
+        "linear_bias_normalised": ("weight", "bias"),
+        "gated": ("gate", "up"),
+        "gated_biases": ("gate", "up", "gate_bias", "up_bias"),
+        "gated_ungated": ("up", "up_bias"),
+    }[kind]
+    return Router(kind.partition("_")[0], {name: every[name] for name in names}, kind.endswith("normalised"))  # type: ignore[arg-type]
+
+
+def random_plan(
+    weights: FFNWeights, layout: str = "S2A2E8", router: str = "linear", gate: str = "uniform", extra: str = "plain", seed: int = 0
+) -> LayerPlan:
+    """A plan with a random partition, one of ``ROUTERS``, one gate and one of ``EXTRAS``."""
+    shared, experts = random_partition(weights, layout, seed)
+    count, d_model = len(experts), weights.d_model
+    generator = torch.Generator().manual_seed(seed + 2000)
+    changed = extra == "changed_weights"
+    return LayerPlan(
+        d_ff=weights.d_ff,
+        shared=shared,
+        experts=experts,
+        top_k=count if router == "static" else Layout.parse(layout).active,
+        router=random_router(router, count, d_model, seed),
+        gate=gate,  # type: ignore[arg-type]
+        selection_bias=0.3 * torch.randn(count, generator=generator) if extra == "selection_bias" else None,
+        gate_scale=torch.randn(count, generator=generator) if gate == "scaled" else None,
+        fade=WeightFade(tuple(0.1 * e / max(count, 1) for e in range(count)), "row") if changed else None,
+        expert_scale=1 + 0.1 * torch.randn(count, d_model, generator=generator) if changed else None,
+        readout=torch.randn(d_model, len(shared) + sum(map(len, experts)), generator=generator) if changed else None,
+        bias=torch.randn(d_model, generator=generator) if changed else None,
+    )

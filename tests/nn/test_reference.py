@@ -1,0 +1,80 @@
+"""The oracle itself, on cases small enough for a head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moesaic.blueprint import LayerPlan, Router, WeightFade
+from moesaic.nn.ffn import FFNWeights
+from moesaic.nn.reference import choose, reference_ffn
+
+IDENTITY = FFNWeights(torch.eye(4), torch.eye(4), "relu")  # y = relu(x)
+
+
+def plan(**changes: object) -> LayerPlan:
+    pairs = {
+        "d_ff": 4,
+        "shared": torch.tensor([0]),
+        "experts": (torch.tensor([1]), torch.tensor([2]), torch.tensor([3])),
+        "top_k": 1,
+        "router": Router("linear", {"weight": torch.eye(4)[1:]}),
+    }
+    return LayerPlan(**{**pairs, **changes})  # type: ignore[arg-type]
+
+
+def test_one_expert_of_three_answers() -> None:
+    x_TD = torch.tensor([[5.0, 1, 2, 3], [5, 3, 2, 1]])
+    assert reference_ffn(IDENTITY, plan(), x_TD).tolist() == [[5, 0, 0, 3], [5, 3, 0, 0]]
+    assert reference_ffn(IDENTITY, plan(), x_TD, all_experts_on=True).tolist() == x_TD.tolist()
+    assert reference_ffn(IDENTITY, plan(), x_TD[:0]).shape == (0, 4)
+
+
+def test_selection_bias_chooses_but_does_not_weigh() -> None:
+    x_D = torch.tensor([5.0, 1, 2, 3])
+    biased = plan(selection_bias=torch.tensor([1.0, 0, 0]), gate="scaled", gate_scale=torch.tensor([10.0, 0, 0]))
+    [(expert, weight)] = choose(IDENTITY, biased, x_D)
+    assert expert == 0
+    assert float(weight) == pytest.approx(1 + 10 * float(torch.softmax(torch.tensor([1.0, 2, 3]), 0)[0]))
+
+
+def test_softmax_topk_weights_average_to_one() -> None:
+    chosen = choose(IDENTITY, plan(top_k=2, gate="softmax_topk"), torch.tensor([5.0, 1, 2, 2]))
+    assert [e for e, _ in chosen] == [1, 2]
+    assert [float(w) for _, w in chosen] == [1, 1]
+
+
+def test_gated_router_scores_are_absolute() -> None:
+    router = Router("gated", {"up": -torch.eye(4)[1:], "gate": torch.eye(4)[1:]})
+    assert choose(IDENTITY, plan(router=router), torch.tensor([0.0, -3, 1, 2]))[0][0] == 2  # relu silences the first
+
+
+def test_replacements_of_readout_bias_and_scale() -> None:
+    x_TD = torch.tensor([[5.0, 1, 2, 3]])
+    scale = torch.tensor([[1.0] * 4, [1.0] * 4, [2.0] * 4])
+    changed = plan(readout=3 * torch.eye(4), expert_scale=scale, bias=torch.full((4,), 0.5))
+    assert reference_ffn(IDENTITY, changed, x_TD).tolist() == [[15.5, 0.5, 0.5, 18.5]]
+
+
+@pytest.mark.parametrize("scope", ["matrix", "row", "branch"])
+def test_fade_drops_the_smallest_weights_of_an_expert_and_never_padding(scope: str) -> None:
+    # One expert of two neurons and a padding one, D = 2: up [[1, 2], [3, 1]], down [[9, 8], [5, 4]].
+    weights = FFNWeights(torch.tensor([[1.0, 2], [3, 1]]), torch.tensor([[9.0, 8], [5, 4]]), "relu")
+    faded = LayerPlan(
+        2,
+        torch.arange(0),
+        (torch.tensor([0, 1, -1]),),
+        1,
+        Router("linear", {"weight": torch.zeros(1, 2)}),
+        fade=WeightFade((0.5,) if scope != "branch" else (0.25,), scope),  # type: ignore[arg-type]
+    )
+    e0, e1 = reference_ffn(weights, faded, torch.eye(2)).tolist()
+    expected = {
+        # half of each matrix: up keeps 2, 3; down keeps 9, 8
+        "matrix": ([3 * 8.0, 0], [2 * 9.0, 0]),
+        # half of each row: up keeps 2 and 3; down keeps 9 and 5
+        "row": ([0, 0], [2 * 9.0, 2 * 5.0]),
+        # two of eight: both 1s go
+        "branch": ([3 * 8.0, 3 * 4.0], [2 * 9.0, 2 * 5.0]),
+    }[scope]
+    assert (e0, e1) == expected
