@@ -2,8 +2,9 @@
 
     python benchmarks/ffn.py [--threads 2] [--layout S2A2E8] [--tokens 1 16 512] [--json out.json]
 
-Everything runs interleaved in one process: per round every contender computes the same new inputs once, in an order that is shuffled anew,
-so that load on the machine and leftovers in the caches hit all alike. Reported is the median over rounds, and its ratio to dense.
+Everything runs interleaved in one process: per round every contender computes the same new inputs once, in an order
+that is shuffled anew, so that load on the machine and leftovers in the caches hit all alike. Reported are the median
+over rounds and its ratio to dense.
 
 Axes: T tokens, D model width, F neurons.
 """
@@ -76,7 +77,7 @@ def measure(args: argparse.Namespace, dtype: str, tokens: int) -> dict[str, Any]
 
 
 def build(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The contenders by name: the dense FFN and the same neurons as our module and as stock blocks with a random router."""
+    """The contenders by name: the dense FFN, and its size as our module and as stock blocks, with random routers."""
     layout, d_model, d_ff = args.layout, args.d_model, args.d_ff
     width, shared = d_ff // layout.units, d_ff // layout.units * layout.shared
     dense = Qwen2MLP(Qwen2Config(hidden_size=d_model, intermediate_size=d_ff, hidden_act="silu"))
@@ -99,6 +100,7 @@ def build(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, nn.Module]:
     ours = MoEFeedForward(spec, d_model, "silu")
     contenders: dict[str, nn.Module] = {"dense": dense, "moesaic": ours}
     for implementation in STOCK:
+        options: dict[str, Any] = {"experts_implementation": implementation}
         config = Qwen2MoeConfig(
             hidden_size=d_model,
             moe_intermediate_size=width,
@@ -106,7 +108,7 @@ def build(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, nn.Module]:
             num_experts=layout.routed,
             num_experts_per_tok=layout.active,
             norm_topk_prob=True,
-            experts_implementation=implementation,
+            **options,
         )
         contenders[implementation] = Qwen2MoeSparseMoeBlock(config)
     for module in contenders.values():
@@ -117,7 +119,7 @@ def build(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, nn.Module]:
 
 
 def floor(args: argparse.Namespace, dtype: torch.dtype, x_TD: Tensor, ours: nn.Module) -> dict[str, float]:
-    """What cannot be avoided, as a share of dense: weights read by this batch, multiplications, and the ratio that they allow."""
+    """The work that cannot be avoided: weights that these tokens read, arithmetic, and dense over each of them."""
     assert isinstance(ours, MoEFeedForward)
     idx_TK, _ = ours.route(x_TD)
     read = ours.shared + len(idx_TK.unique()) * ours.width
@@ -135,26 +137,28 @@ def floor(args: argparse.Namespace, dtype: torch.dtype, x_TD: Tensor, ours: nn.M
 
 def markdown(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> str:
     """The rows as a table: dense time over each contender's time, so more is better and 1 is dense."""
-    lines = [
-        ", ".join(f"{key} {value}" for key, value in conditions.items()),
-        "",
-        f"| dtype | tokens | dense us | moesaic | {' | '.join(STOCK)} | moesaic / best stock | limit by bytes | limit by FLOPs |",
-        "|" + "---|" * (7 + len(STOCK)),
-    ]
+    columns = ["dtype", "tokens", "dense us", "moesaic", *STOCK, "moesaic / best stock", "limit: bytes", "limit: FLOPs"]
+    table = [columns, ["---"] * len(columns)]
     for row in rows:
-        stock = " | ".join(f"{row['dense_over'][name]:.2f}" if name in row["dense_over"] else "-" for name in STOCK)
-        lines.append(
-            f"| {row['dtype']} | {row['tokens']} | {row['micros']['dense']:.0f} | **{row['dense_over']['moesaic']:.2f}** | {stock} "
-            f"| {row['ours_over_best_stock']:.2f} | {row['floor']['ratio_by_bytes']:.2f} | {row['floor']['ratio_by_flops']:.2f} |"
+        ratios, limits = row["dense_over"], row["floor"]
+        stock = [f"{ratios[name]:.2f}" if name in ratios else "-" for name in STOCK]
+        table.append(
+            [row["dtype"], f"{row['tokens']}", f"{row['micros']['dense']:.0f}", f"**{ratios['moesaic']:.2f}**", *stock]
+            + [f"{x:.2f}" for x in (row["ours_over_best_stock"], limits["ratio_by_bytes"], limits["ratio_by_flops"])]
         )
-    return "\n".join(lines)
+    lines = [", ".join(f"{key} {value}" for key, value in conditions.items()), ""]
+    return "\n".join(lines + [f"| {' | '.join(cells)} |" for cells in table])
 
 
 _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def _interleaved(
-    contenders: dict[str, nn.Module], shape: tuple[int, ...], dtype: torch.dtype, rounds: int, clock: Callable[[], float]
+    contenders: dict[str, nn.Module],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    rounds: int,
+    clock: Callable[[], float],
 ) -> dict[str, float]:
     """Median microseconds per call of each contender. Inputs are new in each round, so that routing is, as in use."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -178,7 +182,11 @@ def _rounds(args: argparse.Namespace, tokens: int) -> int:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor()
 
 
@@ -186,13 +194,20 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 512, 4096])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
+    )
     parser.add_argument("--layout", type=Layout.parse, default=Layout(2, 2, 8), help="SxAyEz")
     parser.add_argument("--d-model", type=int, default=896)
     parser.add_argument("--d-ff", type=int, default=4864, help="must be a multiple of the layout's units")
     parser.add_argument("--router", default="linear", choices=["linear", "gated"])
     parser.add_argument("--rounds", type=int, help="default: by the number of tokens, 7 to 101")
-    parser.add_argument("--clock", default="wall", choices=list(_CLOCKS), help="cpu: processor time, for a busy machine with --threads 1")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=list(_CLOCKS),
+        help="cpu: processor time, for a busy machine with --threads 1",
+    )
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
     if args.d_ff % args.layout.units:

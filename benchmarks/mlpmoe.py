@@ -2,8 +2,8 @@
 
     python benchmarks/mlpmoe.py MODEL [--windows 8] [--window 1024] [--dtype float32] [--only fade slices]
 
-MODEL is a local folder. Prints a Markdown table: share of zeros in the FFNs, proxy perplexity and its change with a 95 %
-interval, WikiText-2 perplexity.
+MODEL is a local folder. Prints a Markdown table: share of zeros in the FFNs, proxy perplexity and its change with a
+95 % interval, WikiText-2 perplexity.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What one conversion is: everything the command line or a YAML file can say, checked before any work. No torch here."""
+"""What one conversion is: all that the command line or a YAML file can say, checked before any work. No torch here."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -13,6 +13,8 @@ from moesaic.errors import InputError
 if TYPE_CHECKING:
     from moesaic.anatomy.base import Anatomy
     from moesaic.methods.base import MethodConfig
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class ConvertSettings(BaseModel):
@@ -51,7 +53,7 @@ def load_settings(path: Path) -> dict[str, Any]:
     return data
 
 
-def build(model: type[BaseModel], values: dict[str, Any], what: str) -> Any:
+def build(model: type[Model], values: dict[str, Any], what: str) -> Model:
     """Validate ``values`` as ``model``; pydantic's report becomes one line and a hint with the known keys."""
     try:
         return model.model_validate(values)

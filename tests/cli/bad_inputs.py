@@ -235,9 +235,7 @@ MODELS = [
 
 CALIBRATION = [
     Bad("tokenizer missing", _CMOE, "no tokenizer in model", "tokenizer.json", remove("model/*token*")),
-    Bad(
-        "tokenizer damaged", _CMOE, "no usable tokenizer in model", "tokenizer.json", write("model/tokenizer.json", "{")
-    ),
+    Bad("tokenizer damaged", _CMOE, "no usable tokenizer in model", "again", write("model/tokenizer.json", "{")),
     Bad("path missing", f"{_CMOE} --calib nowhere.txt", "'nowhere.txt' does not exist", "wikitext"),
     Bad("empty file", f"{_CMOE} --calib t.txt", "t.txt has no text", arrange=write("t.txt", "")),
     Bad("blank file", f"{_CMOE} --calib t.txt", "t.txt has no text", arrange=write("t.txt", " \n\n ")),

@@ -28,7 +28,7 @@ def test_a_folder_equals_itself_and_a_shifted_reference_is_measured(tiny: Tiny) 
     def reference(ids_W: Tensor) -> Tensor:
         calls.append(ids_W)
         logits_WV = model(ids_W[None]).logits[0]
-        if len(calls) == 2:  # the second window: one token's logits are off by two
+        if len(calls) == 2:  # the second window: one logit is off by two
             logits_WV[3, 7] += 2.0
         return logits_WV
 
@@ -38,8 +38,8 @@ def test_a_folder_equals_itself_and_a_shifted_reference_is_measured(tiny: Tiny) 
     assert parity.max_delta == pytest.approx(2.0, abs=1e-4)
     assert 22 / 24 <= parity.top1 <= 1.0
     assert 1e-4 < parity.mean_kl < 0.1
-    with pytest.raises(VerificationError, match="llama differs|differs from its blueprint"):
-        parity.require("llama")
+    assert parity.median < 1e-6
+    parity.require("llama")  # one token may take another of two equal experts
 
 
 def test_a_folder_with_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
@@ -47,12 +47,12 @@ def test_a_folder_with_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> No
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.self_attn.q_proj.bias"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(VerificationError, match="missing_keys.*layers.1.self_attn.q_proj.bias"):
+    with pytest.raises(VerificationError, match=r"missing_keys.*layers.1.self_attn.q_proj.bias"):
         native_parity(folder, torch.tensor([[5, 6, 7]]), lambda ids: torch.zeros(3, 300), exact=True)
 
 
 @pytest.mark.parametrize(
-    ("exact", "relative", "mean_kl", "passes"),
+    ("exact", "median", "mean_kl", "passes"),
     [
         (True, 1e-5, 1.0, True),
         (True, 1e-2, 0.0, False),
@@ -62,8 +62,8 @@ def test_a_folder_with_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> No
         (False, math.inf, math.inf, False),
     ],
 )
-def test_bounds(exact: bool, relative: float, mean_kl: float, passes: bool) -> None:
-    parity = NativeParity(10, exact, 0.1, relative, 1.0, mean_kl)
+def test_bounds(exact: bool, median: float, mean_kl: float, passes: bool) -> None:
+    parity = NativeParity(10, exact, 0.1, 0.1, median, 1.0, mean_kl)
     if passes:
         parity.require("x")
     else:

@@ -24,7 +24,7 @@ AUTO_MAP = {
 
 
 def convert_by_hand(family: str, dense: Path, out: Path, *, layers: set[int] | None = None, **plan: Any) -> Path:
-    """Write the moesaic form of a dense checkpoint, every FFN (of ``layers``) split at random with :func:`random_plan`'s options."""
+    """Write the moesaic form of a checkpoint, all FFNs (of ``layers``) split at random by :func:`random_plan`."""
     checkpoint = Checkpoint(dense)
     anatomy = read_anatomy(checkpoint.config, hierarchical=family in {*MOE_FAMILIES, *MOE_VARIANTS})
     sites = [site for site in anatomy.sites if layers is None or site.layer in layers]

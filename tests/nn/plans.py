@@ -48,7 +48,12 @@ def random_router(kind: str, experts: int, d_model: int, seed: int = 0) -> Route
 
 
 def random_plan(
-    weights: FFNWeights, layout: str = "S2A2E8", router: str = "linear", gate: str = "uniform", extra: str = "plain", seed: int = 0
+    weights: FFNWeights,
+    layout: str = "S2A2E8",
+    router: str = "linear",
+    gate: str = "uniform",
+    extra: str = "plain",
+    seed: int = 0,
 ) -> LayerPlan:
     """A plan with a random partition, one of ``ROUTERS``, one gate and one of ``EXTRAS``."""
     shared, experts = random_partition(weights, layout, seed)

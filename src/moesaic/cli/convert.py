@@ -68,10 +68,8 @@ def run(
     if as_json:
         emit_json({"output": str(done.output)} | done.results)
         return
-    parity = done.results["parity"]
-    emit(
-        f"{done.output}: {len(done.blueprint.sites)} FFNs by {settings.method} in {done.results['conversion']['seconds']:.0f} s"
-    )
+    parity, seconds = done.results["parity"], done.results["conversion"]["seconds"]
+    emit(f"{done.output}: {len(done.blueprint.sites)} FFNs by {settings.method} in {seconds:.0f} s")
     if parity["all_on"] is not None:
         emit(f"all experts on against dense: relative logit difference {parity['all_on']:.1e}")
     emit(f"written FFNs against the blueprint's oracle: relative difference {parity['oracle']:.1e}")

@@ -71,7 +71,8 @@ def render(results: dict[str, Any]) -> str:
     parts = [results["protocol"], "", table(["model", "perplexity", "ratio to dense [95 %]"], rows)]
     if "active_ffn_fraction" in results:
         parts.append(
-            f"\nactive FFN fraction {results['active_ffn_fraction']:.1%}, {results['parameters'] / 1e6:.1f} M parameters"
+            f"\nactive FFN fraction {results['active_ffn_fraction']:.1%}, "
+            f"{results['parameters'] / 1e6:.1f} M parameters"
         )
     if summary := results.get("fidelity", {}).get("summary"):
         parts.append(

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from moesaic.cli import options as opt
 from moesaic.cli.console import emit, emit_json, table
 from moesaic.errors import InputError
-
-if TYPE_CHECKING:
-    from moesaic.blueprint import Blueprint
 
 
 def attach(app: typer.Typer) -> None:

@@ -49,19 +49,16 @@ def run(
         emit_json(report.to_dict())
         return
     kind = "gated" if report.gated else "ungated"
-    emit(
-        f"model       {report.model_type}: {report.layers} layers, {kind} FFN of {report.d_ff} neurons, width {report.d_model}"
-    )
+    ffn = f"{kind} FFN of {report.d_ff} neurons, width {report.d_model}"
+    emit(f"model       {report.model_type}: {report.layers} layers, {ffn}")
     emit(f"method      {report.method}" + (f" {report.layout}" if report.layout else ""))
     if report.layout:
         routed = f"{report.experts} routed experts of {report.expert_width}, top-{report.top_k}"
         emit(f"each FFN    shared expert of {report.shared_width} + {routed}")
-    emit(
-        f"active      {report.active_ffn_fraction:.1%} of the FFN in {report.converted_layers} of {report.layers} layers"
-    )
-    emit(
-        f"parameters  FFN {report.ffn_parameters / 1e6:.1f} M, active {report.active_ffn_parameters / 1e6:.1f} M, routers {report.router_parameters / 1e6:.2f} M"
-    )
+    layers = f"{report.converted_layers} of {report.layers} layers"
+    emit(f"active      {report.active_ffn_fraction:.1%} of the FFN in {layers}")
+    active, routers = report.active_ffn_parameters / 1e6, report.router_parameters / 1e6
+    emit(f"parameters  FFN {report.ffn_parameters / 1e6:.1f} M, active {active:.1f} M, routers {routers:.2f} M")
     emit(f"forecast    about {duration(report.seconds)} min, peak memory about {report.peak_bytes / 1e9:.1f} GB")
     for remark in report.remarks:
         emit(f"note        {remark}")

@@ -309,7 +309,7 @@ def _blueprint(job: Job, plans: dict[str, LayerPlan]) -> Blueprint:
 
 
 def _check(job: Job, folder: Path, blueprint: Blueprint, results: dict[str, Any], progress: Progress) -> None:
-    """Parity of the staged checkpoint with the dense one, streamed; raises VerificationError before the output appears."""
+    """Parity of the staged checkpoint with the dense one; raises VerificationError before the output appears."""
     from moesaic.evaluate.parity import stream_parity
 
     progress.note("verifying: logits of the written checkpoint against the dense one")

@@ -23,8 +23,8 @@ from moesaic.materialise import TENSOR_NAMES, dense_tensors, unpack
 def undo(folder: str | Path, out: str | Path, *, restart: bool = False) -> Path:
     """Write to ``out`` the dense checkpoint that the conversion in ``folder`` was made from; returns ``out``.
 
-    Values and names of the tensors are those of the source (with the base model's prefix, where the source lacks it), and
-    config.json has its content; the division into shards is the conversion's. One shard is in memory at a time.
+    Values and names of the tensors are those of the source (with the base model's prefix, where the source lacks it),
+    and config.json has its content; the division into shards is the conversion's. One shard is in memory at a time.
     Interrupted, the same call resumes.
 
     Args:

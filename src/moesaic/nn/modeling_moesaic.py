@@ -1,12 +1,12 @@
-"""The `moesaic` architecture for transformers: a dense language model whose feed-forward networks are split into experts.
+"""The `moesaic` architecture for transformers: a dense language model whose FFNs are split into experts.
 
-One self-contained file (torch and transformers only): it lies in every converted folder, so that `trust_remote_code=True`
-works where moesaic is not installed.
+One self-contained file (torch and transformers only): it lies in every converted folder, so that
+`trust_remote_code=True` works where moesaic is not installed.
 
-An FFN keeps its own matrices. Its neurons are only put in another order, [shared; expert 0; expert 1; ...], and a router
-says which runs of rows a token uses. So `gate_proj.weight` and `up_proj.weight` are [P, D], `down_proj.weight` is [D, P].
+An FFN keeps its own matrices. Its neurons only stand in another order, [shared; expert 0; expert 1; ...], and a router
+says which runs of rows a token uses: `gate_proj.weight` and `up_proj.weight` are [P, D], `down_proj.weight` is [D, P].
 
-Axes: T tokens, D model width, P packed neurons, E routed experts, M neurons per expert, K experts per token.
+Axes: T tokens, D model width, P packed neurons, E routed experts, M neurons of a run, K experts per token.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch.nn import functional as F
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
-# Dispatch constants, measured with benchmarks/ffn.py on one core of a Zen 4 CPU (MKL for fp32, oneDNN for bf16), torch 2.13.
+# Dispatch constants, measured with benchmarks/ffn.py on a Zen 4 CPU (MKL for fp32, oneDNN for bf16), torch 2.13.
 SORT_FROM_FP32 = 5  # tokens from which giving each expert its own tokens beats masking
-SORT_FROM_BF16 = 48  # the same; oneDNN repacks its right operand, so that few tokens per expert do not halve the time
-ROWS_BF16 = 16  # sorted path: rows come in multiples of this, as oneDNN compiles a kernel of 0.5 ms for each new number of rows
+SORT_FROM_BF16 = 64  # the same; oneDNN repacks its right operand, so that few tokens per expert gain little
+ROWS_BF16 = 16  # sorted path: rows per expert in multiples of this; oneDNN compiles (0.5 ms) for every new number
+GAP_ROWS = 128  # masked path: so many unused rows between two used runs cost less than a second run
 WEIGHT_FIRST_BF16 = 16  # masked path: tokens from which (W x^T)^T beats x W^T
-
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,7 +43,7 @@ class MoesaicConfig(PreTrainedConfig):
     """
 
     model_type = "moesaic"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
+    sub_configs = {"text_config": PreTrainedConfig}  # type: ignore[assignment]  # noqa: RUF012
     # Read through to the dense model's config, because tools look for them on the outer one.
     _dense_attributes = frozenset(
         {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
@@ -61,7 +61,7 @@ class MoesaicConfig(PreTrainedConfig):
             text_config = AutoConfig.for_model("llama")
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        self.text_config = text_config
+        self.text_config: PreTrainedConfig = text_config
         self.ffn_sites = dict(ffn_sites or {})
         self.ffn_bypass = list(ffn_bypass)
         super().__init__(**kwargs)
@@ -73,14 +73,23 @@ class MoesaicConfig(PreTrainedConfig):
 
 
 class Router(nn.Module):
-    """Scores experts in fp32. `linear`: W x + b. `gated`: |(W_u x + b_u) act(W_g x + b_g)|, or |act(W_u x + b_u)| without W_g."""
+    """Scores experts in fp32.
+
+    `linear`: W x + b. `gated`: |(W_u x + b_u) act(W_g x + b_g)|, or |act(W_u x + b_u)| where there is no W_g.
+    """
 
     def __init__(self, spec: dict[str, Any], d_model: int, activation: str) -> None:
         super().__init__()
         self.kind = spec["router"]
         self.normalise_input = spec["normalise_input"]
         self.act = ACT2FN[activation]
-        for name in ("weight", "bias", "gate", "up", "gate_bias", "up_bias"):
+        self.weight: Tensor
+        self.bias: Tensor | None
+        self.up: Tensor
+        self.gate: Tensor | None
+        self.up_bias: Tensor | None
+        self.gate_bias: Tensor | None
+        for name in ("weight", "bias", "up", "gate", "up_bias", "gate_bias"):
             shape = (spec["experts"],) if name.endswith("bias") else (spec["experts"], d_model)
             present = name in spec["router_tensors"]
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=torch.float32)) if present else None)
@@ -105,19 +114,20 @@ class MoEFeedForward(nn.Module):
     """A feed-forward network of one shared and E routed experts, of which each token uses K.
 
     Args:
-        spec: `neurons` P, `shared` S, `experts` E, `expert_width` M, `top_k` K, `router` (static, linear, gated), `router_tensors`,
-            `normalise_input`, `gate` (uniform, scaled, softmax_topk), `selection_bias`, `gated`, `gate_bias`, `up_bias`, `down_bias`.
+        spec: `neurons` P, `shared` S, `experts` E, `expert_width`, `top_k` K, `router` (static, linear, gated),
+            `router_tensors`, `normalise_input`, `gate` (uniform, scaled, softmax_topk), `selection_bias`, `gated`,
+            `gate_bias`, `up_bias`, `down_bias`.
         d_model: D.
         activation: Name as in transformers.
 
     `all_experts_on = True` makes every expert count once with weight 1; a partition then computes the dense network.
 
-    No path loops over tokens. Few tokens: the rows of the experts that anybody chose are multiplied with all tokens, neighbouring experts
-    as one matrix, and what a token did not choose is masked before the down projection; the cost is that of the active rows, never
-    above dense. Many tokens: each expert gets its own tokens. The constants at the top of the file say where one overtakes the other.
+    No path loops over tokens. Few tokens: the rows of the experts that anybody chose are multiplied with all tokens,
+    neighbours as one matrix, and what a token did not choose is zeroed before the down projection; that costs the
+    active rows, at most the dense network. Many tokens: each expert gets its own. The constants say where that begins.
     """
 
-    _routing = ("selection_bias", "gate_scale")
+    selection_bias: Tensor | None
 
     def __init__(self, spec: dict[str, Any], d_model: int, activation: str) -> None:
         super().__init__()
@@ -146,8 +156,9 @@ class MoEFeedForward(nn.Module):
         return self
 
     def _routing_tensors(self) -> dict[str, Tensor]:
-        own = {name: tensor for name in self._routing if (tensor := getattr(self, name)) is not None}
-        return own if self.router is None else own | {f"router.{n}": p for n, p in self.router.named_parameters()}
+        tensors: dict[str, Tensor] = {} if self.router is None else dict(self.router.named_parameters())
+        own = {"selection_bias": self.selection_bias, "gate_scale": self.gate_scale}
+        return tensors | {name: tensor for name, tensor in own.items() if tensor is not None}
 
     def scores(self, x_TD: Tensor) -> Tensor:
         """Router scores z_TE in fp32; zeros under the static router."""
@@ -164,10 +175,10 @@ class MoEFeedForward(nn.Module):
         """:meth:`route` with None for weights of 1: with few tokens, every operation that is left out shows."""
         z_TE = self.scores(x_TD)
         # The softmax keeps the order of the scores, so it is needed only where a bias is added to it.
-        p_TE = torch.softmax(z_TE, dim=-1) if self.selection_bias is not None or self.gate == "scaled" else z_TE
+        p_TE = torch.softmax(z_TE, dim=-1) if self.selection_bias is not None or self.gate_scale is not None else z_TE
         key_TE = z_TE if self.selection_bias is None else p_TE + self.selection_bias
         idx_TK = key_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
-        if self.gate == "scaled":
+        if self.gate_scale is not None:
             return idx_TK, 1 + p_TE.gather(1, idx_TK) * self.gate_scale[idx_TK]
         if self.gate == "softmax_topk":
             return idx_TK, self.top_k * torch.softmax(z_TE.gather(1, idx_TK), dim=-1)
@@ -193,14 +204,14 @@ class MoEFeedForward(nn.Module):
         return x_TD.shape[0] >= (SORT_FROM_FP32 if x_TD.dtype == torch.float32 else SORT_FROM_BF16)
 
     def _masked(self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
-        """All tokens through every row that some token uses; unchosen experts are zeroed between up and down projection."""
-        tokens = x_TD.shape[0]
+        """All tokens through all rows that some token uses; what a token did not choose is zeroed before going down."""
+        tokens, runs = x_TD.shape[0], self._runs(idx_TK)
         weight_TE = None
-        if tokens > 1 or weight_TK is not None:
+        if tokens > 1 or weight_TK is not None or sum(last - max(first, 0) for first, last in runs) > self.top_k:
             weight_TE = x_TD.new_zeros(tokens, self.experts).scatter(1, idx_TK, 1 if weight_TK is None else weight_TK)
         up_matmul, down_matmul = _matmuls(x_TD)
         y_TD = None
-        for first, last in self._runs(idx_TK):  # expert -1 stands for the shared one
+        for first, last in runs:  # expert -1 stands for the shared one
             start = self.shared + first * self.width if first >= 0 else 0
             stop = self.shared + last * self.width
             h_TM = self._hidden(x_TD, start, stop, up_matmul)
@@ -211,7 +222,7 @@ class MoEFeedForward(nn.Module):
         return torch.zeros_like(x_TD) if y_TD is None else y_TD
 
     def _weigh(self, h_TM: Tensor, weight_TE: Tensor) -> Tensor:
-        """Each expert's activations times its weight; they are the last ones of h_TM, after those of the shared expert if any."""
+        """The last columns of h_TM, those of the routed experts, times each expert's weight."""
         routed = weight_TE.shape[1] * self.width
         shared_TM, routed_TM = h_TM[:, :-routed], h_TM[:, -routed:]
         own_TEM = routed_TM.unflatten(1, (-1, self.width))
@@ -222,14 +233,15 @@ class MoEFeedForward(nn.Module):
         return torch.cat([shared_TM, weighted_TM], dim=1)
 
     def _runs(self, idx_TK: Tensor) -> list[tuple[int, int]]:
-        """Chosen experts as half-open ranges of neighbours; the shared expert is -1, the neighbour of expert 0."""
+        """Chosen experts as half-open ranges of neighbours and near neighbours; the shared expert is -1, next to 0."""
         if idx_TK.is_meta or torch.compiler.is_compiling() or idx_TK.numel() >= 4 * self.experts:
             active = range(self.experts)
         else:
             active = sorted(set(idx_TK.flatten().tolist()))
         runs: list[tuple[int, int]] = [(-1, 0)] if self.shared else []
+        gap = GAP_ROWS // max(self.width, 1)
         for e in active:
-            if runs and runs[-1][1] == e:
+            if runs and e - runs[-1][1] <= gap:
                 runs[-1] = (runs[-1][0], e + 1)
             else:
                 runs.append((e, e + 1))
@@ -256,7 +268,7 @@ class MoEFeedForward(nn.Module):
             part_ND = self._down(h_NM, start, start + self.width)[own]
             if weights is not None:
                 part_ND = part_ND * weights[begin : begin + count, None]
-            y_TD.index_add_(0, tokens[begin : begin + count], part_ND)
+            y_TD.index_add_(0, tokens[begin : begin + count], part_ND.to(y_TD.dtype))
             begin += count
         return y_TD
 
@@ -287,7 +299,7 @@ def _tokens_first(x_TD: Tensor, w_MD: Tensor) -> Tensor:
 
 
 def _matmuls(x_TD: Tensor) -> tuple[Matmul, Matmul]:
-    """The faster operand orders of the masked path's up and down products: as elsewhere, but for few tokens on a CPU."""
+    """The masked path's products up and down, each in the operand order that is faster for so many tokens."""
     if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
         return F.linear, F.linear
     if x_TD.dtype == torch.float32:
@@ -296,7 +308,7 @@ def _matmuls(x_TD: Tensor) -> tuple[Matmul, Matmul]:
 
 
 class MoesaicExperts(nn.ModuleList):
-    """The experts of an existing MoE block, each of them split again. Takes the place of transformers' fused experts module."""
+    """The experts of an existing MoE block, each split again, in place of transformers' fused experts module."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """y_TD from hidden_states [T, D] and the block's own routing [T, k]."""
@@ -310,8 +322,10 @@ class MoesaicExperts(nn.ModuleList):
         return y_TD
 
 
-def swap_ffns(model: nn.Module, sites: dict[str, dict[str, Any]], bypass: Sequence[str], d_model: int, activation: str) -> None:
-    """Put a fresh :class:`MoEFeedForward` at every site (module path -> spec) of a dense model, the identity at its bypassed siblings."""
+def swap_ffns(
+    model: nn.Module, sites: dict[str, dict[str, Any]], bypass: Sequence[str], d_model: int, activation: str
+) -> None:
+    """Put a fresh :class:`MoEFeedForward` at every site (module path -> spec) of a dense model, and bypass siblings."""
     for path, spec in sites.items():
         parent_path, _, name = path.rpartition(".")
         parent = model.get_submodule(parent_path)
@@ -336,11 +350,12 @@ def activation_name(config: PreTrainedConfig) -> str:
 class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     """The dense family's own model with other FFNs.
 
-    The dense `...ForCausalLM` is built and its children become children of this module, so that every tensor keeps its name.
-    `_dense` is that object: it holds no module of its own but shares this one's table of children, so that what replaces a child
+    The dense `...ForCausalLM` is built and its children become this module's, so that every tensor keeps its name.
+    `_dense` is that object: no child of this module, but sharing its table of children, so that what replaces a child
     here (a resized head, a wrapped layer) is what it computes with. Forward and the preparation of inputs are its own.
     """
 
+    _dense: Any
     config_class = MoesaicConfig
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -348,20 +363,29 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = (r"\.router\.", r"\.selection_bias$", r"\.gate_scale$")
+    _keep_in_fp32_modules_strict = [r"\.router\.", r"\.selection_bias$", r"\.gate_scale$"]  # noqa: RUF012
 
     def __init__(self, config: MoesaicConfig) -> None:
         super().__init__(config)
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        text_config = config.text_config
-        dense = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)](text_config)
-        swap_ffns(dense, config.ffn_sites, config.ffn_bypass, text_config.hidden_size, activation_name(text_config))
+        text_config = config.get_text_config()
+        dense: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
+        dense = dense(text_config)
+        swap_ffns(dense, config.ffn_sites, config.ffn_bypass, config.hidden_size, activation_name(text_config))
         self.__dict__["_dense"] = dense
         self.__dict__["_modules"] = dense._modules
         self.base_model_prefix = dense.base_model_prefix
         self._tied_weights_keys = dense._tied_weights_keys
         self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any
+    ) -> MoesaicForCausalLM:
+        """See transformers, which renames GPT-NeoX's head between disk and model only for its own class."""
+        key_mapping = {r"^embed_out\.": "lm_head."} | (key_mapping or {})
+        return super().from_pretrained(*args, key_mapping=key_mapping, **kwargs)
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 """The oracle of the tests: what a :class:`LayerPlan` means on a dense FFN, written for the reader and not for speed.
 
-It starts from the dense weights and the plan, token by token and expert by expert, and shares no code with the runtime or the materialiser.
+It starts from the dense weights and the plan, token by token and expert by expert, and shares no code with the runtime
+or the materialiser.
 
 Axes: T tokens, D model width, F neurons, E experts, M neurons of one expert, K chosen experts.
 """
@@ -96,7 +97,7 @@ def _parts(weights: FFNWeights, plan: LayerPlan) -> list[FFNWeights]:
 
 
 def _fade(part: FFNWeights, fraction: float, scope: str, real_M: Tensor) -> FFNWeights:
-    """``floor(fraction * n)`` of n competing weights set to zero, the smallest first, earlier ones first among equals."""
+    """``floor(fraction * n)`` of n competing weights become zero: the smallest, of equal ones the earlier."""
     names = [name for name in ("gate_FD", "up_FD", "down_DF") if getattr(part, name) is not None]
     matrices = {name: getattr(part, name).clone() for name in names}
     real = real_M.nonzero().flatten().tolist()

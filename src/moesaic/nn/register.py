@@ -1,78 +1,74 @@
 """Makes transformers know the `moesaic` architecture, without importing transformers or torch before the user does.
 
-:func:`register` does it now. :func:`register_on_import` does it as soon as transformers' auto classes exist: at once if they
-are imported, else through an import hook that runs after two modules of transformers and changes nothing else. A folder
-loads the same without any of this, with ``trust_remote_code=True``; registered, it needs no remote code.
+:func:`register` does it now. :func:`register_on_import`, which ``import moesaic`` calls, does it as soon as
+transformers' auto classes exist: at once if they are imported, else through an import hook. The hook watches imports of
+transformers. When the outermost one is through (within it, half of transformers may be half imported) and the auto
+classes are there, it registers and removes itself. A folder loads the same without any of this, with
+``trust_remote_code=True``.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
-import importlib.machinery
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
-_MODEL_MODULE = "transformers.models.auto.modeling_auto"
+_AUTO = "transformers.models.auto.configuration_auto"
+_MODELING = "moesaic.nn.modeling_moesaic"
 
 
 def register() -> None:
-    """Register config and model with ``AutoConfig`` and ``AutoModelForCausalLM``. Imports transformers; may be called again."""
-    importlib.import_module(_MODEL_MODULE)
-    _register_config()
-    _register_model()
-
-
-def register_on_import() -> None:
-    """Register when transformers' auto classes are imported, at once if they are. May be called again."""
-    for module, action in _ACTIONS.items():
-        if module in sys.modules:
-            action()
-    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
-
-
-def _register_config() -> None:
-    # Straight from the module, which may have been executed just now, while the package around it is still being imported.
-    from transformers.models.auto.configuration_auto import AutoConfig
-
-    from moesaic.nn.modeling_moesaic import MoesaicConfig
-
-    AutoConfig.register(MoesaicConfig.model_type, MoesaicConfig, exist_ok=True)
-    MoesaicConfig.register_for_auto_class()
-
-
-def _register_model() -> None:
-    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+    """Register with ``AutoConfig`` and ``AutoModelForCausalLM``. Imports transformers; may be called again."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from moesaic.nn.modeling_moesaic import MoesaicConfig, MoesaicForCausalLM
 
+    AutoConfig.register(MoesaicConfig.model_type, MoesaicConfig, exist_ok=True)
     AutoModelForCausalLM.register(MoesaicConfig, MoesaicForCausalLM, exist_ok=True)
     # So that save_pretrained copies the modelling file into the folder and names it in config.json.
+    MoesaicConfig.register_for_auto_class()
     MoesaicForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
-_ACTIONS: dict[str, Callable[[], None]] = {_CONFIG_MODULE: _register_config, _MODEL_MODULE: _register_model}
+def register_on_import() -> None:
+    """Register at once if transformers' auto classes are imported, else when they are. May be called again."""
+    if _AUTO in sys.modules:
+        register()
+    elif not any(isinstance(finder, _ImportWatch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ImportWatch())
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Lets the ordinary path finder find the two modules, and runs their action after their code."""
+class _ImportWatch(importlib.abc.MetaPathFinder):
+    """Finds nothing itself: it asks the other finders and counts how deep imports of transformers are nested."""
+
+    def __init__(self) -> None:
+        self.depth = 0
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        action = _ACTIONS.get(fullname)
-        if action is None:
+    ) -> ModuleSpec | None:
+        if fullname.partition(".")[0] != "transformers" and fullname != _MODELING:
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_then_act(module: ModuleType) -> None:
-            execute(module)
-            action()
-
-        spec.loader.exec_module = execute_then_act  # type: ignore[method-assign]
+        others = (finder for finder in sys.meta_path if not isinstance(finder, _ImportWatch))
+        spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
+        if spec is not None and spec.loader is not None:
+            self._wrap(spec.loader)
         return spec
+
+    def _wrap(self, loader: importlib.abc.Loader) -> None:
+        execute = loader.exec_module
+
+        def execute_and_count(module: ModuleType) -> None:
+            self.depth += 1
+            try:
+                execute(module)
+            finally:
+                self.depth -= 1
+            if self.depth == 0 and _AUTO in sys.modules and self in sys.meta_path:
+                sys.meta_path.remove(self)
+                register()
+
+        loader.exec_module = execute_and_count  # type: ignore[method-assign]

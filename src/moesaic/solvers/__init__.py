@@ -1,1 +1,1 @@
-"""Mathematics that methods share: pure functions on tensors, nothing of ours imported."""
+"""Mathematics that methods share: pure functions on tensors and :class:`moesaic.nn.ffn.FFNWeights`, nothing that knows models or files."""

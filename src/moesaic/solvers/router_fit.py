@@ -1,7 +1,7 @@
 """Linear routers z = W x: closed-form ridge, logistic refinement of the top-k sets, and what a choice is worth.
 
 Source: ours [OURS]. Everything streams over batches of tokens; nothing of size T x D x E is made. Sets of experts are
-0/1 matrices with K ones per row. What is added to all experts of a token changes no choice: losses see differences only.
+0/1 matrices with K ones per row. What is added to all experts of a token changes no choice: losses see differences.
 
 Axes: T tokens, D input width, E experts, K chosen experts.
 """

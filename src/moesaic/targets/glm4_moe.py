@@ -6,9 +6,9 @@ Weights of 1, three ways:
   routers.
 - Plain, where layers differ: w = 2 sigmoid(eps z) = 1 + eps z / 2. Missing experts of a layer are dead (bias -10),
   missing active ones are experts of zeros that are always chosen (bias +10).
-- Paired (``exact_weights``) [OURS]: expert e becomes a group of two, the expert with a router row of zeros and bias +1,
-  and a twin of zeros with the row of e. The sum of both scores ranks the groups, K of them stay, and in these the
-  experts win over their twins, with weight 2 sigmoid(0) = 1.
+- Paired (``exact_weights``) [OURS]: expert e becomes a group of two, the expert with a router row of zeros, and a
+  twin of zeros with the row of e and bias -1. The sum of both scores, sigmoid(z) - 1/2, ranks the groups, K of them
+  stay, and in these the experts win over their twins, with weight 2 sigmoid(0) = 1.
 
 A router bias b becomes ``e_score_correction_bias``: sigmoid(eps z) + eps b / 4 ranks like z + b up to terms of eps^2.
 
@@ -44,8 +44,8 @@ LIMITS = Limits(
     router_bias=True,
 )
 _PINNED, _DEAD = 10.0, -10.0
-_AHEAD = 1.0
-"""Lead of a paired expert over its twin: above any sigmoid, and small, as it takes digits from the twin's score."""
+_BEHIND = -1.0
+"""Bias of a twin: below its expert's 1/2 for any score, and the sum of both is near zero, where fp32 is finest."""
 
 rest_tensors = common.untied_rest
 files = common.no_files
@@ -125,7 +125,7 @@ def _with_twins(experts: list[Branch], rows_XD: Tensor, bias_X: Tensor) -> tuple
     return (
         [branch for expert in experts for branch in (expert, twin)],
         torch.stack([torch.zeros_like(rows_XD), rows_XD], dim=1).flatten(0, 1),
-        torch.stack([bias_X + _AHEAD, torch.zeros_like(bias_X)], dim=1).flatten(),
+        torch.stack([bias_X, torch.full_like(bias_X, _BEHIND)], dim=1).flatten(),
     )
 
 

@@ -83,6 +83,8 @@ class RouterRows(NamedTuple):
     bias_E: Tensor
 
 
+_ANY_SCALE = 0.25
+"""Deviation of scores where their size does not matter: outlying tokens, 20 times as large, still stay off saturation."""
 _WITH_BIAS = 0.03
 """Scale of scores whose bias is added behind the sigmoid: in between rounding (smaller) and its curvature (larger)."""
 
@@ -100,7 +102,7 @@ def router_rows(plan: LayerPlan, d_model: int, gamma_D: Tensor | None, eps: floa
         gamma_D: Weight of the norm in front of the FFN, from which the size of the scores is estimated: its output has
             independent coordinates of standard deviation gamma, about. None: the input has standard deviation 1.
         eps: Standard deviation of the scores where weights are to be 1.
-        any_scale: The architecture gives weights of 1 whatever the size of the scores; they then have deviation 1.
+        any_scale: The architecture gives weights of 1 whatever the size of the scores; they then keep the most digits.
     """
     if plan.router.kind == "static":
         return RouterRows(torch.zeros(len(plan.experts), d_model), torch.zeros(len(plan.experts)))
@@ -113,5 +115,5 @@ def router_rows(plan: LayerPlan, d_model: int, gamma_D: Tensor | None, eps: floa
     size_ED = weight_ED if gamma_D is None else weight_ED * gamma_D.float()
     deviation = size_ED.square().sum(1).mean().sqrt().item() or 1.0
     if any_scale:
-        eps = _WITH_BIAS if bool(bias_E.any()) else 1.0
+        eps = _WITH_BIAS if bool(bias_E.any()) else _ANY_SCALE
     return RouterRows(weight_ED * (eps / deviation), bias_E * (eps / deviation))

@@ -84,7 +84,7 @@ class Accounting:
 
     @property
     def removed_fraction(self) -> float:
-        """Zeros / FFN parameters. Removed neurons and branches are zeros; so are those that the dense FFN has itself."""
+        """Zeros / FFN parameters. Removed neurons and branches are zeros; so are the dense FFN's own zeros."""
         return 1 - self.nonzeros / self.parameters
 
 
