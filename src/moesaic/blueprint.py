@@ -1,9 +1,10 @@
 """The result of a method as data: which neurons make which expert, and how tokens are routed to them.
 
-A method decides, :mod:`moesaic.materialise` moves weights. Between them stands a :class:`Blueprint`: small, hashable, diffable,
-saved as ``blueprint.json`` (structure) and ``blueprint.safetensors`` (numbers).
+A method decides, :mod:`moesaic.materialise` moves weights. Between them stands a :class:`Blueprint`: small, hashable,
+diffable, saved as ``blueprint.json`` (structure) and ``blueprint.safetensors`` (numbers).
 
-Axes: D model width, F neurons of the dense FFN, S shared neurons, E routed experts, M neurons per expert, K active experts.
+Axes: D model width, F neurons of the dense FFN, S shared neurons, E routed experts, M neurons per expert, K active
+experts.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Router:
 
     ``static``: every expert, always; no tensors.
     ``linear``: scores ``z = W x + b``; tensors ``weight`` [E, D], optional ``bias`` [E].
-    ``gated``: scores ``|(W_u x + b_u) * act(W_g x + b_g)|`` (CMoE section 5); tensors ``up`` [E, D], optional ``gate`` [E, D],
-    ``up_bias`` [E], ``gate_bias`` [E]. Without ``gate`` the score is ``|act(W_u x + b_u)|`` (ungated FFN).
+    ``gated``: scores ``|(W_u x + b_u) * act(W_g x + b_g)|`` (CMoE section 5); tensors ``up`` [E, D], optional ``gate``
+    [E, D], ``up_bias`` [E], ``gate_bias`` [E]. Without ``gate`` the score is ``|act(W_u x + b_u)|`` (ungated FFN).
 
     ``normalise_input``: the router sees x / |x|_2 in place of x (MoEfication's similarity).
     """
@@ -50,7 +51,7 @@ STATIC = Router("static")
 
 @dataclass(frozen=True)
 class WeightFade:
-    """Unstructured magnitude sparsity per expert (Fractal Fade, unit ``weight``): the recipe, not the masks, as it is deterministic.
+    """Unstructured magnitude sparsity per expert (Fractal Fade, unit ``weight``): the recipe, which is deterministic.
 
     ``fractions``: removed share of the weights of each expert. ``scope``: the entries that compete with each other.
     """
@@ -70,8 +71,8 @@ class LayerPlan:
             under the static router, where every expert is always on and widths are free. Experts may overlap.
         top_k: Routed experts per token; ``len(experts)`` under the static router.
         router: How experts are chosen.
-        gate: Weight of a chosen expert. ``uniform``: 1. ``scaled``: 1 + p_j s_j with p the softmax of the scores over all
-            experts and s = ``gate_scale``. ``softmax_topk``: K times the softmax over the chosen scores.
+        gate: Weight of a chosen expert. ``uniform``: 1. ``scaled``: 1 + p_j s_j with p the softmax of the scores over
+            all experts and s = ``gate_scale``. ``softmax_topk``: K times the softmax over the chosen scores.
         selection_bias: Added to the softmax of the scores for choosing only, float [E] (CMoE's b).
         gate_scale: s of the ``scaled`` gate, float [E]; zeros give weights of exactly 1.
         fade: Magnitude sparsity inside the experts.
@@ -139,7 +140,7 @@ class LayerPlan:
         return shared + routed * self.top_k / len(self.experts)
 
     def spec(self) -> dict[str, Any]:
-        """What the runtime must know to build this FFN, as it stands in ``config.json`` (shapes and switches, no numbers)."""
+        """What the runtime must know to build this FFN, as it stands in ``config.json``: shapes and switches."""
         return {
             "neurons": len(self.packed),
             "shared": len(self.shared),

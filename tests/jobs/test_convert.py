@@ -1,4 +1,6 @@
-"""The main job, end to end on tiny models: every family by every kind of method, reloaded by transformers, equal to dense."""
+"""The main job, end to end on tiny models: every family by every kind of method, reloaded by transformers, equal to
+dense.
+"""
 
 from __future__ import annotations
 

@@ -93,6 +93,15 @@ def test_leading_dimensions_are_kept(shape: tuple[int, ...]) -> None:
             torch.testing.assert_close(y.reshape(-1, 16), expected)
 
 
+def test_one_expert_alone_is_its_slice_of_the_dense_network() -> None:
+    weights = random_ffn(37, 16, biases=True)
+    plan = random_plan(weights, "S2A2E7")
+    module, x_TD = build_ffn(weights, plan), random_inputs()
+    with torch.no_grad():
+        for e, index in enumerate(plan.experts):
+            assert relative_error(module.expert(e, x_TD), weights.take(index)(x_TD)) < 1e-12
+
+
 @pytest.mark.parametrize("gated", [True, False])
 def test_all_experts_on_is_the_dense_network(gated: bool) -> None:
     weights = random_ffn(37, 16, gated=gated, biases=True)

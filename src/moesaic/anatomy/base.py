@@ -73,7 +73,8 @@ class Family:
         activation_of: Computes the activation where the value of its key is not the whole story (Gemma).
         prefix: Prefix of the base model's tensors; checkpoints without it are read as well.
         renames: Parts of tensor names that the checkpoint spells otherwise than the model: (on disk, in the model).
-        buffers: Ends of names of tensors that old checkpoints hold and that are no weights (causal masks, rotary tables).
+        buffers: Ends of names of tensors that old checkpoints hold and that are no weights (causal masks, rotary
+            tables).
         refuse: Returns the reason why a config of this family cannot be converted, or None.
         moe: Set for families that are MoE already.
     """

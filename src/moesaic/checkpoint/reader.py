@@ -156,7 +156,8 @@ class Checkpoint:
         """sha256 (hex) of config.json and of the content of every weight file, in order of their names.
 
         Any changed byte of the model changes it. There is no quick variant from sizes and times: a resumed run must
-        not mix two models. Costs one pass over the files, one to three seconds per GB, the first time that it is asked for.
+        not mix two models. Costs one pass over the files, one to three seconds per GB, the first time that it is asked
+        for.
         """
         if self._fingerprint is None:
             sha = hashlib.sha256()

@@ -1,7 +1,7 @@
 """Router fidelity: does the router pick the experts that matter?
 
-The oracle of a token is the set of the K routed experts with the largest output energy |E_j(x)|^2. Measured on held-out text through
-the converted model itself, so each layer sees what it sees in use.
+The oracle of a token is the set of the K routed experts with the largest output energy |E_j(x)|^2. Measured on held-out
+text through the converted model itself, so each layer sees what it sees in use.
 
 Axes: T tokens, E routed experts, K active.
 """

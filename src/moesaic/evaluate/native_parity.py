@@ -60,10 +60,10 @@ class NativeParity:
     Attributes:
         tokens: Tokens compared.
         exact: Whether the target computes the same function, or only approaches weights of 1.
-        max_delta: Largest |logit difference|. Where two experts are nearly equal, rounding decides, and a token that takes
-            the other one differs visibly: a few of them are in every long comparison.
-        median: Median over tokens of each one's largest |logit difference|, over the largest |logit| of the reference.
+        max_delta: Largest |logit difference|. Where two experts are nearly equal, rounding decides, and a token that
+            takes the other one differs visibly: a few of them are in every long comparison.
         relative: That over the largest |logit| of the reference.
+        median: The same of the token in the middle, when tokens are ordered by their largest |logit difference|.
         top1: Share of tokens whose likeliest next token is the same.
         mean_kl: Mean KL divergence of the folder's distribution from the reference's, nats.
     """
@@ -85,8 +85,8 @@ class NativeParity:
         wrong = not self.median <= EXACT_TOLERANCE if self.exact else not self.mean_kl <= APPROXIMATE_KL
         if wrong:
             raise VerificationError(
-                f"{name} in stock transformers differs from its blueprint: logits by {self.median:.1e} (median, relative), "
-                f"mean KL {self.mean_kl:.1e}",
+                f"{name} in stock transformers differs from its blueprint: logits by {self.median:.1e} (median, "
+                f"relative), mean KL {self.mean_kl:.1e}",
                 "report it" if self.exact else "weights of 1 are too coarse here: use glm4_moe with exact_weights",
             )
 

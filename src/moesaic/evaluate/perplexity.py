@@ -1,8 +1,8 @@
 """Perplexity under one protocol, with paired confidence intervals.
 
-Protocol: one token stream of the joined text, non-overlapping windows, no BOS inserted, the first token of each window is not
-predicted, loss in fp32, mean over all predicted tokens. An incomplete last window is left out. The name of a result says all of it:
-``ppl[wikitext2-raw/test w2048 n=all]``.
+Protocol: one token stream of the joined text, non-overlapping windows, no BOS inserted, the first token of each window
+is not predicted, loss in fp32, mean over all predicted tokens. An incomplete last window is left out. The name of a
+result says all of it: ``ppl[wikitext2-raw/test w2048 n=all]``.
 
 Axes: N windows, W tokens per window, V vocabulary.
 """

@@ -1,7 +1,7 @@
 """What every method is: a config and a function from one FFN (and what it saw in calibration) to its plan.
 
-A method is a folder: ``config.py`` has the names of :class:`ConfigModule`, ``method.py`` those of :class:`MethodModule`; one line in
-``methods/__init__.py`` registers it. Methods decide; they never write weights.
+A method is a folder: ``config.py`` has the names of :class:`ConfigModule`, ``method.py`` those of
+:class:`MethodModule`; one line in ``methods/__init__.py`` registers it. Methods decide; they never write weights.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class MethodConfig(BaseModel):
 class SiteInputs:
     """What one FFN read during calibration.
 
-    ``x_TD`` is on the CPU, may be memory-mapped and in bf16; read it through :meth:`batches`. T counts tokens (for an expert of an
-    existing MoE: the tokens its own router sent to it; T may be 0).
+    ``x_TD`` is on the CPU, may be memory-mapped and in bf16; read it through :meth:`batches`. T counts tokens (for an
+    expert of an existing MoE: the tokens its own router sent to it; T may be 0).
     """
 
     x_TD: Tensor

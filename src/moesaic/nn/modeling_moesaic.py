@@ -184,6 +184,11 @@ class MoEFeedForward(nn.Module):
             return idx_TK, self.top_k * torch.softmax(z_TE.gather(1, idx_TK), dim=-1)
         return idx_TK, None
 
+    def expert(self, e: int, x_TD: Tensor) -> Tensor:
+        """Output of routed expert ``e`` alone with weight 1, without the output bias, [T, D]."""
+        start = self.shared + e * self.width
+        return self._down(self._hidden(x_TD, start, start + self.width), start, start + self.width)
+
     def forward(self, x: Tensor) -> Tensor:
         """y of the shape of x, [..., D]."""
         x_TD = x.reshape(-1, x.shape[-1])
@@ -263,9 +268,7 @@ class MoEFeedForward(nn.Module):
             rows = -(-count // multiple) * multiple
             first = max(0, min(begin, len(tokens) - rows))
             own = slice(begin - first, begin - first + count)
-            start = self.shared + e * self.width
-            h_NM = self._hidden(x_TD[tokens[first : first + rows]], start, start + self.width)
-            part_ND = self._down(h_NM, start, start + self.width)[own]
+            part_ND = self.expert(e, x_TD[tokens[first : first + rows]])[own]
             if weights is not None:
                 part_ND = part_ND * weights[begin : begin + count, None]
             y_TD.index_add_(0, tokens[begin : begin + count], part_ND.to(y_TD.dtype))

@@ -1,1 +1,1 @@
-"""Mathematics that methods share: pure functions on tensors and :class:`moesaic.nn.ffn.FFNWeights`, nothing that knows models or files."""
+"""Mathematics that methods share: pure functions on tensors and ``FFNWeights``, nothing that knows models or files."""

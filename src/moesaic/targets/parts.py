@@ -84,7 +84,7 @@ class RouterRows(NamedTuple):
 
 
 _ANY_SCALE = 0.25
-"""Deviation of scores where their size does not matter: outlying tokens, 20 times as large, still stay off saturation."""
+"""Deviation of scores where their size does not matter: tokens 20 times as large still stay off saturation."""
 _WITH_BIAS = 0.03
 """Scale of scores whose bias is added behind the sigmoid: in between rounding (smaller) and its curvature (larger)."""
 
