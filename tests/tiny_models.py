@@ -34,6 +34,12 @@ _OPT = {**_COMMON, "ffn_dim": D_FF, "activation_function": "relu", "word_embed_p
 _GPT_NEOX = {**_COMMON, "intermediate_size": D_FF}
 _GPT2 = {"vocab_size": VOCAB, "n_embd": D_MODEL, "n_layer": 2, "n_head": 4}
 _GEMMA = {**_GATED, "head_dim": 8, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.25,
+    "logits_scaling": 2.0,
+}
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": D_EXPERT}
 _FULL_MOE = {**_GATED, "num_experts_per_tok": 2, "intermediate_size": D_EXPERT}
 _QWEN2_MOE = {**_GATED, **_MOE, "shared_expert_intermediate_size": D_EXPERT + 3}
@@ -41,6 +47,7 @@ _QWEN2_MOE = {**_GATED, **_MOE, "shared_expert_intermediate_size": D_EXPERT + 3}
 # name -> (model_type, config). Every bias that a family can have is on in one entry or in a variant.
 _SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**_GATED, "tie_word_embeddings": True}),
+    "granite": ("granite", {**_GATED, **_MULTIPLIERS}),
     "mistral": ("mistral", {**_GATED, "sliding_window": None}),
     "qwen2": ("qwen2", {**_GATED, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {**_GATED, "head_dim": 16, "attention_bias": True}),

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.errors import InputError
+from moesaic.routing_config import RouterFitConfig
+from moesaic.targets import AUTO, TARGETS
+from moesaic.targets.base import TargetOptions
 
 if TYPE_CHECKING:
     from moesaic.anatomy.base import Anatomy
@@ -29,11 +32,36 @@ class ConvertSettings(BaseModel):
     calibration: CalibrationConfig = Field(
         default_factory=CalibrationConfig, description="Calibration text; unused by methods that need none."
     )
+    router: RouterFitConfig | None = Field(
+        None,
+        description="Replace each router by a linear one, which stock engines can run: `oracle` chooses the experts that "
+        "do most, `decisions` imitates the method's own router; {mode: oracle, steps: 10} sets more. Null keeps the own.",
+    )
+    target: str = Field(
+        AUTO,
+        description="Architecture of the output, see `moesaic targets`. auto: a stock one if it holds the model, else "
+        "moesaic.",
+    )
+    target_options: TargetOptions = Field(
+        default_factory=TargetOptions, description="How routing is put into a stock architecture."
+    )
     hierarchical: bool = Field(False, description="Convert the experts of a model that is MoE already.")
     dense_layers: tuple[int, ...] = Field(
         (), description="Decoder layers to leave dense; negative counts from the end."
     )
     seed: int = Field(0, description="Seed of everything random in the method.")
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _mode_alone(cls, value: Any) -> Any:
+        return {"mode": value} if isinstance(value, str) else value
+
+    @field_validator("target")
+    @classmethod
+    def _known_target(cls, target: str) -> str:
+        if target not in (AUTO, *TARGETS):
+            raise InputError(f"unknown target {target!r}", f"known: {AUTO}, {', '.join(TARGETS)}")
+        return target
 
 
 def load_settings(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def job(out: Path, written: Callable[[str], object] = lambda step: None, key: di
                 staged.write_shard(step, SHARDS[step])
                 fresh.append(step)
                 written(step)
-            assert staged.read_plans(step).keys() == PLAN.keys()
+            assert staged.read_plans(step)[0].keys() == PLAN.keys()
             if number >= first:
                 staged.write_state(number + 1, {"x": torch.full((5,), float(number))})
         (staged.work / "spill").write_bytes(b"scratch")

@@ -156,12 +156,33 @@ def test_damaged_key_asks_for_restart(tmp_path: Path) -> None:
 def test_nothing_is_left_when_nothing_was_done(tmp_path: Path) -> None:
     def fail_early() -> None:
         with StagedOutput.open(tmp_path / "out", KEY) as staged:
-            staged.write_plans("layer-00000", PLAN)
+            staged.write_text("config.json", "{}")
             raise RuntimeError("early")
 
     with pytest.raises(RuntimeError, match="early"):
         fail_early()
     assert not list(tmp_path.iterdir())
+
+
+def test_decisions_outlive_a_run_without_their_shard(tmp_path: Path) -> None:
+    def stop_early() -> None:
+        with StagedOutput.open(tmp_path / "out", KEY) as staged:
+            staged.write_plans("layer-00000", PLAN, {"agreement": 0.5})
+            staged.write_plans("layer-00001", PLAN)
+            staged.write_state(2, {})
+            raise RuntimeError("early")
+
+    with pytest.raises(RuntimeError, match="early"):
+        stop_early()
+    damaged = tmp_path / "out.partial" / "plans" / "layer-00001" / "blueprint.json"
+    damaged.write_text(damaged.read_text() + " ")
+    with StagedOutput.open(tmp_path / "out", KEY) as staged:
+        assert [staged.planned(f"layer-0000{n}") for n in range(3)] == [True, False, False]
+        assert not staged.done("layer-00000")
+        plans, reports = staged.read_plans("layer-00000")
+        assert plans.keys() == PLAN.keys()
+        assert reports == {"agreement": 0.5}
+        assert staged.read_state() is None, "it stands on decisions that are gone"
 
 
 def test_failed_verification_keeps_the_shards_and_no_output(tmp_path: Path, complete: dict[str, bytes]) -> None:

@@ -95,7 +95,7 @@ def test_a_gated_router_is_refused_and_the_linear_one_named(tiny: Tiny) -> None:
     router = Router("gated", {"up": torch.randn(4, 32), "gate": torch.randn(4, 32)})
     split = changed(tiny("llama"), router=router)
     assert "model.layers.0.mlp and 1 more: router of kind 'gated'" in reasons(split, "glm4_moe")
-    assert "--router linear" in reasons(split, "glm4_moe")
+    assert "--router oracle" in reasons(split, "glm4_moe")
     assert choose_target(split).name == "moesaic"
 
 

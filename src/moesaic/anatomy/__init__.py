@@ -11,6 +11,7 @@ from moesaic.anatomy import (
     gemma,
     gpt2,
     gpt_neox,
+    granite,
     llama,
     mistral,
     mixtral,
@@ -31,6 +32,7 @@ from moesaic.errors import UnsupportedModelError
 
 _MODULES = (
     llama,
+    granite,
     mistral,
     qwen2,
     qwen3,
@@ -47,6 +49,9 @@ _MODULES = (
     qwen3_moe,
     olmoe,
 )
+
+_MOST_LAYERS = 10_000
+"""No model comes near; a damaged config.json must not cost minutes."""
 
 FAMILIES: dict[str, Family] = {
     model_type: module.FAMILY for module in _MODULES for model_type in module.FAMILY.model_types
@@ -79,6 +84,11 @@ def read_anatomy(config: Config, *, hierarchical: bool = False) -> Anatomy:
     if family.refuse is not None and (reason := family.refuse(config)):
         raise UnsupportedModelError(f"this {model_type} model cannot be converted: {reason}")
     num_layers = _size(config, family.num_layers, model_type)
+    if num_layers > _MOST_LAYERS:
+        raise UnsupportedModelError(
+            f"config.json of this {model_type} model has {family.num_layers} = {num_layers}",
+            f"at most {_MOST_LAYERS} are read",
+        )
     return Anatomy(
         family=family,
         config=config,

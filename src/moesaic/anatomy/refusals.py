@@ -99,7 +99,8 @@ def _other_kind(config: Config, model_type: str) -> None:
 
 
 def _head(config: Config, model_type: str) -> None:
-    for architecture in config.get("architectures") or ():
+    named = config.get("architectures") or ()
+    for architecture in map(str, named if isinstance(named, list) else [named]):
         bare = architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
         if bare or architecture.endswith(_HEADS):
             raise UnsupportedModelError(

@@ -33,10 +33,12 @@ class Source(BaseModel):
         "of text files, a .jsonl or a .parquet file. A built-in name wins; write ./code for a folder of that name.",
     )
     weight: float = Field(
-        1.0, allow_inf_nan=False, description="Share of the windows that come from this source, relative to the others."
+        default=1.0,
+        allow_inf_nan=False,
+        description="Share of the windows that come from this source, relative to the others.",
     )
     field: str | None = Field(
-        None,
+        default=None,
         description="Field of a .jsonl record or column of a .parquet file that holds the text; `text` if left out.",
     )
 
@@ -90,13 +92,15 @@ class CalibrationConfig(BaseModel):
         description="Texts, mixed by weight: `wikitext` (as in the papers), `c4`, `code`, `wiki`, `tiny`, `mix` "
         "(wikitext 2, c4 1, code 1), or paths such as docs/, data.jsonl:text, corpus.parquet:content=2.0.",
     )
-    tokens: int = Field(16384, gt=0, description="Calibration tokens in all (T), rounded up to whole windows.")
+    tokens: int = Field(default=16384, gt=0, description="Calibration tokens in all (T), rounded up to whole windows.")
     window: int = Field(
-        2048, gt=1, description="Tokens per window; clipped to `tokens` and to the longest context of the model."
+        default=2048,
+        gt=1,
+        description="Tokens per window; clipped to `tokens` and to the longest context of the model.",
     )
-    seed: int = Field(0, description="Decides where in the text the windows lie and their order.")
+    seed: int = Field(default=0, description="Decides where in the text the windows lie and their order.")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
+        default="auto",
         description="Precision in which the model runs during calibration; `auto` is bfloat16 on a CPU that multiplies "
         "it natively, else float32.",
     )

@@ -4,14 +4,15 @@ Everything happens in ``OUT.partial`` beside OUT, on the same file system:
 
     .moesaic.lock   held by the process that writes
     key.json        what the output depends on; another key is not resumed
-    progress.jsonl  one line per finished shard: step, sha256, bytes, tensors; written when the shard is on disk
+    progress.jsonl  one line per step's decisions and one per finished shard: step, sha256 (null without a shard), bytes,
+                    plans, tensors; written when that is on disk
     shards/         finished shards, by step
     plans/          the decisions that belong to them, by step
     state.safetensors  what calibration needs to go on at the next layer, and the steps that it stands on
     work/           scratch files of the running process
     model/          the output itself; the last act is to rename it to OUT
 
-A shard without a line, a torn last line, or a shard that is not what its line says is done again.
+What has no line, or is not what its line says, is done again; so is what a torn last line stands for.
 """
 
 from __future__ import annotations
@@ -102,18 +103,29 @@ class StagedOutput:
             finally:
                 staged._leave()
 
+    def planned(self, step: str) -> bool:
+        """Whether this step's decisions are kept."""
+        return step in self._finished and self._plans_of(step).is_dir()
+
     def done(self, step: str) -> bool:
         """Whether this step's shard is written."""
-        return step in self._finished
+        return step in self._shards
 
-    def write_plans(self, step: str, plans: Mapping[str, LayerPlan]) -> None:
-        """Keep the decisions of a step for :meth:`read_plans`. Call before the step's :meth:`write_shard`."""
-        part = Blueprint("", "", "", {}, dict(plans))
+    def write_plans(
+        self, step: str, plans: Mapping[str, LayerPlan], reports: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep the decisions of a step, and what there is to say of them (JSON-able), for :meth:`read_plans`.
+
+        They are on disk when this returns. Call before the step's :meth:`write_shard`.
+        """
+        part = Blueprint("", "", "", dict(reports or {}), dict(plans))
         durable.replace_folder(self._plans_of(step), part.save)
+        self._note({"step": step, "sha256": None, "bytes": 0, "plans": self._plans_digest(step), "tensors": {}})
 
-    def read_plans(self, step: str) -> dict[str, LayerPlan]:
-        """What :meth:`write_plans` kept for a step that is done."""
-        return Blueprint.load(self._plans_of(step)).sites
+    def read_plans(self, step: str) -> tuple[dict[str, LayerPlan], dict[str, Any]]:
+        """Decisions and reports that :meth:`write_plans` kept for a step that is planned."""
+        kept = Blueprint.load(self._plans_of(step))
+        return kept.sites, kept.config
 
     def write_shard(self, step: str, tensors: Mapping[str, Tensor]) -> None:
         """Write one shard and note it as done; it is on disk when this returns.
@@ -129,8 +141,7 @@ class StagedOutput:
             "plans": self._plans_digest(step),
             "tensors": {name: [tensor.nbytes, tensor.numel()] for name, tensor in tensors.items()},
         }
-        durable.append_line(self._log, json.dumps(line))
-        self._finished[step] = line
+        self._note(line)
 
     def write_state(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
         """Replace the resume state: all that is needed to go on at ``layer``, given the steps that are done by now."""
@@ -180,7 +191,7 @@ class StagedOutput:
         names = self._place_shards()
         self._write_index(names)
         if manifest:
-            known = {names[step]: line["sha256"] for step, line in self._finished.items()}
+            known = {names[step]: line["sha256"] for step, line in self._shards.items()}
             content = build_manifest(self.folder, self._key, known)
             self.write_text(MANIFEST_NAME, json.dumps(content, indent=1, sort_keys=True) + "\n")
         if verify is not None:
@@ -248,8 +259,19 @@ class StagedOutput:
         if kept.encode() != text or not self._log.exists():
             durable.replace_text(self._log, kept)
 
+    @property
+    def _shards(self) -> dict[str, dict[str, Any]]:
+        """The lines of the steps whose shards are written."""
+        return {step: line for step, line in self._finished.items() if line["sha256"] is not None}
+
+    def _note(self, line: dict[str, Any]) -> None:
+        durable.append_line(self._log, json.dumps(line))
+        self._finished[line["step"]] = line
+
     def _intact(self, line: Mapping[str, Any]) -> bool:
         path = self._shard_of(line["step"])
+        if line["sha256"] is None:
+            return self._plans_digest(line["step"]) == line["plans"]
         intact = path.exists() and path.stat().st_size == line["bytes"] and hash_file(path) == line["sha256"]
         intact = intact and self._plans_digest(line["step"]) == line["plans"]
         if not intact:
@@ -261,7 +283,7 @@ class StagedOutput:
 
         The names are noted first, so that :meth:`_recall_shards` can take back an interrupted move.
         """
-        steps = sorted(self._finished)
+        steps = sorted(self._shards)
         total = len(steps)
         names = {step: f"model-{i:05d}-of-{total:05d}.safetensors" for i, step in enumerate(steps, 1)}
         if total == 1:
@@ -288,7 +310,7 @@ class StagedOutput:
     def _write_index(self, names: Mapping[str, str]) -> None:
         weight_map: dict[str, str] = {}
         size, parameters = 0, 0
-        for step, line in self._finished.items():
+        for step, line in self._shards.items():
             for name, (nbytes, numel) in line["tensors"].items():
                 if name in weight_map:
                     raise VerificationError(f"tensor {name} was written twice, in {weight_map[name]} and {names[step]}")

@@ -56,6 +56,10 @@ class _Tally:
         self.hits = self.kept = self.best = self.total = 0.0
         self.load_E = torch.zeros(ffn.experts, dtype=torch.float64)
 
+    def hook(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """For ``register_forward_pre_hook``: count the tokens that the FFN is about to see."""
+        self.add(arguments[0].reshape(-1, arguments[0].shape[-1]))
+
     def add(self, x_TD: Tensor) -> None:
         energy_TE = expert_energy(self.ffn, x_TD)
         index_TK, _ = self.ffn.route(x_TD)
@@ -101,11 +105,7 @@ def router_fidelity(model: nn.Module, ids_NW: Tensor) -> list[SiteFidelity]:
         if isinstance(module, MoEFeedForward) and not module.static:
             tally = _Tally(site, module)
             tallies.append(tally)
-            handles.append(
-                module.register_forward_pre_hook(
-                    lambda _module, args, tally=tally: tally.add(args[0].reshape(-1, args[0].shape[-1]))
-                )
-            )
+            handles.append(module.register_forward_pre_hook(tally.hook))
     try:
         if tallies:
             for ids_W in ids_NW:

@@ -74,6 +74,7 @@ def demo(out: Path, *, windows: int = 8, progress: Progress | None = None) -> De
     from moesaic.evaluate.perplexity import compare, perplexity, protocol_name, token_windows
     from moesaic.evaluate.speed import measure
     from moesaic.jobs.convert import convert
+
     progress = progress or Silent()
     started = time.monotonic()
     dense_folder = resolve_model(str(packaged_gguf()))
@@ -92,7 +93,9 @@ def demo(out: Path, *, windows: int = 8, progress: Progress | None = None) -> De
     blueprint = Blueprint.load(outputs[0])
     for name in CONTROLS:
         label = f"control: {name}"
-        models[label] = control_model(name, dense_folder, blueprint, CalibrationConfig(**_CALIBRATION), progress)
+        models[label] = control_model(
+            name, dense_folder, blueprint, CalibrationConfig.model_validate(_CALIBRATION), progress
+        )
         active[label] = active_fraction(blueprint)
     protocol = protocol_name("wikitext2-raw/test", _WINDOW, windows)
     ids_NW = token_windows(tokenizer, evaluation_text(), _WINDOW, windows)

@@ -12,6 +12,10 @@ from moesaic.checkpoint.placement import absolute, check_output
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.methods.base import MethodConfig
+from moesaic.calibration.config import MIX_NAME, CalibrationConfig
+from moesaic.calibration.samples import SAMPLES
+from moesaic.errors import InputError
+from moesaic.methods import get_config
 from moesaic.settings import ConvertSettings, check_fits, method_config
 
 
@@ -38,6 +42,8 @@ def check_request(model: str | Path, settings: ConvertSettings, output: str | Pa
         ResourceError: no room for the dequantised copy of a .gguf.
     """
     config = method_config(settings)
+    if settings.router is not None or get_config(settings.method).needs_calibration(config):
+        _check_sources(settings.calibration)
     if output is not None:  # before a model is fetched for it
         check_output(absolute(output), _local_folder(model))
     checkpoint = Checkpoint(resolve_model(str(model)))
@@ -46,6 +52,16 @@ def check_request(model: str | Path, settings: ConvertSettings, output: str | Pa
     for site in anatomy.sites:
         ffn_tensor_names(checkpoint, site)
     return Request(checkpoint, anatomy, config, dense_layers)
+
+
+def _check_sources(calibration: CalibrationConfig) -> None:
+    """Refuse calibration texts that are not there; what is in them is seen when they are read."""
+    for source in calibration.expanded():
+        if not source.builtin and not Path(source.name).expanduser().exists():
+            raise InputError(
+                f"calibration source {source.name!r} does not exist",
+                f"give a path, {MIX_NAME} or one of {', '.join(SAMPLES)}",
+            )
 
 
 def _local_folder(model: str | Path) -> Path | None:

@@ -158,7 +158,7 @@ def _layer_reasons(split: Split, limits: Limits) -> Iterable[str]:
 def _router_reason(plan: LayerPlan, limits: Limits) -> str | None:
     router = plan.router
     if router.kind == "gated":
-        return "router of kind 'gated': only linear ones exist there; convert with --router linear"
+        return "router of kind 'gated': only linear ones exist there; convert with --router oracle"
     if router.kind == "linear" and "bias" in router.tensors and not all_on(plan):
         if not (limits.router_bias and weighs_one(plan)):
             return (
@@ -187,7 +187,7 @@ def _selection_reason(plan: LayerPlan, limits: Limits) -> str | None:
         return None
     return (
         "a selection bias on the softmax of the scores: ernie4_5_moe has one, with gate 'softmax_topk' or top-1; "
-        "a linear router fitted to the decisions (--router linear) contains it"
+        "a linear router fitted to the decisions (--router decisions) contains it"
     )
 
 
