@@ -24,7 +24,8 @@ from moesaic.calibration.samples import evaluation_text
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.evaluate.perplexity import Perplexity, compare, perplexity, protocol_name, token_windows
 from moesaic.evaluate.proxy import ProxyPerplexity, proxy_change, proxy_perplexity
-from moesaic.jobs.convert import decide, prepare
+from moesaic.jobs.decide import decide
+from moesaic.jobs.job import prepare
 from moesaic.materialise import apply_blueprint
 from moesaic.methods.mlpmoe.method import describe
 from moesaic.settings import ConvertSettings

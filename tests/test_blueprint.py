@@ -83,6 +83,7 @@ def test_partition_is_recognised_and_its_size_counted() -> None:
         ({"top_k": 0}, "top-k 0 of 3"),
         ({"top_k": 4}, "top-k 4 of 3"),
         ({"router": Router("static")}, "static router with top-k 2 of 3"),
+        ({"router": Router("static"), "top_k": 3}, "static router with gate 'scaled'"),
         ({"shared": torch.tensor([11])}, "outside 0..10"),
         ({"experts": (torch.tensor([0]), torch.tensor([1, 2]))}, "widths"),
     ],

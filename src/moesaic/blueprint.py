@@ -101,6 +101,8 @@ class LayerPlan:
             raise InputError(
                 f"static router with top-k {self.top_k} of {len(self.experts)} experts", "static means all on"
             )
+        if static and self.gate != "uniform":
+            raise InputError(f"static router with gate {self.gate!r}", "experts that are all on have weight 1")
         if not static and len(widths) != 1:
             raise InputError(f"routed experts of widths {sorted(widths)}", "pad them to one width with -1")
         if not static and not 1 <= self.top_k <= len(self.experts):

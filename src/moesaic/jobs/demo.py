@@ -101,7 +101,7 @@ def demo(out: Path, *, windows: int = 8, progress: Progress | None = None) -> De
     ids_NW = token_windows(tokenizer, evaluation_text(), _WINDOW, windows)
     scores = {label: perplexity(model, ids_NW, protocol, progress=progress) for label, model in models.items()}
     progress.note("speed, all models in turn")
-    speeds = measure(models)
+    speeds = measure(models, prompt=128, steps=16, rounds=2)
     rows = tuple(
         Row(
             label,
