@@ -24,6 +24,8 @@ _NONE: dict[str, Any] = dict.fromkeys(
         "dense_layers",
         "hierarchical",
         "seed",
+        "router",
+        "target",
     )
 )
 

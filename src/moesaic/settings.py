@@ -25,7 +25,7 @@ class ConvertSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: str = Field("cmoe", description="Method name, see `moesaic methods`.")
+    method: str = Field(default="cmoe", description="Method name, see `moesaic methods`.")
     options: dict[str, Any] = Field(
         default_factory=dict, description="The method's own options, e.g. {layout: S3A3E8}."
     )
@@ -33,23 +33,25 @@ class ConvertSettings(BaseModel):
         default_factory=CalibrationConfig, description="Calibration text; unused by methods that need none."
     )
     router: RouterFitConfig | None = Field(
-        None,
-        description="Replace each router by a linear one, which stock engines can run: `oracle` chooses the experts that "
-        "do most, `decisions` imitates the method's own router; {mode: oracle, steps: 10} sets more. Null keeps the own.",
+        default=None,
+        description="Replace each router by a linear one, which stock engines can run: `oracle` chooses the experts "
+        "that do most, `decisions` imitates the method's own router; {mode: oracle, steps: 10} sets more. Null keeps "
+        "the own.",
     )
     target: str = Field(
-        AUTO,
+        default=AUTO,
         description="Architecture of the output, see `moesaic targets`. auto: a stock one if it holds the model, else "
         "moesaic.",
     )
     target_options: TargetOptions = Field(
-        default_factory=TargetOptions, description="How routing is put into a stock architecture."
+        default_factory=lambda: TargetOptions(exact_weights=True),
+        description="How routing is put into a stock architecture; by default with exact weights.",
     )
-    hierarchical: bool = Field(False, description="Convert the experts of a model that is MoE already.")
+    hierarchical: bool = Field(default=False, description="Convert the experts of a model that is MoE already.")
     dense_layers: tuple[int, ...] = Field(
-        (), description="Decoder layers to leave dense; negative counts from the end."
+        default=(), description="Decoder layers to leave dense; negative counts from the end."
     )
-    seed: int = Field(0, description="Seed of everything random in the method.")
+    seed: int = Field(default=0, description="Seed of everything random in the method.")
 
     @field_validator("router", mode="before")
     @classmethod

@@ -57,6 +57,8 @@ REFUSED: dict[str, tuple[dict[str, Any], bool, str, str]] = {
     "unknown MoE": ({"model_type": "deepseek_v3", "n_routed_experts": 256}, False, "already a Mixture", "mixtral"),
     "classifier": ({**LLAMA, "architectures": ["LlamaForSequenceClassification"]}, False, "no language-model head", ""),
     "embedding model": ({**LLAMA, "architectures": ["LlamaModel"]}, False, "LlamaModel", "causal language model"),
+    "architectures of numbers": ({"model_type": "new", "architectures": [3]}, False, "does not know", ""),
+    "countless layers": ({**LLAMA, "num_hidden_layers": 10**7}, False, "num_hidden_layers = 10000000", "at most"),
     "MoE": (MIXTRAL, False, "mixtral is already a Mixture of Experts", "--hierarchical"),
     "dense with --hierarchical": (LLAMA, True, "llama is a dense model", "leave out --hierarchical"),
     "cross-attention": (

@@ -28,9 +28,10 @@ def job(out: Path, written: Callable[[str], object] = lambda step: None, key: di
         state = staged.read_state()
         first = 0 if state is None else state[0]
         for number, step in enumerate(STEPS):
-            if not staged.done(step):
-                assert number >= first, "the state is ahead of the shards"
+            if not staged.planned(step):
+                assert number >= first, "the state is ahead of the decisions"
                 staged.write_plans(step, PLAN)
+            if not staged.done(step):
                 staged.write_shard(step, SHARDS[step])
                 fresh.append(step)
                 written(step)

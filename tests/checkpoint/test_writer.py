@@ -121,7 +121,7 @@ def test_damaged_shard_is_done_again(
         (partial / "plans" / "layer-00001" / "blueprint.json").write_text("{}")
     else:
         lines = (partial / "progress.jsonl").read_bytes().splitlines(keepends=True)
-        (partial / "progress.jsonl").write_bytes(lines[0] + b"\x00" * len(lines[1]) + b"\n")
+        (partial / "progress.jsonl").write_bytes(b"".join(lines[:3]) + b"\x00" * len(lines[3]) + b"\n")
     assert job(tmp_path / "out") == ["layer-00001", "rest"]
     assert ("layer-00001" in caplog.text) == (damage != "line")
     assert tree(tmp_path / "out") == complete
@@ -135,6 +135,9 @@ def test_state_is_forgotten_when_a_step_before_it_is(tmp_path: Path) -> None:
         assert state[0] == 1
         assert torch.equal(state[1]["x"], torch.full((5,), 0.0))
     (partial / "shards" / "layer-00000.safetensors").unlink()
+    with StagedOutput.open(tmp_path / "out", KEY) as staged:
+        assert staged.read_state() is not None, "the decisions, on which it stands, are still there"
+    (partial / "plans" / "layer-00000" / "blueprint.json").unlink()
     with StagedOutput.open(tmp_path / "out", KEY) as staged:
         assert staged.read_state() is None
 

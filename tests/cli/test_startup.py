@@ -30,7 +30,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), ("convert", "--help"), ("methods",), ("methods", "cmoe"), ("eval", "--help")]
+    "arguments",
+    [("--help",), ("convert", "--help"), ("methods",), ("methods", "cmoe"), ("eval", "--help"), ("targets",)],
 )
 def test_help_and_lists_import_nothing_heavy(arguments: tuple[str, ...]) -> None:
     done = run(*arguments)
@@ -43,6 +44,18 @@ def test_plan_imports_nothing_heavy(tiny: Callable[[str], Path]) -> None:
     assert done.returncode == 0, done.stderr
     assert "HEAVY []" in done.stdout
     assert "5 routed experts of 5, top-3" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "slip", [("--calib", "nowhere.txt"), ("--target", "gguf2"), ("--router", "best"), ("--layout", "S3A3")]
+)
+def test_slips_of_a_conversion_are_answered_before_anything_heavy(
+    slip: tuple[str, ...], tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    done = run("convert", str(tiny("llama")), str(tmp_path / "out"), *slip)
+    assert done.returncode == 1
+    assert "HEAVY []" in done.stdout
+    assert slip[1] in done.stderr or "router.mode" in done.stderr
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -85,7 +85,12 @@ def test_hierarchical_leaves_experts_whole_that_saw_too_few_tokens(tiny: Tiny, t
 @pytest.mark.parametrize("method", ROUTED)
 def test_every_method_gives_a_model_that_runs_and_differs_from_dense(tiny: Tiny, tmp_path: Path, method: str) -> None:
     done = moesaic.convert(
-        tiny("qwen2"), tmp_path / "out", method=method, options=ROUTED[method], calibration=CALIBRATION
+        tiny("qwen2"),
+        tmp_path / "out",
+        method=method,
+        options=ROUTED[method],
+        calibration=CALIBRATION,
+        target="moesaic",
     )
     out, dense = logits(tmp_path / "out"), logits(tiny("qwen2"))
     assert out.isfinite().all()
@@ -105,8 +110,9 @@ def test_two_runs_write_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_dense_layers_stay_as_they_are(tiny: Tiny, tmp_path: Path) -> None:
+    options = {"layout": "S3A3E8"}
     moesaic.convert(
-        tiny("llama"), tmp_path / "out", method="random", options={"layout": "S3A3E8"}, dense_layers=[-1]
+        tiny("llama"), tmp_path / "out", method="random", options=options, dense_layers=[-1], target="moesaic"
     )
     source, out = Checkpoint(tiny("llama")), Checkpoint(tmp_path / "out")
     kept = [name for name in source.names if ".layers.1." in name]
@@ -125,7 +131,7 @@ def test_a_blueprint_can_be_applied_again(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_the_folder_is_complete_and_says_how_it_was_made(tiny: Tiny, tmp_path: Path) -> None:
-    moesaic.convert(tiny("llama"), tmp_path / "out", method="random", options={"layout": "S3A3E8"})
+    moesaic.convert(tiny("llama"), tmp_path / "out", method="random", options={"layout": "S3A3E8"}, target="moesaic")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "manifest.json", "blueprint.json", "results.json", "README.md", "tokenizer.json"} <= names
     assert not (tmp_path / "out.partial").exists()

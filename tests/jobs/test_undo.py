@@ -26,7 +26,7 @@ LAYOUT = {"layout": "S2A2E7"}
 
 def converted(source: Path, out: Path, method: str = "random", **options: Any) -> Path:
     moe = FAMILIES_BY_TYPE[Checkpoint(source).config["model_type"]].moe is not None
-    return convert(source, out, method=method, options=options or LAYOUT, hierarchical=moe).output
+    return convert(source, out, method=method, options=options or LAYOUT, hierarchical=moe, target="moesaic").output
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *VARIANTS, *MOE_FAMILIES, *MOE_VARIANTS])
@@ -59,7 +59,7 @@ def test_config_json_is_byte_for_byte_the_source(tiny: Callable[[str], Path], tm
 
 def test_layers_left_dense_come_back_too(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     source = Checkpoint(tiny("llama"))
-    convert(source.folder, tmp_path / "moe", method="random", options=LAYOUT, dense_layers=(0,))
+    convert(source.folder, tmp_path / "moe", method="random", options=LAYOUT, dense_layers=(0,), target="moesaic")
     dense = Checkpoint(undo(tmp_path / "moe", tmp_path / "dense"))
     assert all(torch.equal(dense.tensor(name), source.tensor(name)) for name in source.names)
 

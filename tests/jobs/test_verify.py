@@ -25,7 +25,7 @@ from tests.tiny_models import FAMILIES, MOE_FAMILIES, build_tiny
 def converted(source: Path, out: Path, method: str = "random", **options: Any) -> Path:
     moe = FAMILIES_BY_TYPE[Checkpoint(source).config["model_type"]].moe is not None
     options = options or {"layout": "S2A2E7"}
-    return convert(source, out, method=method, options=options, hierarchical=moe).output
+    return convert(source, out, method=method, options=options, hierarchical=moe, target="moesaic").output
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,9 @@ def test_site_missing_in_config_is_named(output: Path) -> None:
 
 
 def test_blueprint_of_another_conversion_is_refused(output: Path, source: Path, tmp_path: Path) -> None:
-    other = convert(source, tmp_path / "other", method="random", options={"layout": "S2A2E7"}, seed=1).output
+    other = convert(
+        source, tmp_path / "other", method="random", options={"layout": "S2A2E7"}, seed=1, target="moesaic"
+    ).output
     Blueprint.load(other).save(output)
     sign(output)
     with pytest.raises(VerificationError, match="belong to different conversions"):

@@ -15,7 +15,7 @@ import torch
 from moesaic.blueprint import LayerPlan, Router
 from moesaic.errors import InputError
 from moesaic.targets import TARGETS, choose_target, get_target
-from moesaic.targets.base import Split
+from moesaic.targets.base import Split, TargetOptions
 from tests.targets.helpers import plan_of, plans_for, split_for
 from tests.tiny_models import build_tiny
 
@@ -54,6 +54,23 @@ def test_auto_takes_the_first_that_fits(
     assert choice.name == expected
     assert choice.module is get_target(expected)
     assert all(choice.refused.values())
+
+
+@pytest.mark.parametrize(
+    ("layout", "fields", "paired", "expected"),
+    [
+        ("S0A1E5", {}, False, "mixtral"),
+        ("S0A2E5", {}, True, "glm4_moe"),  # mixtral only approaches weights of 1
+        ("S0A2E5", {"gate": "softmax_topk"}, False, "mixtral"),
+        ("S2A2E6", {}, True, "glm4_moe"),
+        ("S2A2E6", {}, False, "moesaic"),
+    ],
+)
+def test_auto_with_options_takes_what_computes_the_same_function(
+    layout: str, fields: dict[str, Any], paired: bool, expected: str, tiny: Tiny
+) -> None:
+    split = split_for(tiny("llama"), plans_for(tiny("llama"), layout, **fields))
+    assert choose_target(split, "auto", TargetOptions(exact_weights=paired)).name == expected
 
 
 def test_an_explicit_target_that_does_not_fit_is_refused_with_reason_and_remedy(tiny: Tiny) -> None:

@@ -97,7 +97,6 @@ class Family:
     refuse: Callable[[Config], str | None] | None = None
     moe: MoENames | None = None
 
-
     def model_name(self, name: str) -> str:
         """A tensor's name in the model, given its name on disk (prefix included)."""
         for on_disk, in_model in self.renames:

@@ -88,7 +88,7 @@ class CalibrationConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sources: tuple[Source, ...] = Field(
-        (Source.parse("wikitext"),),
+        default=(Source.parse("wikitext"),),
         description="Texts, mixed by weight: `wikitext` (as in the papers), `c4`, `code`, `wiki`, `tiny`, `mix` "
         "(wikitext 2, c4 1, code 1), or paths such as docs/, data.jsonl:text, corpus.parquet:content=2.0.",
     )

@@ -23,8 +23,8 @@ from moesaic.targets.base import Split, TargetModule, TargetOptions
 def output_names(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, str]:
     """Every weight of the checkpoint -> the name that transformers' modules use, under which a copy is written.
 
-    Differences occur: checkpoints saved without the base model's prefix (GPT-2's ``h.0.attn...``), parts that transformers
-    renames on loading (``Family.renames``), and buffers of old checkpoints, which are left out.
+    Differences occur: checkpoints saved without the base model's prefix (GPT-2's ``h.0.attn...``), parts that
+    transformers renames on loading (``Family.renames``), and buffers of old checkpoints, which are left out.
     """
     family = anatomy.family
     bare = not any(name.startswith(f"{family.layers}.") for name in checkpoint.names)
@@ -77,13 +77,13 @@ def write_rest(
     anatomy: Anatomy,
     staged: StagedOutput,
     blueprint: Blueprint,
-    calibration: Any,
+    made: Mapping[str, Any] | None = None,
     target: TargetModule = moesaic_target,
     options: TargetOptions = TargetOptions(),
 ) -> None:
     """Write embeddings, norms and head, config.json, tokenizer files, blueprint and what else the target needs.
 
-    ``calibration``: the calibration settings, ready for JSON, or None; they go into config.json's ``moesaic`` block.
+    ``made``: how it was made (calibration, router, target), ready for JSON, for config.json's block ``moesaic``.
     """
     step = "rest"
     split = read_split(checkpoint, anatomy, blueprint.sites)
@@ -98,8 +98,8 @@ def write_rest(
         "method": blueprint.method,
         "config": blueprint.config,
         "source": checkpoint.fingerprint(),
-        "calibration": calibration,
         "blueprint": blueprint.digest(),
+        **(made or {}),
     }
     write_side_files(checkpoint, staged, split, blueprint, provenance, target, options)
 

@@ -4,8 +4,8 @@ Everything happens in ``OUT.partial`` beside OUT, on the same file system:
 
     .moesaic.lock   held by the process that writes
     key.json        what the output depends on; another key is not resumed
-    progress.jsonl  one line per step's decisions and one per finished shard: step, sha256 (null without a shard), bytes,
-                    plans, tensors; written when that is on disk
+    progress.jsonl  one line per step's decisions and one per finished shard, written when that is on disk: step,
+                    sha256 (null without a shard), bytes, plans, tensors
     shards/         finished shards, by step
     plans/          the decisions that belong to them, by step
     state.safetensors  what calibration needs to go on at the next layer, and the steps that it stands on
@@ -111,9 +111,7 @@ class StagedOutput:
         """Whether this step's shard is written."""
         return step in self._shards
 
-    def write_plans(
-        self, step: str, plans: Mapping[str, LayerPlan], reports: Mapping[str, Any] | None = None
-    ) -> None:
+    def write_plans(self, step: str, plans: Mapping[str, LayerPlan], reports: Mapping[str, Any] | None = None) -> None:
         """Keep the decisions of a step, and what there is to say of them (JSON-able), for :meth:`read_plans`.
 
         They are on disk when this returns. Call before the step's :meth:`write_shard`.

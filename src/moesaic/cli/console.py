@@ -6,7 +6,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 
@@ -43,17 +43,24 @@ def fail(message: str, hint: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain text table, first column left-aligned, the others right-aligned."""
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> str:
+    """A plain text table; ``align`` has < or > for each column, by default the first one is left-aligned alone."""
     widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
+    align = align or "<".ljust(len(headers), ">")
 
     def line(cells: Sequence[str]) -> str:
-        first, *rest = [
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join([first, *rest]).rstrip()
+        padded = [f"{cell:{side}{width}}" for cell, side, width in zip(cells, align, widths, strict=True)]
+        return "  ".join(padded).rstrip()
 
     return "\n".join([line(headers), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
+
+
+def native_line(parity: Mapping[str, Any]) -> str:
+    """A ``native_parity`` entry of results.json as one line."""
+    return (
+        f"stock transformers against the blueprint, {parity['tokens']} tokens: median logit difference "
+        f"{parity['median']:.1e}, relative; same next token {parity['top1']:.2%}; mean KL {parity['mean_kl']:.1e}"
+    )
 
 
 def duration(seconds: float) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moesaic.cli import options as opt
-from moesaic.cli.console import ConsoleProgress, emit, emit_json, quiet_libraries
+from moesaic.cli.console import ConsoleProgress, emit, emit_json, native_line, quiet_libraries
 
 
 def attach(app: typer.Typer) -> None:
@@ -32,6 +33,8 @@ def run(
     dense_layers: opt.DenseLayers = None,
     hierarchical: opt.Hierarchical = None,
     seed: opt.Seed = None,
+    router: opt.RouterText = None,
+    target: opt.Target = None,
     blueprint: Annotated[
         Path | None, typer.Option("--blueprint", help="Apply a saved blueprint in place of a method.")
     ] = None,
@@ -54,6 +57,8 @@ def run(
         dense_layers=dense_layers,
         hierarchical=hierarchical,
         seed=seed,
+        router=router,
+        target=target,
     )
     from moesaic.jobs.request import check_request
 
@@ -68,9 +73,27 @@ def run(
     if as_json:
         emit_json({"output": str(done.output)} | done.results)
         return
-    parity, seconds = done.results["parity"], done.results["conversion"]["seconds"]
-    emit(f"{done.output}: {len(done.blueprint.sites)} FFNs by {settings.method} in {seconds:.0f} s")
-    if parity["all_on"] is not None:
-        emit(f"all experts on against dense: relative logit difference {parity['all_on']:.1e}")
-    emit(f"written FFNs against the blueprint's oracle: relative difference {parity['oracle']:.1e}")
+    seconds = done.results["conversion"]["seconds"]
+    emit(f"{done.output}: {done.target}, {len(done.blueprint.sites)} FFNs by {settings.method} in {seconds:.0f} s")
+    for line in _findings(done.results):
+        emit(line)
     emit(f"next: moesaic eval {done.output} --baseline {model}")
+
+
+def _findings(results: dict[str, Any]) -> Iterator[str]:
+    if fit := results.get("router_fit"):
+        mean = fit["mean"]
+        yield (
+            f"linear routers: {mean['agreement_oracle']:.1%} of the oracle's experts chosen (chance "
+            f"{mean['energy_random']:.1%}), energy kept {mean['energy']:.1%}, "
+            f"by the method's own {mean['energy_original']:.1%}"
+        )
+    if parity := results.get("parity"):
+        if parity["all_on"] is not None:
+            yield f"all experts on against dense: relative logit difference {parity['all_on']:.1e}"
+        if parity["oracle"] is not None:
+            yield f"written FFNs against the blueprint's oracle: relative difference {parity['oracle']:.1e}"
+    if native := results.get("native_parity"):
+        yield native_line(native)
+    if reason := results.get("native_parity_skipped"):
+        yield f"not compared with stock transformers: {reason}"

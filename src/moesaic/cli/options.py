@@ -41,6 +41,16 @@ DenseLayers = Annotated[str | None, typer.Option("--dense-layers", help="Layers 
 Hierarchical = Annotated[
     bool | None, typer.Option("--hierarchical", help="Convert the experts of a model that is MoE already.")
 ]
+RouterText = Annotated[
+    str | None,
+    typer.Option(
+        "--router",
+        help="Linear router in place of the method's own: oracle (the experts that do most) or decisions (imitates).",
+    ),
+]
+Target = Annotated[
+    str | None, typer.Option("--target", help="Architecture to write, see `moesaic targets`. Default: auto.")
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of calibration windows and of the method.")]
 
 
@@ -57,6 +67,8 @@ def make_settings(
     dense_layers: str | None,
     hierarchical: bool | None,
     seed: int | None,
+    router: str | None,
+    target: str | None,
 ) -> ConvertSettings:
     """Flags over the YAML file over the defaults. Raises InputError for unknown keys and values that do not parse."""
     from moesaic.settings import ConvertSettings, build, load_settings
@@ -64,7 +76,7 @@ def make_settings(
     values = load_settings(config) if config is not None else {}
     if layout is not None and active is not None:
         raise InputError("both --layout and --active are given", "give one of them")
-    method_options = _section(values, "options") | _pairs(options)
+    method_options = _section(values, "options") | pairs(options)
     if layout is not None:
         method_options["layout"] = str(Layout.parse(layout))
     if active is not None:
@@ -72,7 +84,10 @@ def make_settings(
     calibration = _section(values, "calibration")
     given = {"sources": calib, "tokens": calib_tokens, "window": calib_window, "seed": seed}
     calibration |= {key: value for key, value in given.items() if value is not None}
-    flags: dict[str, Any] = {"method": method, "hierarchical": hierarchical, "seed": seed}
+    flags: dict[str, Any] = {"method": method, "hierarchical": hierarchical, "seed": seed, "target": target}
+    if router is not None:  # --router gives the mode, the file may give the rest
+        settings = values.get("router")
+        flags["router"] = (settings if isinstance(settings, dict) else {}) | {"mode": router}
     if dense_layers is not None:
         flags["dense_layers"] = _layers(dense_layers)
     values |= {key: value for key, value in flags.items() if value is not None}
@@ -86,20 +101,20 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     return dict(section)
 
 
-def _pairs(options: list[str] | None) -> dict[str, Any]:
+def pairs(options: list[str] | None) -> dict[str, Any]:
     """``["s_max=0.4"]`` -> ``{"s_max": 0.4}``; values are read as YAML scalars."""
     import yaml
 
-    pairs = {}
+    found = {}
     for option in options or []:
         key, equals, value = option.partition("=")
         if not equals or not key:
             raise InputError(f"cannot read --set {option!r}", "write --set key=value")
         try:
-            pairs[key.strip().replace("-", "_")] = yaml.safe_load(value)
+            found[key.strip().replace("-", "_")] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise InputError(f"cannot read the value of --set {option!r}", "quote it as in YAML") from error
-    return pairs
+    return found
 
 
 def _layers(text: str) -> list[int]:

@@ -26,6 +26,8 @@ def run(
     dense_layers: opt.DenseLayers = None,
     hierarchical: opt.Hierarchical = None,
     seed: opt.Seed = None,
+    router: opt.RouterText = None,
+    target: opt.Target = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Show shapes, parameters, memory and time of a conversion, before it runs."""
@@ -41,6 +43,8 @@ def run(
         dense_layers=dense_layers,
         hierarchical=hierarchical,
         seed=seed,
+        router=router,
+        target=target,
     )
     from moesaic.jobs.plan import plan
 

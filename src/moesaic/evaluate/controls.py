@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moesaic.anatomy import read_anatomy
+from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.blueprint import Blueprint
 from moesaic.calibration.config import CalibrationConfig
-from moesaic.jobs.convert import decide, prepare
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.jobs.decide import decide
+from moesaic.jobs.job import prepare
 from moesaic.materialise import apply_blueprint
 from moesaic.progress import Progress
 from moesaic.settings import ConvertSettings
@@ -28,12 +30,19 @@ def control_model(
     """The dense model, in memory, converted by a control at the active fraction and in the layers of ``blueprint``."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(baseline, dtype="auto")
-    anatomy = read_anatomy(model.config.to_dict())
+    dense_config = Checkpoint(baseline).config
+    hierarchical = FAMILIES[dense_config["model_type"]].moe is not None
+    anatomy = read_anatomy(dense_config, hierarchical=hierarchical)
     dense = {site.layer for site in anatomy.sites if site.path not in blueprint.sites}
     layout = blueprint.config.get("layout")
-    options = {"layout": layout} if layout else {"active": active_fraction(blueprint)}
-    settings = ConvertSettings(method=name, options=options, calibration=calibration, dense_layers=tuple(sorted(dense)))
+    settings = ConvertSettings(
+        method=name,
+        options={"layout": layout} if layout else {"active": active_fraction(blueprint)},
+        calibration=calibration,
+        hierarchical=hierarchical,
+        dense_layers=tuple(sorted(dense)),
+    )
     control = decide(prepare(baseline, settings), progress)
+    model = AutoModelForCausalLM.from_pretrained(baseline, dtype="auto")
     apply_blueprint(model, control, anatomy)
     return model.eval()

@@ -1,9 +1,9 @@
 """Parity of a written checkpoint with the dense one, streamed layer by layer so that memory stays bounded.
 
-Three things are compared. The tensors as read back: equal, bit for bit, to what the blueprint makes of the dense weights. The written
-model with every expert on and unit weights: its logits must be the dense model's when the blueprint is a partition. The written FFNs
-as they will run: their outputs must be those of the oracle built straight from dense weights and blueprint
-(:mod:`moesaic.nn.reference`), on a few tokens.
+Three things are compared. The tensors as read back: equal, bit for bit, to what the blueprint makes of the dense
+weights. The written model with every expert on and unit weights: its logits must be the dense model's when the
+blueprint is a partition. The written FFNs as they will run: their outputs must be those of the oracle built straight
+from dense weights and blueprint (:mod:`moesaic.nn.reference`), on a few tokens.
 
 Axes: N windows, W tokens, V vocabulary, D model width, T tokens.
 """
@@ -28,7 +28,7 @@ from moesaic.nn.modeling_moesaic import MoEFeedForward
 from moesaic.nn.reference import reference_ffn
 
 TOLERANCE = 1e-5
-"""Largest accepted difference, relative to the largest magnitude. Everything is computed in fp32, whatever the weights' dtype."""
+"""Largest accepted difference, relative to the largest magnitude. Computed in fp32, whatever the weights' dtype."""
 ORACLE_TOKENS = 8
 
 
@@ -39,9 +39,10 @@ class Parity:
     Attributes:
         tokens: Tokens compared.
         partition: Whether every FFN is a partition, so that all experts on must equal the dense model.
-        all_on: Largest |logit difference| over the largest |logit|, all experts on against dense; None when no partition.
-        oracle: Largest relative difference of an FFN's output from the oracle's, as the model will run; None where every FFN is
-            faded (the oracle sorts weights one by one: only the tests do that, on small FFNs).
+        all_on: Largest |logit difference| over the largest |logit|, all experts on against dense; None when no
+            partition.
+        oracle: Largest relative difference of an FFN's output from the oracle's, as the model will run; None where
+            every FFN is faded (the oracle sorts weights one by one: only the tests do that, on small FFNs).
         tolerance: The bound that both had to meet.
     """
 
@@ -108,7 +109,7 @@ def stream_parity(
 
 
 def load_written_ffn(output: Checkpoint, path: str, spec: dict[str, Any], anatomy: Anatomy) -> MoEFeedForward:
-    """One FFN of a written checkpoint as a module in fp32. Raises VerificationError when tensors are missing or too many."""
+    """One FFN of a written checkpoint as a module in fp32. Raises VerificationError when tensors do not fit."""
     with torch.device("meta"):
         module = MoEFeedForward(spec, anatomy.d_model, anatomy.activation)
     state = {

@@ -1,4 +1,4 @@
-"""One evaluation: a converted model, the dense model beside it, the controls, router fidelity and speed; one dictionary out."""
+"""One evaluation: a converted model, the dense one beside it, controls, router fidelity, speed; one dictionary out."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def evaluate_model(
         window: Tokens per window.
         limit: Number of windows; None is all.
         controls: Also convert the baseline by the ``static`` and ``random`` controls at the same active fraction.
-        fidelity: Measure router fidelity on the first windows.
+        fidelity: Measure router fidelity on the first windows; only folders of the moesaic architecture have it.
         speed: Measure prefill and decode speed beside the baseline.
         save: Merge the results into the folder's results.json when it is a moesaic output.
 
@@ -101,8 +101,8 @@ def evaluate_model(
     with _loaded(folder) as converted:
         results["parameters"] = converted.num_parameters()
         run.perplexity("model", converted)
-        if fidelity and blueprint is not None:
-            results["fidelity"] = _fidelity(converted, ids_NW[:_FIDELITY_WINDOWS])
+        if fidelity and (sites := router_fidelity(converted, ids_NW[:_FIDELITY_WINDOWS])):
+            results["fidelity"] = {"summary": summarise(sites), "sites": [site.to_dict() for site in sites]}
         if speed and dense_folder is not None:
             with _loaded(dense_folder) as dense:
                 results["speed"] = {k: v.to_dict() for k, v in measure({"dense": dense, "model": converted}).items()}
@@ -136,7 +136,7 @@ def _loaded(folder: Path) -> Iterator[Any]:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    from moesaic.jobs.convert import load_tokenizer
+    from moesaic.jobs.job import load_tokenizer
 
     return load_tokenizer(AutoTokenizer, folder)
 
@@ -148,11 +148,6 @@ def _read(text: str | Path | None) -> str:
         return Path(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"evaluation text {text} cannot be read", "give a UTF-8 text file") from error
-
-
-def _fidelity(model: Any, ids_NW: Tensor) -> dict[str, Any]:
-    sites = router_fidelity(model, ids_NW)
-    return {"summary": summarise(sites), "sites": [site.to_dict() for site in sites]}
 
 
 def _calibration(folder: Path) -> CalibrationConfig:

@@ -6,13 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFEndian, GGUFValueType, GGUFWriter, LlamaFileType, quant_sizes, quantize
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGMLQuantizationType,
+    GGUFEndian,
+    GGUFValueType,
+    GGUFWriter,
+    LlamaFileType,
+    quantize,
+)
 from torch import Tensor
 
-from moesaic.checkpoint.durable import replace_file
+from moesaic.checkpoint.durable import disk_errors, replace_file, sync
 from moesaic.errors import InputError
 
 DTYPES: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
@@ -105,7 +114,12 @@ def write_gguf(
         finally:
             writer.close()
 
-    replace_file(path, write)
+    # A name of its own: two exports to one file at the same time must not write into each other.
+    own = path.with_name(f"{path.name}.{uuid4().hex[:8]}")
+    replace_file(own, write)
+    with disk_errors(path):
+        own.replace(path)
+        sync(path.parent)
 
 
 def expected_bytes(tensors: Sequence[GGUFTensor], dtype: str) -> int:
@@ -114,7 +128,7 @@ def expected_bytes(tensors: Sequence[GGUFTensor], dtype: str) -> int:
 
 
 def _nbytes(shape: tuple[int, ...], stored: GGMLQuantizationType) -> int:
-    block, size = quant_sizes()[stored]
+    block, size = GGML_QUANT_SIZES[stored]
     return int(np.prod(shape)) // block * size
 
 

@@ -78,7 +78,7 @@ def export(
         "target": choice.name,
         "options": settings.model_dump(),
     }
-    size = _expected_bytes(checkpoint, split, choice)
+    size = _expected_bytes(checkpoint, split, choice, settings)
     with StagedOutput.open(output, key, source=folder, expected_bytes=size, restart=restart) as staged:
         _write_tensors(checkpoint, split, choice, settings, staged, progress)
         provenance = {**checkpoint.config["moesaic"], "target": choice.name, "target_options": settings.model_dump()}
@@ -178,12 +178,14 @@ def _layer(checkpoint: Checkpoint, split: Split, layer: int) -> tuple[dict[str, 
     return copied, packed
 
 
-def _expected_bytes(checkpoint: Checkpoint, split: Split, choice: Choice) -> int:
-    """Disk that the output will take, about: the source, a head of its own, and copies of shared neurons."""
+def _expected_bytes(checkpoint: Checkpoint, split: Split, choice: Choice, options: TargetOptions) -> int:
+    """Disk that the output will take, about: the source, an own head, copies of shared neurons, twins of experts."""
     embedding = [checkpoint.info(name).nbytes for name in checkpoint.names if name.endswith("embed_tokens.weight")]
     copies = 0
     if choice.name in REPLICATING:
         copies = sum((len(plan.experts) - 1) * len(plan.shared) for plan in split.plans.values())
+    elif choice.name == "glm4_moe" and options.exact_weights:
+        copies = sum(len(plan.experts) * plan.expert_width for plan in split.plans.values())
     return int(1.02 * checkpoint.nbytes) + sum(embedding) + copies * 3 * 4 * split.anatomy.d_model
 
 

@@ -1,4 +1,4 @@
-"""What a conversion would make, from config.json alone: shapes, alignment, memory and time, before any weight is read. No torch here.
+"""What a conversion would make, from config.json alone: shapes, alignment, memory, time, targets. No torch here.
 
 The figures for time and memory are forecasts from counted operations and bytes; ``docs/results`` holds measured ones.
 """
@@ -18,6 +18,8 @@ from moesaic.errors import InputError
 from moesaic.layout import Layout
 from moesaic.methods import get_config
 from moesaic.settings import ConvertSettings, build, check_fits, method_config
+from moesaic.targets import AUTO, TARGETS
+from moesaic.targets.backbone import no_backbone
 
 GFLOPS_PER_CORE = 45.0
 """Sustained fp32 matmul speed of one server core (AVX-512), in 1e9 operations per second; native bf16 doubles it."""
@@ -115,17 +117,18 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
         active_ffn_fraction=fraction,
         ffn_parameters=total,
         active_ffn_parameters=round(total - converted * (1 - fraction)),
-        router_parameters=len(sites) * experts * anatomy.d_model * (2 if settings.method == "cmoe" else 1),
+        router_parameters=len(sites) * experts * anatomy.d_model * (2 if _own_gated_router(settings) else 1),
         seconds=_seconds(settings, anatomy, total, fraction),
         peak_bytes=_peak_bytes(settings, anatomy, per_neuron),
-        remarks=_remarks(width, padding, anatomy),
+        remarks=(*_remarks(width, padding, anatomy), _target_remark(settings, anatomy, experts)),
     )
 
 
 def _seconds(settings: ConvertSettings, anatomy: Anatomy, ffn_parameters: int, fraction: float) -> float:
     """Two passes over the FFNs (statistics, then the converted forward) and one over attention, at a nominal speed."""
     attention = 4 * anatomy.d_model**2 * anatomy.num_layers
-    needs_data = get_config(settings.method).needs_calibration(method_config(settings))
+    method = get_config(settings.method)
+    needs_data = settings.router is not None or method.needs_calibration(method_config(settings))
     operations = 2 * settings.calibration.tokens * (ffn_parameters * (1 + fraction) + attention) if needs_data else 0
     copying = 3 * 4 * ffn_parameters / 1e9  # read, pack, write, at about 1 GB/s
     return round(operations / (GFLOPS_PER_CORE * 1e9 * (os.cpu_count() or 1)) + copying, 1)
@@ -147,7 +150,23 @@ def _remarks(width: int, padding: int, anatomy: Anatomy) -> tuple[str, ...]:
             remarks.append(f"expert width {width} is not a multiple of {', '.join(missing)}")
     if padding:
         remarks.append(f"{padding} padding neurons per layer, because the units do not divide {anatomy.d_ff} neurons")
-    remarks.append(
-        "the output loads in transformers with `import moesaic`, or with trust_remote_code=True and no install"
-    )
     return tuple(remarks)
+
+
+def _own_gated_router(settings: ConvertSettings) -> bool:
+    """Whether the routers are of CMoE's form, which no stock architecture has."""
+    return settings.method == "cmoe" and settings.router is None
+
+
+def _target_remark(settings: ConvertSettings, anatomy: Anatomy, experts: int) -> str:
+    """Which architecture the output will have, and what loads it, as far as the config shows it."""
+    loads = "the moesaic architecture: transformers loads it after `import moesaic`, or with trust_remote_code=True"
+    if settings.target not in (AUTO, "moesaic"):
+        return f"written as {settings.target}, for {', '.join(TARGETS[settings.target].engines)}"
+    if settings.target == "moesaic":
+        return f"written in {loads}"
+    if reason := no_backbone(anatomy):
+        return f"written in {loads}; {reason}"
+    if experts and _own_gated_router(settings):
+        return f"written in {loads}; --router oracle makes it one that stock engines load"
+    return "written as a stock architecture where one holds the split, see `moesaic targets MODEL`"

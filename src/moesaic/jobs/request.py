@@ -8,14 +8,14 @@ from pathlib import Path
 from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
 from moesaic.anatomy.weights import ffn_tensor_names
+from moesaic.calibration.config import MIX_NAME, CalibrationConfig
+from moesaic.calibration.samples import SAMPLES
 from moesaic.checkpoint.placement import absolute, check_output
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
-from moesaic.methods.base import MethodConfig
-from moesaic.calibration.config import MIX_NAME, CalibrationConfig
-from moesaic.calibration.samples import SAMPLES
 from moesaic.errors import InputError
 from moesaic.methods import get_config
+from moesaic.methods.base import MethodConfig
 from moesaic.settings import ConvertSettings, check_fits, method_config
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from moesaic.errors import InputError
 
 if TYPE_CHECKING:
-    from moesaic.targets.base import Split, TargetModule
+    from moesaic.targets.base import Split, TargetModule, TargetOptions
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,13 @@ class Choice:
     refused: dict[str, list[str]]
 
 
-def choose_target(split: Split, name: str = AUTO) -> Choice:
+def choose_target(split: Split, name: str = AUTO, options: TargetOptions | None = None) -> Choice:
     """The target to write.
 
     ``auto`` takes the first stock architecture that holds the model and computes no more per token than the dense FFN,
     and ``moesaic``, which holds everything, when there is none. Architectures without a shared expert come first where
-    the split has none, as elsewhere a shared expert of zeros would be computed.
+    the split has none, as elsewhere a shared expert of zeros would be computed. With ``options``, ``auto`` passes over
+    targets that would, under these options, only approach the split's function.
 
     Raises:
         InputError: the target is unknown, or ``name`` is given and cannot hold the model; the message has all reasons.
@@ -96,7 +97,7 @@ def choose_target(split: Split, name: str = AUTO) -> Choice:
     if name != AUTO:
         module = get_target(name)
         if reasons := module.reasons(split):
-            fits = choose_target(split).name
+            fits = choose_target(split, AUTO, options).name
             raise InputError(f"target {name} cannot hold this model: {'; '.join(reasons)}", f"use --target {fits}")
         return Choice(name, module, {})
     refused: dict[str, list[str]] = {}
@@ -105,6 +106,8 @@ def choose_target(split: Split, name: str = AUTO) -> Choice:
         reasons = module.reasons(split)
         if not reasons and candidate in REPLICATING:
             reasons = _too_costly(split)
+        if not reasons and options is not None and not module.exact(split, options):
+            reasons = ["its routers only approach weights of 1; naming the target accepts that"]
         if not reasons:
             return Choice(candidate, module, refused)
         refused[candidate] = reasons

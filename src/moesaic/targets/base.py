@@ -40,7 +40,7 @@ class TargetOptions(BaseModel):
     exact_weights: bool = Field(
         default=False,
         description="glm4_moe: weights of exactly 1 instead of eps. Each expert gets a twin of zeros, never computed, "
-        "that carries its score; routed experts take twice the memory.",
+        "that carries its score; routed experts take twice the memory. Top-1 and static routers are exact without.",
     )
     align: int = Field(
         default=8,

@@ -1,0 +1,153 @@
+"""The method at work: every layer's plans, decided on what the layers before it compute once they are converted.
+
+Axes: N windows, W tokens per window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from moesaic.anatomy.base import FFNSite
+from moesaic.anatomy.weights import load_ffn
+from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.calibration.stream import LayerStream
+from moesaic.checkpoint.writer import StagedOutput
+from moesaic.jobs.job import Job
+from moesaic.materialise import build_ffn
+from moesaic.methods import get_config
+from moesaic.methods.base import SiteInputs
+from moesaic.nn.ffn import FFNWeights
+from moesaic.progress import Progress, Silent
+from moesaic.routing import fit_linear_router
+
+Plans = dict[str, LayerPlan]
+
+
+@dataclass
+class Decisions:
+    """Plans of the converted FFNs, and reports of the router fits among them, by module path."""
+
+    plans: Plans = field(default_factory=dict)
+    router_fits: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def step_of(layer: int) -> str:
+    """Name of a layer's step in the staging folder."""
+    return f"layer-{layer:05d}"
+
+
+def decide(job: Job, progress: Progress | None = None) -> Blueprint:
+    """Run the method and return its blueprint without writing anything."""
+    return blueprint_of(job, decide_layers(job, None, progress or Silent()).plans)
+
+
+def decide_layers(
+    job: Job, staged: StagedOutput | None, progress: Progress, check: Callable[[Plans], None] | None = None
+) -> Decisions:
+    """Decide every layer, keeping each one's plans in ``staged``; those that it has are not decided again.
+
+    ``check`` is called with the plans of the first converted layer before they are kept, to refuse early.
+    """
+    layers = job.anatomy.num_layers
+    progress.start(f"{job.settings.method}: deciding", layers)
+    made = Decisions()
+    kept = {layer for layer in range(layers) if staged is not None and staged.planned(step_of(layer))}
+    stream, first = (None, 0) if len(kept) == layers else _open_stream(job, staged)
+    for layer in range(layers):
+        if staged is not None and layer in kept:
+            plans, fits = staged.read_plans(step_of(layer))
+        else:
+            plans, fits = _decide_layer(job, layer, stream, progress)
+            if check is not None and plans and not made.plans:
+                check(plans)
+            if staged is not None:
+                staged.write_plans(step_of(layer), plans, fits)
+        if stream is not None and first <= layer < layers - 1:
+            _move_on(stream, plans)
+            if staged is not None:
+                staged.write_state(layer + 1, stream.state())
+        made.plans |= plans
+        made.router_fits |= fits
+        progress.advance(f"layer {layer}")
+    return made
+
+
+def blueprint_of(job: Job, plans: Plans) -> Blueprint:
+    """The blueprint that these plans make; a given one keeps its provenance."""
+    if job.given is not None and job.settings.router is None:
+        return job.given
+    given = job.given
+    return Blueprint(
+        family=job.anatomy.family.name,
+        source=job.checkpoint.fingerprint(),
+        method=job.settings.method if given is None else given.method,
+        config=job.config.model_dump(mode="json") if given is None else given.config,
+        sites=plans,
+    )
+
+
+def _move_on(stream: LayerStream, plans: Mapping[str, LayerPlan]) -> None:
+    """Complete the layer with its converted FFNs, so that the next one sees what it will see in use."""
+    stream.advance({path: build_ffn(stream.weights(path), plan) for path, plan in plans.items()})
+
+
+def _open_stream(job: Job, staged: StagedOutput | None) -> tuple[LayerStream | None, int]:
+    """The calibration stream, moved to the first layer that it must compute; None for methods without data."""
+    if job.windows is None:
+        return None, 0
+    dtype = job.settings.calibration.resolved_dtype()
+    spill = None if staged is None else staged.work
+    stream = LayerStream(job.checkpoint, job.anatomy, job.windows.ids_NW, compute_dtype=dtype, spill=spill)
+    state = None if staged is None else staged.read_state()
+    if state is None:
+        return stream, 0
+    layer, tensors = state
+    stream.restore(layer, tensors)
+    return stream, layer
+
+
+def _decide_layer(
+    job: Job, layer: int, stream: LayerStream | None, progress: Progress
+) -> tuple[Plans, dict[str, dict[str, Any]]]:
+    """The plans of one layer's FFNs and the reports of their router fits; empty when the layer stays dense."""
+    sites = job.anatomy.sites_of(layer)
+    if layer in job.dense_layers or (job.given is not None and not any(s.path in job.given.sites for s in sites)):
+        return {}, {}
+    captured = {} if stream is None else stream.capture()
+    plans: Plans = {}
+    fits: dict[str, dict[str, Any]] = {}
+    for site in sites:
+        weights = load_ffn(job.checkpoint, site, job.anatomy.activation)
+        inputs = captured.get(site.path)
+        plan = _decide_site(job, site, weights, inputs, progress)
+        if plan is None:
+            continue
+        if job.settings.router is not None and inputs is not None and plan.router.kind != "static":
+            plan, fit = fit_linear_router(plan, weights, inputs, job.settings.router)
+            fits[site.path] = fit.to_dict()
+        plans[site.path] = plan
+    if plans and len(plans) < len(sites):  # inside a converted MoE block every expert needs a plan: the trivial one
+        for site in sites:
+            plans.setdefault(site.path, LayerPlan(site.d_ff, torch.arange(site.d_ff)))
+    return plans, fits
+
+
+def _decide_site(
+    job: Job, site: FFNSite, weights: FFNWeights, inputs: SiteInputs | None, progress: Progress
+) -> LayerPlan | None:
+    if job.given is not None:
+        return job.given.sites.get(site.path)
+    if inputs is not None and job.anatomy.family.moe is not None:
+        needed = getattr(get_config(job.settings.method), "MIN_TOKENS_PER_NEURON", 0.0) * site.d_ff
+        if inputs.tokens < max(needed, 1):
+            progress.note(
+                f"{site.path} stays whole: its router sent it {inputs.tokens} tokens, {needed:.0f} are needed"
+            )
+            return None
+    digest = hashlib.sha256(f"{job.settings.seed}:{site.path}".encode()).digest()
+    return job.method.plan_site(weights, inputs, job.config, int.from_bytes(digest[:4], "big"))

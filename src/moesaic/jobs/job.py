@@ -1,0 +1,142 @@
+"""A conversion, resolved and checked: all that can be known before the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moesaic
+from moesaic.anatomy.base import Anatomy
+from moesaic.anatomy.weights import load_ffn
+from moesaic.blueprint import Blueprint
+from moesaic.calibration.skeleton import Skeleton
+from moesaic.calibration.text import Windows, build_windows
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.errors import CheckpointError, InputError
+from moesaic.jobs.request import check_request
+from moesaic.methods import get_config, get_method
+from moesaic.methods.base import MethodConfig, MethodModule
+from moesaic.settings import ConvertSettings
+from moesaic.targets import AUTO, get_target
+from moesaic.targets.base import Split
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a conversion needs, resolved and checked; nothing has been computed or written yet."""
+
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    settings: ConvertSettings
+    method: MethodModule
+    config: MethodConfig
+    dense_layers: tuple[int, ...]
+    windows: Windows | None
+    given: Blueprint | None
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the output depends on. A staging folder with another key is not resumed."""
+        return {
+            "moesaic": moesaic.__version__,
+            "torch": torch.__version__,
+            "source": self.checkpoint.fingerprint(),
+            "method": self.settings.method,
+            "options": self.config.model_dump(mode="json"),
+            "dense_layers": list(self.dense_layers),
+            "hierarchical": self.settings.hierarchical,
+            "router": None if self.settings.router is None else self.settings.router.model_dump(mode="json"),
+            "target": self.settings.target,
+            "target_options": self.settings.target_options.model_dump(mode="json"),
+            "seed": self.settings.seed,
+            "calibration": None if self.windows is None else self.windows.fingerprint,
+            "compute_dtype": None if self.windows is None else str(self.settings.calibration.resolved_dtype()),
+            "blueprint": None if self.given is None else self.given.digest(),
+        }
+
+
+def prepare(
+    model: str | Path, settings: ConvertSettings, blueprint: Path | None = None, output: Path | None = None
+) -> Job:
+    """Resolve and check everything that can be known before the work. Raises InputError for what cannot work."""
+    request = check_request(model, settings, output)
+    checkpoint, anatomy, config = request.checkpoint, request.anatomy, request.config
+    given = None if blueprint is None else Blueprint.load(blueprint)
+    if given is not None:
+        _check_blueprint(given, anatomy)
+    # In the dtype of the largest tensor, which is that of nearly all: then looking at the weights copies none.
+    largest = max(checkpoint.names, key=lambda name: checkpoint.info(name).nbytes)
+    skeleton = Skeleton(checkpoint, anatomy, getattr(torch, checkpoint.info(largest).dtype))
+    _check_target(anatomy, settings.target)
+    windows = None
+    decides = given is None and get_config(settings.method).needs_calibration(config)
+    if decides or settings.router is not None:
+        from transformers import AutoTokenizer
+
+        tokenizer = load_tokenizer(AutoTokenizer, checkpoint.folder)
+        limit = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
+        windows = build_windows(settings.calibration, tokenizer, limit)
+    _check_weights(skeleton)
+    method = get_method(settings.method)
+    return Job(checkpoint, anatomy, settings, method, config, request.dense_layers, windows, given)
+
+
+def _check_target(anatomy: Anatomy, target: str) -> None:
+    """Refuse an architecture that cannot hold this model whatever is decided."""
+    if target != AUTO and (reasons := get_target(target).reasons(Split(anatomy, {}, {}))):
+        raise InputError(f"target {target} cannot hold this model: {'; '.join(reasons)}", "use --target auto")
+
+
+def _check_blueprint(given: Blueprint, anatomy: Anatomy) -> None:
+    """Refuse a blueprint of another model. One of the same shapes is accepted: a fine-tune can take its parent's."""
+    sites = {site.path: site for site in anatomy.sites}
+    for path, plan in given.sites.items():
+        if path not in sites:
+            raise InputError(f"the blueprint converts {path}, which this model does not have", "use its own model")
+        if plan.d_ff != sites[path].d_ff:
+            raise InputError(
+                f"the blueprint's {path} has {plan.d_ff} neurons, this model's {sites[path].d_ff}", "use its own model"
+            )
+        widths = {tensor.shape[1] for tensor in plan.router.tensors.values() if tensor.dim() == 2}
+        if widths - {anatomy.d_model}:
+            raise InputError(
+                f"the blueprint's router of {path} reads width {max(widths)}, this model has {anatomy.d_model}",
+                "use its own model",
+            )
+
+
+def _check_weights(skeleton: Skeleton) -> None:
+    """Every tensor there, of the shape that config.json asks for, and finite: hours of work must not end in a NaN.
+
+    One pass over the weights; the checkpoint remembers which are finite.
+    """
+    checkpoint, anatomy = skeleton.checkpoint, skeleton.anatomy
+    skeleton.load_outer()
+    skeleton.unload()
+    for layer in range(anatomy.num_layers):
+        skeleton.layer(layer, {})
+        for site in anatomy.sites_of(layer):
+            width = load_ffn(checkpoint, site, anatomy.activation).d_model
+            if width != anatomy.d_model:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {site.path} has width {width}, config.json says {anatomy.d_model}",
+                    "config.json and the weights belong to different models",
+                )
+    for name in checkpoint.names:  # those that no module reads are copied all the same
+        checkpoint.finite_tensor(name)
+
+
+def load_tokenizer(auto_class: Any, folder: Path) -> Any:
+    """The folder's tokenizer. Raises InputError when there is none or it cannot be read."""
+    if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise InputError(f"there is no tokenizer in {folder}", "copy tokenizer.json and tokenizer_config.json there")
+    try:
+        return auto_class.from_pretrained(folder)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"no usable tokenizer in {folder}: {reason}", "download it again") from error

@@ -1,0 +1,143 @@
+"""A folder of a stock architecture against our runtime: the dense model with its FFNs replaced as the blueprint says.
+
+Axes: W tokens of a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moesaic.anatomy import FAMILIES, read_anatomy
+from moesaic.anatomy.base import Anatomy
+from moesaic.blueprint import Blueprint
+from moesaic.checkpoint.output import read_split
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.source import resolve_model
+from moesaic.errors import InputError
+from moesaic.evaluate.llama_cpp import LlamaCppParity, available, llama_cpp_parity, stock_logits
+from moesaic.evaluate.native_parity import NativeParity, native_parity, parity_ids
+from moesaic.jobs.export import read_converted
+from moesaic.materialise import apply_blueprint
+from moesaic.targets import TARGETS, get_target
+from moesaic.targets.base import Split, TargetOptions
+
+_WINDOW = 256
+_MEMORY_SHARE = 0.5
+"""Share of the machine's memory that the check at the end of a conversion may take for both models."""
+
+
+def check_native(
+    folder: Path, dense: Checkpoint, anatomy: Anatomy, blueprint: Blueprint, *, exact: bool, windows: int = 1
+) -> NativeParity:
+    """Compare logits of ``folder`` in stock transformers, in a process of its own, with those of our runtime; fp32.
+
+    Raises VerificationError when they differ by more than rounding and the target's approximation explain.
+    """
+    window = min(_WINDOW, anatomy.config.get("max_position_embeddings") or _WINDOW)
+    ids_NW = parity_ids(folder, int(anatomy.config["vocab_size"]), window, windows)
+    parity = native_parity(folder, ids_NW, _blueprint_logits(dense, anatomy, blueprint), exact=exact)
+    parity.require(folder.name)
+    return parity
+
+
+def too_large(dense: Checkpoint) -> str | None:
+    """Why both models should not be in memory at once on this machine, or None."""
+    needed = 2 * 4 * sum(math.prod(dense.info(name).shape) for name in dense.names)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed <= _MEMORY_SHARE * memory:
+        return None
+    return f"two models in fp32 take {needed / 1e9:.0f} GB, more than half of this machine's {memory / 1e9:.0f} GB"
+
+
+def verify_native(folder: str | Path, baseline: str | Path | None, *, windows: int = 1) -> NativeParity:
+    """Parity of an output of a stock architecture, on ``windows`` windows of real text.
+
+    Args:
+        folder: The output.
+        baseline: The dense model that it was made from.
+        windows: How many windows of 256 tokens.
+
+    Raises:
+        InputError: ``folder`` is no output of moesaic or of the moesaic architecture, or ``baseline`` is missing or
+            another model.
+        VerificationError: the folder computes something else.
+    """
+    output = Checkpoint(Path(folder).expanduser())
+    made = output.config.get("moesaic")
+    if not isinstance(made, dict) or "target" not in made:
+        raise InputError(f"{folder} is not an output of moesaic of a stock architecture", "see `moesaic targets`")
+    if output.config.get("model_type") == "moesaic":
+        raise InputError(
+            f"{folder} is of the moesaic architecture, which stock transformers does not know",
+            "--baseline alone checks it; --parity is for what `moesaic export` writes",
+        )
+    if baseline is None:
+        raise InputError("--parity needs the dense model", "add --baseline MODEL")
+    dense = Checkpoint(resolve_model(str(baseline)))
+    if dense.fingerprint() != made.get("source"):
+        raise InputError(f"{baseline} is not the model that {folder} was made from", "check --baseline")
+    blueprint = Blueprint.load(output.folder)
+    anatomy = read_anatomy(dense.config, hierarchical=FAMILIES[dense.config["model_type"]].moe is not None)
+    options = TargetOptions.model_validate(made.get("target_options") or {})
+    exact = get_target(made["target"]).exact(read_split(dense, anatomy, blueprint.sites), options)
+    return check_native(output.folder, dense, anatomy, blueprint, exact=exact, windows=windows)
+
+
+def check_gguf(gguf: Path, folder: str | Path, dtype: str) -> LlamaCppParity | None:
+    """Compare llama.cpp on ``gguf`` with transformers on the stock folder it was written from, on one window of text.
+
+    None where the package ``xllamacpp`` is missing. Raises VerificationError when an f32 file differs by more than
+    rounding; narrower types differ by what they round.
+    """
+    if not available():
+        return None
+    folder = Path(folder).expanduser()
+    ids_NW = parity_ids(folder, int(Checkpoint(folder).config["vocab_size"]), _WINDOW)
+    parity = llama_cpp_parity(gguf, ids_NW, stock_logits(folder))
+    if dtype == "f32":
+        parity.require_exact(gguf.name)
+    return parity
+
+
+def fitting_targets(folder: str | Path) -> dict[str, list[str]]:
+    """Which targets hold a model: name -> reasons why not, [] if it does.
+
+    Args:
+        folder: A folder of the moesaic architecture, or a dense model, of which only the backbone is judged.
+
+    Raises:
+        InputError, UnsupportedModelError: it is neither.
+    """
+    checkpoint = Checkpoint(Path(folder).expanduser())
+    if checkpoint.config.get("model_type") == "moesaic":
+        _, _, split = read_converted(checkpoint.folder)
+    elif made := checkpoint.config.get("moesaic"):
+        raise InputError(
+            f"{folder} is of a stock architecture already, {made.get('target', checkpoint.config.get('model_type'))}",
+            "give a folder of the moesaic architecture, or a dense model",
+        )
+    else:
+        split = Split(read_anatomy(checkpoint.config), {}, {})
+    return {name: get_target(name).reasons(split) for name in TARGETS}
+
+
+def _blueprint_logits(dense: Checkpoint, anatomy: Anatomy, blueprint: Blueprint) -> Callable[[Tensor], Tensor]:
+    """A function from ids_W to logits_WV: the dense model under the blueprint, as our runtime computes it, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    # Split in the checkpoint's dtype first: scaled weights are rounded as they are on disk.
+    model = AutoModelForCausalLM.from_pretrained(dense.folder, dtype="auto")
+    apply_blueprint(model, blueprint, anatomy)
+    model = model.float().eval()
+
+    @torch.inference_mode()
+    def logits(ids_W: Tensor) -> Tensor:
+        return model(input_ids=ids_W[None], use_cache=False).logits[0]
+
+    return logits
