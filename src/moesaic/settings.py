@@ -44,8 +44,7 @@ class ConvertSettings(BaseModel):
         "moesaic.",
     )
     target_options: TargetOptions = Field(
-        default_factory=lambda: TargetOptions(exact_weights=True),
-        description="How routing is put into a stock architecture; by default with exact weights.",
+        default_factory=TargetOptions, description="How routing is put into a stock architecture."
     )
     hierarchical: bool = Field(default=False, description="Convert the experts of a model that is MoE already.")
     dense_layers: tuple[int, ...] = Field(

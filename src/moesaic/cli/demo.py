@@ -18,7 +18,7 @@ def attach(app: typer.Typer) -> None:
 
 def run(
     out: Annotated[Path, typer.Option("--out", help="Folder for the converted models.")] = Path("moesaic-demo"),
-    windows: Annotated[int, typer.Option("--windows", help="Evaluation windows of 1024 tokens.", min=1)] = 8,
+    windows: Annotated[int, typer.Option("--windows", help="Evaluation windows of 1024 tokens.", min=1)] = 6,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:

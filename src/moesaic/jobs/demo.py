@@ -59,7 +59,7 @@ def packaged_gguf() -> Path:
     return found[0]
 
 
-def demo(out: Path, *, windows: int = 8, progress: Progress | None = None) -> DemoResult:
+def demo(out: Path, *, windows: int = 6, progress: Progress | None = None) -> DemoResult:
     """Convert the packaged model by CMoE and MLPMoE into ``out``, measure everything, let the CMoE model speak.
 
     Finished conversions in ``out`` are used again. Raises InputError when the model package is missing.

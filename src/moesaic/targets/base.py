@@ -38,7 +38,7 @@ class TargetOptions(BaseModel):
         "only in the limit: weights are off by about eps/2, scores closer than 2.4e-7/eps become ties.",
     )
     exact_weights: bool = Field(
-        default=False,
+        default=True,
         description="glm4_moe: weights of exactly 1 instead of eps. Each expert gets a twin of zeros, never computed, "
         "that carries its score; routed experts take twice the memory. Top-1 and static routers are exact without.",
     )
