@@ -19,14 +19,14 @@ demo: $(VENV)/.installed  ## convert, measure and run a real 135M model
 	$(BIN)/moesaic demo
 
 test: $(VENV)/.installed  ## lint, types and all tests, the real model included
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-fast: $(VENV)/.installed  ## tests without real models
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not real"
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
