@@ -34,6 +34,7 @@ def run(
         bool, typer.Option("--fidelity/--no-fidelity", help="Router fidelity on the first windows.")
     ] = True,
     speed: Annotated[bool, typer.Option("--speed", help="Prefill and decode speed beside the baseline.")] = False,
+    proxy: Annotated[bool, typer.Option("--proxy", help="Also MLPMoE's proxy perplexity on eight texts.")] = False,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -56,6 +57,7 @@ def run(
         controls=controls,
         fidelity=fidelity,
         speed=speed,
+        proxy=proxy,
         progress=ConsoleProgress(quiet),
     )
     emit_json(results) if as_json else emit(render(results))
@@ -80,6 +82,10 @@ def render(results: dict[str, Any]) -> str:
             f"energy kept {summary['energy_router']:.1%}, oracle {summary['energy_oracle']:.1%}; "
             f"load entropy {summary['load_entropy']:.3f}, dead experts {summary['dead_experts']:.0f}"
         )
+    for label, row in results.get("proxy", {}).items():
+        change = row.get("change_percent")
+        note = f"  {change['percent']:+.4f} % [{change['low']:+.4f}, {change['high']:+.4f}]" if change else ""
+        parts.append(f"{row['name']} {label:8} {row['micro']:.3f}{note}")
     if speed := results.get("speed"):
         speeds = [[k, f"{v['prefill']:.1f}", f"{v['decode']:.1f}"] for k, v in speed.items()]
         parts.append("\n" + table(["model", "prefill tokens/s", "decode tokens/s"], speeds))

@@ -6,7 +6,7 @@ import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from moesaic.errors import InputError
 from moesaic.evaluate.controls import CONTROLS, active_fraction, control_model
 from moesaic.evaluate.fidelity import router_fidelity, summarise
 from moesaic.evaluate.perplexity import Perplexity, compare, perplexity, protocol_name, token_windows
+from moesaic.evaluate.proxy import ProxyPerplexity, proxy_change, proxy_perplexity
 from moesaic.evaluate.speed import measure
 from moesaic.progress import Progress, Silent
 from moesaic.report.card import write_card
@@ -36,11 +37,15 @@ class _Run:
     name: str
     ids_NW: Tensor
     progress: Progress
+    tokenizer: Any = None  # set when proxy perplexity is wanted
     measured: dict[str, Perplexity] = field(default_factory=dict)
+    proxies: dict[str, ProxyPerplexity] = field(default_factory=dict)
 
     def perplexity(self, label: str, model: Any) -> None:
         self.progress.note(f"perplexity of {label}")
         self.measured[label] = perplexity(model, self.ids_NW, self.name, progress=self.progress)
+        if self.tokenizer is not None:
+            self.proxies[label] = proxy_perplexity(model, self.tokenizer)
 
     def table(self) -> dict[str, Any]:
         dense = self.measured.get("dense")
@@ -48,6 +53,14 @@ class _Run:
             label: result.to_dict()
             | ({"ratio_to_dense": compare(result, dense).to_dict()} if dense and label != "dense" else {})
             for label, result in self.measured.items()
+        }
+
+    def proxy_table(self) -> dict[str, Any]:
+        dense = self.proxies.get("dense")
+        return {
+            label: {"name": result.name, "micro": result.micro, "macro": result.macro}
+            | ({"change_percent": asdict(proxy_change(result, dense))} if dense and label != "dense" else {})
+            for label, result in self.proxies.items()
         }
 
 
@@ -61,6 +74,7 @@ def evaluate_model(
     controls: bool = False,
     fidelity: bool = True,
     speed: bool = False,
+    proxy: bool = False,
     save: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -75,6 +89,7 @@ def evaluate_model(
         controls: Also convert the baseline by the ``static`` and ``random`` controls at the same active fraction.
         fidelity: Measure router fidelity on the first windows; only folders of the moesaic architecture have it.
         speed: Measure prefill and decode speed beside the baseline.
+        proxy: Also MLPMoE's proxy perplexity: eight short texts that ship with moesaic (docs/methods/mlpmoe.md).
         save: Merge the results into the folder's results.json when it is a moesaic output.
 
     Returns:
@@ -90,8 +105,9 @@ def evaluate_model(
             "controls need the dense model and a blueprint", "add --baseline MODEL; evaluate a moesaic output"
         )
     dataset = "wikitext2-raw/test" if text is None else Path(text).name
-    ids_NW = token_windows(_tokenizer(folder), _read(text), window, limit)
-    run = _Run(protocol_name(dataset, window, limit), ids_NW, progress or Silent())
+    tokenizer = _tokenizer(folder)
+    ids_NW = token_windows(tokenizer, _read(text), window, limit)
+    run = _Run(protocol_name(dataset, window, limit), ids_NW, progress or Silent(), tokenizer if proxy else None)
     results: dict[str, Any] = {"protocol": run.name}
     dense_folder = None if baseline is None else resolve_model(str(baseline))
     if dense_folder is not None:
@@ -115,6 +131,8 @@ def evaluate_model(
             del control
             gc.collect()
     results["perplexity"] = run.table()
+    if proxy:
+        results["proxy"] = run.proxy_table()
     if save and blueprint is not None:
         merge_results(folder, {"evaluation": {run.name: results}})
     return results

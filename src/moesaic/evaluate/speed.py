@@ -33,9 +33,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 @torch.inference_mode()
-def measure(
-    models: Mapping[str, Any], *, prompt: int = 256, steps: int = 24, rounds: int = 3, vocabulary: int = 1000
-) -> dict[str, Speed]:
+def measure(models: Mapping[str, Any], *, prompt: int = 256, steps: int = 24, rounds: int = 3) -> dict[str, Speed]:
     """Speed of several models on this machine, round-robin, so that a busy moment hits all of them.
 
     Args:
@@ -43,8 +41,8 @@ def measure(
         prompt: Prompt tokens.
         steps: Decode steps after it.
         rounds: Rounds over all models; the median counts. One more, uncounted, warms up.
-        vocabulary: Prompt ids are drawn below this.
     """
+    vocabulary = min(int(model.config.get_text_config().vocab_size) for model in models.values())
     ids_NW = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
     prefill: dict[str, list[float]] = {name: [] for name in models}
     decode: dict[str, list[float]] = {name: [] for name in models}
