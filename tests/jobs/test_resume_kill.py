@@ -79,8 +79,8 @@ def test_killed_at_random_moments_and_resumed(cli: Cli, folder: Path) -> None:
     assert fixed_files(folder / "first") == reference
 
     dice, killed, steps = random.Random(0), 0, []
-    for kill in range(KILLS):
-        moment = whole["seconds"] * (kill + dice.random()) / KILLS
+    for attempt in range(3 * KILLS):  # a run may be over before its moment comes: that one does not count
+        moment = whole["seconds"] * (attempt % KILLS + dice.random()) / KILLS
         code = convert(out, kill_after=moment)["code"]
         killed += code == -9
         if out.exists():
@@ -93,7 +93,9 @@ def test_killed_at_random_moments_and_resumed(cli: Cli, folder: Path) -> None:
         assert not partial.exists() or not (partial / "model").exists()
         shutil.rmtree(out)
         shutil.rmtree(partial, ignore_errors=True)
-    assert killed >= KILLS * 0.7
+        if killed == KILLS:
+            break
+    assert killed == KILLS
     assert sum(step > 0 for step in steps) >= 3, "the kills never met an unfinished run with finished steps"
     assert len(set(steps)) >= 3, "the kills met the run in the same place"
 

@@ -118,7 +118,7 @@ def test_glm4_moe_predicts_one_token(written: Any) -> None:
 
 @pytest.mark.parametrize("align", [8, 64])
 def test_widths_are_aligned_and_padded_with_zeros(align: int, written: Any, tiny: Tiny) -> None:
-    output, config = written("llama", "glm4_moe", align=align)
+    output, config = written("llama", "glm4_moe", align=align, exact_weights=False)
     assert config["moe_intermediate_size"] % align == 0
     shared = output.info("model.layers.0.mlp.shared_experts.up_proj.weight").shape[0]
     assert shared == config["n_shared_experts"] * config["moe_intermediate_size"]
