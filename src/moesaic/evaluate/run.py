@@ -120,22 +120,32 @@ def evaluate_model(
         if fidelity and (sites := router_fidelity(converted, ids_NW[:_FIDELITY_WINDOWS])):
             results["fidelity"] = {"summary": summarise(sites), "sites": [site.to_dict() for site in sites]}
         if speed and dense_folder is not None:
-            with _loaded(dense_folder) as dense:
-                results["speed"] = {k: v.to_dict() for k, v in measure({"dense": dense, "model": converted}).items()}
+            results["speed"] = _speed_beside(dense_folder, converted)
     if blueprint is not None:
         results["active_ffn_fraction"] = active_fraction(blueprint)
     if controls and dense_folder is not None and blueprint is not None:
-        for name in CONTROLS:
-            control = control_model(name, dense_folder, blueprint, _calibration(folder), run.progress)
-            run.perplexity(name, control)
-            del control
-            gc.collect()
+        _measure_controls(run, dense_folder, blueprint, _calibration(folder))
     results["perplexity"] = run.table()
     if proxy:
         results["proxy"] = run.proxy_table()
     if save and blueprint is not None:
         merge_results(folder, {"evaluation": {run.name: results}})
     return results
+
+
+def _speed_beside(dense_folder: Path, converted: Any) -> dict[str, Any]:
+    """Speed of the dense and of the converted model, measured in turn."""
+    with _loaded(dense_folder) as dense:
+        return {label: speed.to_dict() for label, speed in measure({"dense": dense, "model": converted}).items()}
+
+
+def _measure_controls(run: _Run, dense_folder: Path, blueprint: Blueprint, calibration: CalibrationConfig) -> None:
+    """Perplexity of each control, one model in memory at a time."""
+    for name in CONTROLS:
+        control = control_model(name, dense_folder, blueprint, calibration, run.progress)
+        run.perplexity(name, control)
+        del control
+        gc.collect()
 
 
 @contextmanager
