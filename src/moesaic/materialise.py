@@ -1,8 +1,10 @@
-"""From decisions to weights: a dense FFN and its :class:`LayerPlan` become the tensors and the module of a MoE FFN.
+"""From decisions to weights: a dense FFN and its :class:`LayerPlan` become the tensors and the module of a MoE FFN, an
+attention module and its :class:`AttentionPlan` those of a pruned one.
 
 The tensors of a partition are those of the dense FFN, bit for bit, with the neurons in another order, plus a router.
 
-Axes: D model width, F neurons of the dense FFN, P packed neurons [shared; expert 0; ...], E experts, M neurons each.
+Axes: D model width, F neurons of the dense FFN, P packed neurons [shared; expert 0; ...], E experts, M neurons each, H
+heads, h head width.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moesaic.anatomy.attention import pruning_reasons
 from moesaic.anatomy.base import Anatomy, FFNSite
+from moesaic.attention_plan import VALUE_TENSORS, AttentionPlan
 from moesaic.blueprint import Blueprint, LayerPlan
 from moesaic.errors import InputError
 from moesaic.nn.ffn import FFNWeights
@@ -23,7 +27,7 @@ from moesaic.solvers.magnitude import fade_branch
 if TYPE_CHECKING:
     from torch import nn
 
-    from moesaic.nn.modeling_moesaic import MoEFeedForward
+    from moesaic.nn.moesaic_ffn import MoEFeedForward
 
 TENSOR_NAMES = {
     "gate_FD": "gate_proj.weight",
@@ -41,7 +45,8 @@ def pack(weights: FFNWeights, plan: LayerPlan) -> dict[str, Tensor]:
 
     Projections and biases keep the dtype of ``weights``; router, ``selection_bias`` and ``gate_scale`` are fp32. Order:
     neurons are picked (-1 gives zeros), ``readout`` replaces the down projection, ``fade`` zeroes the smallest weights
-    of each expert, ``expert_scale`` multiplies each expert's down projection, ``bias`` replaces the output bias.
+    of each expert, ``expert_scale`` multiplies each expert's down projection, ``bias`` replaces the output bias. A
+    union has its table ``membership`` as well, bool.
 
     Raises:
         InputError: the plan is for an FFN of another size.
@@ -67,7 +72,29 @@ def pack(weights: FFNWeights, plan: LayerPlan) -> dict[str, Tensor]:
         zeros_E = torch.zeros(len(plan.experts))
         routing["gate_scale"] = zeros_E if plan.gate_scale is None else plan.gate_scale
     fp32 = {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in routing.items()}
-    return tensors | fp32
+    return tensors | fp32 | ({"membership": plan.membership} if plan.union else {})
+
+
+def pack_attention(tensors: Mapping[str, Tensor], path: str, plan: AttentionPlan) -> dict[str, Tensor]:
+    """The tensors of a pruned attention module that are not the dense one's, by full name; new memory, contiguous.
+
+    Args:
+        tensors: Of the dense model, by full name: at least the projections of queries and keys.
+        path: Module path of the attention.
+        plan: Kept rows of these projections keep their values and dtype; the predictor's tensors are fp32.
+    """
+    packed: dict[str, Tensor] = {}
+    if plan.pairs is not None:
+        packed[f"{path}.pairs"] = plan.pairs.long().clone()
+        for name in ("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias"):
+            if (rows := tensors.get(f"{path}.{name}")) is not None:
+                heads = rows.unflatten(0, (-1, plan.head_dim))
+                packed[f"{path}.{name}"] = heads.index_select(1, plan.kept.to(rows.device)).flatten(0, 1)
+    if plan.masks_values:
+        for name in VALUE_TENSORS:
+            tensor: Tensor = getattr(plan, name)
+            packed[f"{path}.value_mask.{name}"] = tensor.detach().to(torch.float32, copy=True).contiguous()
+    return packed
 
 
 def site_spec(weights: FFNWeights, plan: LayerPlan) -> dict[str, Any]:
@@ -83,32 +110,35 @@ def site_spec(weights: FFNWeights, plan: LayerPlan) -> dict[str, Any]:
 
 def build_ffn(weights: FFNWeights, plan: LayerPlan) -> MoEFeedForward:
     """The converted FFN as a module in eval mode, computing what its written form computes."""
-    from moesaic.nn.modeling_moesaic import MoEFeedForward
+    from moesaic.nn.moesaic_union import build_feed_forward
 
     with torch.device("meta"):
-        module = MoEFeedForward(site_spec(weights, plan), weights.d_model, weights.activation)
+        module = build_feed_forward(site_spec(weights, plan), weights.d_model, weights.activation)
     module.load_state_dict(pack(weights, plan), assign=True)
     return module.eval()
 
 
 @torch.no_grad()
 def apply_blueprint(model: nn.Module, blueprint: Blueprint, anatomy: Anatomy) -> None:
-    """Convert a loaded transformers model in place: every FFN that the blueprint names becomes its MoE form.
+    """Convert a loaded transformers model in place: every FFN that the blueprint names becomes its MoE form, every
+    attention its pruned form.
 
     In an existing MoE, a block of experts is converted as a whole: the blueprint names all of its experts or none.
 
     Raises:
-        InputError: the blueprint names an FFN that the model does not have or that has another width.
+        InputError: the blueprint names an FFN or attention that the model does not have or that has another width.
     """
     from torch import nn
 
-    from moesaic.nn.modeling_moesaic import MoesaicExperts
+    from moesaic.nn.moesaic_ffn import MoesaicExperts
 
     sites = {site.path: site for site in anatomy.sites}
     if strangers := blueprint.sites.keys() - sites.keys():
         raise InputError(
             f"the blueprint converts {min(strangers)}, which this model does not have", "use its own model"
         )
+    if reasons := pruning_reasons(anatomy, blueprint.attention):
+        raise InputError(f"the attention cannot be pruned: {reasons[0]}")
     blocks: dict[str, list[nn.Module]] = {}
     for path, plan in blueprint.sites.items():
         site = sites[path]
@@ -123,6 +153,19 @@ def apply_blueprint(model: nn.Module, blueprint: Blueprint, anatomy: Anatomy) ->
     for path, experts in blocks.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, MoesaicExperts(experts))
+    _apply_attention(model, blueprint)
+
+
+def _apply_attention(model: nn.Module, blueprint: Blueprint) -> None:
+    from moesaic.nn.moesaic_attention import swap_attention
+
+    for path, plan in blueprint.attention.items():
+        dense = model.get_submodule(path)
+        tensors = {f"{path}.{name}": tensor.detach() for name, tensor in dense.named_parameters()}
+        packed = tensors | pack_attention(tensors, path, plan)
+        swap_attention(model, {path: plan.spec()})
+        pruned = model.get_submodule(path).train(dense.training)
+        pruned.load_state_dict({name.removeprefix(f"{path}."): t for name, t in packed.items()}, assign=True)
 
 
 def ffn_of_model(model: nn.Module, site: FFNSite, activation: str) -> FFNWeights:
@@ -170,14 +213,14 @@ def dense_tensors(weights: FFNWeights, site: FFNSite) -> dict[str, Tensor]:
 
 
 def unpack(tensors: Mapping[str, Tensor], plan: LayerPlan, activation: str) -> FFNWeights:
-    """The dense FFN back from what :func:`pack` made of a partition, bit for bit.
+    """The dense FFN back from what :func:`pack` made of it, bit for bit.
 
     Args:
         tensors: As :func:`pack` returns them; the router is not needed.
-        plan: Must be a partition (:attr:`LayerPlan.is_partition`).
+        plan: Must keep all neurons (:attr:`LayerPlan.keeps_all`), as a partition does.
         activation: Of the FFN.
     """
-    assert plan.is_partition
+    assert plan.keeps_all
     packed = plan.packed
     rows_F = torch.argsort(packed.masked_fill(packed < 0, plan.d_ff))[: plan.d_ff]  # packed row of every neuron
     fields = {field: tensors[name] for field, name in TENSOR_NAMES.items() if name in tensors}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moesaic.checkpoint.origin import Licence, read_origin
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import CheckpointError, InputError, MoesaicError, ResourceError, UnsupportedModelError
@@ -18,12 +19,14 @@ gguf = pytest.importorskip("gguf", reason="the extra moesaic[gguf] is not instal
 Tiny = Callable[[str], Path]
 
 
-def write_gguf(folder: Path, file: Path) -> Path:
-    """A tiny Llama as GGUF: FFN matrices in Q8_0 where their width allows it, the rest in F32."""
+def write_gguf(folder: Path, file: Path, about: Callable[[gguf.GGUFWriter], None] | None = None) -> Path:
+    """A tiny Llama as GGUF: FFN matrices in Q8_0 where their width allows it, the rest in F32; ``about``: more fields."""
     checkpoint, tokenizer = Checkpoint(folder), AutoTokenizer.from_pretrained(folder)
     config = checkpoint.config
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_name("tiny")
+    if about is not None:
+        about(writer)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -96,6 +99,18 @@ def test_gguf_becomes_an_ordinary_checkpoint(tiny_gguf: Path, tiny: Tiny) -> Non
     with torch.no_grad():
         logits = [AutoModelForCausalLM.from_pretrained(f)(torch.tensor([ids])).logits for f in (folder, tiny("llama"))]
     torch.testing.assert_close(*logits, atol=0.05, rtol=0)
+
+
+def test_what_a_gguf_says_of_its_origin_is_kept(tiny: Tiny, tmp_path: Path) -> None:
+    def about(writer: gguf.GGUFWriter) -> None:
+        writer.add_license("apache-2.0")
+        writer.add_languages(["en", "de"])
+        writer.add_source_repo_url("https://huggingface.co/acme/small-1b")
+
+    folder = resolve_model(str(write_gguf(tiny("llama"), tmp_path / "told.gguf", about)))
+    origin = read_origin(folder, Checkpoint(folder).config)
+    assert (origin.base_model, origin.languages) == ("acme/small-1b", ("en", "de"))
+    assert origin.licence == Licence("apache-2.0")
 
 
 def test_gguf_is_dequantised_once(tiny_gguf: Path, cache: Path) -> None:

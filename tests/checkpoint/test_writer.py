@@ -182,7 +182,7 @@ def test_decisions_outlive_a_run_without_their_shard(tmp_path: Path) -> None:
     with StagedOutput.open(tmp_path / "out", KEY) as staged:
         assert [staged.planned(f"layer-0000{n}") for n in range(3)] == [True, False, False]
         assert not staged.done("layer-00000")
-        plans, reports = staged.read_plans("layer-00000")
+        plans, reports, _ = staged.read_plans("layer-00000")
         assert plans.keys() == PLAN.keys()
         assert reports == {"agreement": 0.5}
         assert staged.read_state() is None, "it stands on decisions that are gone"

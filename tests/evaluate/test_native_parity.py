@@ -11,8 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moesaic.anatomy import read_anatomy
+from moesaic.blueprint import Blueprint
+from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import VerificationError
-from moesaic.evaluate.native_parity import NativeParity, native_parity, parity_ids
+from moesaic.evaluate.native_parity import NativeParity, compare_with_stock, native_parity, parity_ids
+from moesaic.jobs.native import blueprint_runtime
+from tests.targets.helpers import plans_for, write
 from tests.tiny_models import build_tiny
 
 Tiny = Callable[[str], Path]
@@ -49,6 +54,50 @@ def test_a_folder_with_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> No
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(VerificationError, match=r"missing_keys.*layers.1.self_attn.q_proj.bias"):
         native_parity(folder, torch.tensor([[5, 6, 7]]), lambda ids: torch.zeros(3, 300), exact=True)
+
+
+def test_tokens_of_other_experts_are_counted_and_judged_apart(tiny: Tiny, tmp_path: Path) -> None:
+    plans = plans_for(tiny("llama"))
+    folder = write(tiny("llama"), plans, tmp_path / "out", "glm4_moe")
+    dense = Checkpoint(tiny("llama"))
+    runtime = blueprint_runtime(dense, read_anatomy(dense.config), Blueprint.load(folder))
+    ids_NW = torch.arange(24).view(2, 12) * 7 % 290 + 4
+    same = native_parity(folder, ids_NW, runtime, exact=True)
+    assert (same.rerouted, same.undisturbed) == (0, 24)
+    assert same.undisturbed_delta == same.max_delta
+    assert bool((runtime.margin_W > 0).all())
+
+    last = runtime.model.model.layers[1].mlp.router.weight
+    with torch.no_grad():
+        last[0] += 0.1 * torch.sign(last[0])
+    found = compare_with_stock(folder, ids_NW, runtime)
+    other = native_parity(folder, ids_NW, runtime, exact=True)
+    assert found.rerouted_NW is not None
+    assert int(found.rerouted_NW.sum()) == other.rerouted == 4
+    assert other.undisturbed == 2 + 3  # those before the first in each window
+    assert other.max_delta > 1e-3
+    assert other.undisturbed_delta is not None
+    assert other.undisturbed_delta < 1e-4  # the weights are the same where the choice is
+
+    chosen = iter(found.chosen)
+
+    def forced(ids_W: Tensor) -> Tensor:
+        runtime.forced = next(chosen)
+        return runtime(ids_W)
+
+    assert native_parity(folder, ids_NW, forced, exact=True).max_delta < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("undisturbed_delta", "passes"), [(None, True), (0.0, True), (5e-3, True), (5e-2, False), (math.inf, False)]
+)
+def test_where_all_chose_the_same_experts_no_token_may_differ(undisturbed_delta: float | None, passes: bool) -> None:
+    parity = NativeParity(10, True, 1.0, 0.1, 1e-6, 1.0, 0.0, 1, 9, undisturbed_delta)
+    if passes:
+        parity.require("x")
+    else:
+        with pytest.raises(VerificationError):
+            parity.require("x")
 
 
 @pytest.mark.parametrize(

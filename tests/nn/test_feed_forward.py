@@ -16,12 +16,12 @@ from torch import Tensor
 from moesaic.blueprint import LayerPlan, Router
 from moesaic.materialise import build_ffn, pack
 from moesaic.nn.ffn import FFNWeights
-from moesaic.nn.modeling_moesaic import GAP_ROWS, MoEFeedForward
+from moesaic.nn.moesaic_ffn import GAP_ROWS, MoEFeedForward
 from moesaic.nn.reference import choose, reference_ffn, reference_scores
 from tests.ffns import random_ffn, random_inputs, relative_error
 from tests.nn.plans import EXTRAS, ROUTERS, random_plan
 
-GATES = ("uniform", "scaled", "softmax_topk")
+GATES = ("uniform", "scaled", "softmax_topk", "sigmoid")
 PATHS = ("_masked", "_sorted")
 
 

@@ -6,11 +6,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from moesaic.blueprint import Router
+from tests.nn.attention import attention_plans
 from tests.nn.folders import convert_by_hand
+from tests.nn.test_union import plan_of, random_members
+from tests.targets.helpers import write
 
 LOAD = "model = AutoModelForCausalLM.from_pretrained({folder!r}{options}); print(type(model).__module__)"
 
@@ -43,12 +49,21 @@ def test_transformers_before_moesaic(folder: str, tmp_path: Path) -> None:
     assert run(code + LOAD.format(folder=folder, options=""), tmp_path) == "moesaic.nn.modeling_moesaic"
 
 
-def test_without_moesaic_the_folder_loads_as_remote_code_and_can_be_saved(folder: str, tmp_path: Path) -> None:
+def test_without_moesaic_the_folder_loads_as_remote_code_and_can_be_saved(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    # All modelling files are at work: overlapping experts, pruned attention.
+    plan = replace(plan_of(random_members(4, 37, 0.5)), union=True)
+    plan = replace(plan, router=Router("linear", {"weight": torch.randn(4, 32)}))
+    plans = {"model.layers.0.mlp": plan}
+    folder = str(write(tiny("llama"), plans, tmp_path / "out", "moesaic", attention=attention_plans(tiny("llama"))))
     again = str(tmp_path / "again")
     code = (
         "import sys; sys.modules['moesaic'] = None\n"
         "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"{LOAD.format(folder=folder, options=', trust_remote_code=True')}\n"
+        "assert type(model.model.layers[0].mlp).__name__ == 'UnionFeedForward'\n"
+        "assert type(model.model.layers[0].self_attn).__name__ == 'PrunedAttention'\n"
         "ids = torch.arange(2, 9)[None]; expected = model(ids).logits\n"
         f"model.save_pretrained({again!r})\n"
         f"other = AutoModelForCausalLM.from_pretrained({again!r}, trust_remote_code=True)\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.weights import load_ffn
-from moesaic.blueprint import STATIC, Blueprint, LayerPlan, Router
+from moesaic.blueprint import STATIC, AttentionPlan, Blueprint, LayerPlan, Router
 from moesaic.checkpoint.output import read_split, write_layer, write_rest
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import StagedOutput
@@ -59,16 +60,21 @@ def split_for(folder: Path, plans: Mapping[str, LayerPlan]) -> Split:
 
 
 def write(
-    folder: Path, plans: Mapping[str, LayerPlan], out: Path, target: str, options: TargetOptions | None = None
+    folder: Path,
+    plans: Mapping[str, LayerPlan],
+    out: Path,
+    target: str,
+    options: TargetOptions | None = None,
+    attention: Mapping[str, AttentionPlan] = MappingProxyType({}),
 ) -> Path:
     """Write ``folder`` under ``plans`` as a target architecture, as a conversion does."""
     checkpoint = Checkpoint(folder)
     anatomy = read_anatomy(checkpoint.config)
     module, options = get_target(target), options or TargetOptions()
-    blueprint = Blueprint(anatomy.family.name, checkpoint.fingerprint(), "test", {}, dict(plans))
+    blueprint = Blueprint(anatomy.family.name, checkpoint.fingerprint(), "test", {}, dict(plans), dict(attention))
     with StagedOutput.open(out, {"test": target}, source=folder) as staged:
         for layer in range(anatomy.num_layers):
-            write_layer(checkpoint, anatomy, staged, f"layer-{layer}", layer, plans, module, options)
+            write_layer(checkpoint, anatomy, staged, f"layer-{layer}", layer, plans, module, options, attention)
         write_rest(checkpoint, anatomy, staged, blueprint, None, module, options)
         return staged.finish()
 

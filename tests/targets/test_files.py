@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from moesaic.checkpoint.reader import Checkpoint
+from moesaic.targets import get_target
 from moesaic.targets.base import TargetOptions
-from tests.targets.helpers import plans_for, write
+from tests.targets.helpers import plans_for, split_for, write
 from tests.tiny_models import build_tiny
 
 Tiny = Callable[[str], Path]
@@ -25,7 +26,7 @@ def written(tiny: Tiny, tmp_path: Path) -> Callable[..., tuple[Checkpoint, dict[
 
     def make(family: str, target: str, layout: str = "S2A2E6", **options: Any) -> tuple[Checkpoint, dict[str, Any]]:
         plans = plans_for(tiny(family), layout)
-        out = write(tiny(family), plans, tmp_path / target, target, TargetOptions(**options))
+        out = write(tiny(family), plans, tmp_path / f"{family}-{target}", target, TargetOptions(**options))
         return Checkpoint(out), json.loads((out / "config.json").read_text())
 
     return make
@@ -114,6 +115,34 @@ def test_absent_token_ids_are_written_as_null(tmp_path: Path) -> None:
 def test_glm4_moe_predicts_one_token(written: Any) -> None:
     _, config = written("llama", "glm4_moe")
     assert config["num_nextn_predict_layers"] == 0
+
+
+def test_glm4_moe_has_groups_of_two_and_weights_of_one_in_pairs(written: Any) -> None:
+    """All engines add up the best two scores of a group, so a group of one would crash or choose something else."""
+    output, config = written("llama", "glm4_moe", exact_weights=True)
+    assert config["n_routed_experts"] == 2 * config["n_group"] == 8
+    assert (config["topk_group"], config["num_experts_per_tok"]) == (2, 2)
+    assert (config["norm_topk_prob"], config["routed_scaling_factor"]) == (False, 2.0)
+    twin = "model.layers.0.mlp.experts.1"
+    assert not any(output.tensor(f"{twin}.{name}_proj.weight").any() for name in ("gate", "up", "down"))
+    _, plain = written("mistral", "glm4_moe", exact_weights=False)
+    assert (plain["n_group"], plain["topk_group"]) == (1, 1)
+    assert plain["n_routed_experts"] >= 2
+
+
+def test_granitemoeshared_adds_a_zero_bias_where_one_switch_stands_for_four(written: Any) -> None:
+    output, config = written("qwen2", "granitemoeshared")
+    assert config["attention_bias"] is True
+    assert not output.tensor("model.layers.0.self_attn.o_proj.bias").any()
+    assert output.tensor("model.layers.0.self_attn.q_proj.bias").any()
+
+
+@pytest.mark.parametrize("target", ["granitemoeshared", "qwen2_moe"])
+def test_heads_of_another_width_are_refused_where_engines_compute_it(target: str, tmp_path: Path) -> None:
+    folder = build_tiny("mistral", tmp_path / "dense", head_dim=16)
+    reasons = get_target(target).reasons(split_for(folder, plans_for(folder)))
+    assert len(reasons) == 1
+    assert "head_dim is 16" in reasons[0]
 
 
 @pytest.mark.parametrize("align", [8, 64])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
 
 from moesaic.blueprint import LayerPlan
 from moesaic.errors import CheckpointError, InputError, UnsupportedModelError, VerificationError
 from moesaic.evaluate.llama_cpp import LlamaCpp, available, llama_cpp_parity, stock_logits
 from moesaic.evaluate.native_parity import parity_ids
 from moesaic.gguf import tensors as gguf_tensors
+from moesaic.gguf.architectures import ARCHITECTURES, check_graph
 from moesaic.jobs.export_gguf import DTYPES, export_gguf
 from moesaic.progress import Silent
 from moesaic.targets.base import TargetOptions
@@ -218,6 +221,16 @@ def test_what_llama_cpp_would_compute_wrongly_is_refused(
     with pytest.raises(UnsupportedModelError, match=reason):
         export_gguf(folder, tmp_path / "gguf" / "model.gguf")
     assert not (tmp_path / "gguf").exists()
+
+
+@pytest.mark.parametrize(("active", "groups", "fits"), [(22, 1, True), (32, 1, False), (16, 1, True), (28, 44, False)])
+def test_more_active_experts_than_llama_cpp_has_room_for_are_refused(active: int, groups: int, fits: bool) -> None:
+    config = CONFIG_MAPPING["glm4_moe"](
+        num_hidden_layers=24, num_experts_per_tok=active, n_routed_experts=44, n_group=groups, n_shared_experts=1
+    )
+    refusal = nullcontext() if fits else pytest.raises(UnsupportedModelError, match=f"{active} active experts")
+    with refusal:
+        check_graph(ARCHITECTURES["glm4_moe"], config, 339)
 
 
 def test_qwen2_moe_with_normalised_weights_or_dense_layers_is_refused(stock: Any, tmp_path: Path) -> None:

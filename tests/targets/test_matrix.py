@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,62 @@ def test_paired_experts_have_weights_of_exactly_one(with_bias: bool, dense: Any,
     assert relative(run, expected) <= 2e-6
     # expert e of the plan is expert 2 e of the file; its twin 2 e + 1 is never chosen
     assert run.chosen == [[frozenset(2 * e for e in experts) for experts in layer] for layer in expected.chosen]
+
+
+def with_sigmoid(plans: dict[str, LayerPlan], *, biased: bool) -> dict[str, LayerPlan]:
+    """The plans with weights 2 sigmoid(z), and selection biases beyond the range of the scores."""
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for path, plan in plans.items():
+        bias_E = 0.4 * torch.randn(len(plan.experts), generator=generator) - 1 if biased else None
+        made[path] = replace(plan, gate="sigmoid", selection_bias=bias_E)
+    return made
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("layout", ["S2A1E6", "S2A2E6", "S0A3E8"])
+def test_sigmoid_weights_are_glm4_moes_own(layout: str, biased: bool, dense: Any, tmp_path: Path) -> None:
+    plans = with_sigmoid(plans_for(dense("llama"), layout), biased=biased)
+    split = split_for(dense("llama"), plans)
+    for exact_weights in (False, True):
+        assert get_target("glm4_moe").exact(split, TargetOptions(exact_weights=exact_weights))
+    run = run_stock(out := write(dense("llama"), plans, tmp_path / "out", "glm4_moe"))
+    expected = run_reference(dense("llama"), plans)
+    assert run.chosen == expected.chosen
+    assert relative(run, expected) <= 2e-6
+    assert relative(run, run_reference(dense("llama"), plans_for(dense("llama"), layout))) > 1e-3
+    config = json.loads((out / "config.json").read_text())
+    assert (config["norm_topk_prob"], config["routed_scaling_factor"], config["n_group"]) == (False, 2.0, 1)
+
+
+@pytest.mark.parametrize("exact_weights", [False, True])
+def test_sigmoid_layers_stand_beside_others(exact_weights: bool, tmp_path: Path) -> None:
+    folder = build_tiny("qwen2", tmp_path / "dense", num_hidden_layers=5)
+    plans = unequal([f"model.layers.{layer}.mlp" for layer in range(1, 5)])
+    routed = {path: plan for path, plan in plans.items() if plan.router.kind != "static"}
+    one, *_ = with_sigmoid(routed, biased=True).items()
+    plans[one[0]] = one[1]
+    options = TargetOptions(exact_weights=exact_weights)
+    run = run_stock(write(folder, plans, tmp_path / "out", "glm4_moe", options))
+    assert relative(run, run_reference(folder, plans)) <= (2e-6 if exact_weights else 2e-3)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_sigmoid_weights_are_refused_elsewhere(biased: bool, dense: Any) -> None:
+    split = split_for(dense("llama"), with_sigmoid(plans_for(dense("llama")), biased=biased))
+    reasons = {target: get_target(target).reasons(split) for target in STOCK}
+    assert {target for target, found in reasons.items() if not found} == {"glm4_moe"}
+    for target in ("granitemoeshared", "qwen2_moe", "mixtral", "ernie4_5_moe"):
+        assert any("gate 'sigmoid': glm4_moe weighs experts so" in reason for reason in reasons[target])
+
+
+def test_a_router_bias_under_sigmoid_is_refused(dense: Any) -> None:
+    plans = {
+        path: replace(plan, router=Router("linear", {**plan.router.tensors, "bias": torch.ones(4)}))
+        for path, plan in with_sigmoid(plans_for(dense("llama")), biased=False).items()
+    }
+    (reason,) = get_target("glm4_moe").reasons(split_for(dense("llama"), plans))
+    assert "the router has a bias" in reason
 
 
 def test_router_bias_is_added_when_choosing(dense: Any, tmp_path: Path) -> None:

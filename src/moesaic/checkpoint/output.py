@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 import moesaic
 from moesaic.anatomy.base import Anatomy, FFNSite
 from moesaic.anatomy.weights import ffn_tensor_names, load_ffn
-from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.blueprint import AttentionPlan, Blueprint, LayerPlan
+from moesaic.checkpoint.origin import read_origin
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import StagedOutput
 from moesaic.materialise import pack
@@ -37,10 +38,17 @@ def output_names(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, str]:
     return names
 
 
-def read_split(checkpoint: Checkpoint, anatomy: Anatomy, plans: Mapping[str, LayerPlan]) -> Split:
+def read_split(
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    plans: Mapping[str, LayerPlan],
+    attention: Mapping[str, AttentionPlan] = MappingProxyType({}),
+) -> Split:
     """The dense model of ``checkpoint`` under ``plans``, as targets see it. Reads names of tensors, no weights."""
-    sites = [site for site in anatomy.sites if site.path in plans]
-    return Split(anatomy, plans, {site.path: _spec(checkpoint, anatomy, site, plans[site.path]) for site in sites})
+    specs = {
+        site.path: _spec(checkpoint, anatomy, site, plans[site.path]) for site in anatomy.sites if site.path in plans
+    }
+    return Split(anatomy, plans, specs, attention)
 
 
 def write_layer(
@@ -52,10 +60,12 @@ def write_layer(
     plans: Mapping[str, LayerPlan],
     target: TargetModule = moesaic_target,
     options: TargetOptions = TargetOptions(),
+    attention: Mapping[str, AttentionPlan] = MappingProxyType({}),
 ) -> None:
-    """Write one decoder layer: converted FFNs as ``target`` writes them, everything else copied.
+    """Write one decoder layer: converted FFNs and pruned attention as ``target`` writes them, everything else copied.
 
-    ``plans``: of the whole model, as most targets have one size for all layers; for ``moesaic`` those of the layer do.
+    ``plans``: of the whole model, as most targets have one size for all layers; for ``moesaic`` those of the layer do,
+    for ``attention`` as well.
     """
     prefix = f"{anatomy.layer_path(layer)}."
     replaced: set[str] = set()
@@ -68,7 +78,7 @@ def write_layer(
     copied = {
         out: checkpoint.finite_tensor(name) for name, out in names if out.startswith(prefix) and name not in replaced
     }
-    split = Split(anatomy, plans, {})
+    split = Split(anatomy, plans, {}, attention)
     staged.write_shard(step, target.layer_tensors(split, layer, copied, packed, options))
 
 
@@ -86,7 +96,7 @@ def write_rest(
     ``made``: how it was made (calibration, router, target), ready for JSON, for config.json's block ``moesaic``.
     """
     step = "rest"
-    split = read_split(checkpoint, anatomy, blueprint.sites)
+    split = read_split(checkpoint, anatomy, blueprint.sites, blueprint.attention)
     if not staged.done(step):
         layers = tuple(f"{anatomy.layer_path(layer)}." for layer in range(anatomy.num_layers))
         names = output_names(checkpoint, anatomy)
@@ -94,7 +104,7 @@ def write_rest(
         staged.write_shard(step, target.rest_tensors(split, rest))
     provenance = {
         "version": moesaic.__version__,
-        "base_model": _base_model(checkpoint),
+        **read_origin(checkpoint.folder, checkpoint.config).to_dict(),
         "method": blueprint.method,
         "config": blueprint.config,
         "source": checkpoint.fingerprint(),
@@ -121,12 +131,6 @@ def write_side_files(
     blueprint.save(staged.folder)
     config = target.config_json(split, provenance, options)
     staged.write_text("config.json", json.dumps(config, indent=2) + "\n")
-
-
-def _base_model(checkpoint: Checkpoint) -> str:
-    """The hub id that the source's config remembers, else its folder's name; never a path of this machine."""
-    name = str(checkpoint.config.get("_name_or_path") or "")
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else checkpoint.folder.resolve().name
 
 
 def _spec(checkpoint: Checkpoint, anatomy: Anatomy, site: FFNSite, plan: LayerPlan) -> dict[str, Any]:

@@ -10,13 +10,24 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from moesaic.checkpoint.origin import write_gguf_card
 from moesaic.errors import CheckpointError, InputError, MoesaicError, ResourceError, UnsupportedModelError
 from moesaic.paths import cache_folder
 
 _GGUF_MAGIC = b"GGUF"
 _GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_WANTED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*"]
+_WANTED = [
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "README.md",
+]
 # Other formats of the same weights, which some repositories keep beside them.
 _UNWANTED = ["*/*", "consolidated*.safetensors"]
 
@@ -132,6 +143,10 @@ def _save_dequantised(gguf: Path, folder: Path) -> None:
     vars(model.config).pop("quantization_config", None)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    from gguf import GGUFReader  # there, as transformers has just read the file with it
+
+    fields = GGUFReader(gguf).fields
+    write_gguf_card({key: fields[key].contents() for key in fields if key.startswith("general.")}, folder)
 
 
 def _gguf_error(gguf: Path, error: Exception) -> MoesaicError:

@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moesaic.attention_plan import AttentionPlan
 from moesaic.blueprint import Blueprint, LayerPlan
 from moesaic.checkpoint import durable
 from moesaic.checkpoint.manifest import MANIFEST_NAME, build_manifest, hash_file
@@ -53,7 +54,8 @@ class StagedOutput:
         self.out = out
         self.root = partial_of(out)
         self.folder = self.root / "model"
-        self.work = self.root / "work"
+        self.work = self.root / "work"  # emptied at the start
+        self.training = self.root / "training"  # kept until OUT appears
         self._key = dict(key)
         self._log = self.root / "progress.jsonl"
         self._state = self.root / "state.safetensors"
@@ -111,19 +113,25 @@ class StagedOutput:
         """Whether this step's shard is written."""
         return step in self._shards
 
-    def write_plans(self, step: str, plans: Mapping[str, LayerPlan], reports: Mapping[str, Any] | None = None) -> None:
+    def write_plans(
+        self,
+        step: str,
+        plans: Mapping[str, LayerPlan],
+        reports: Mapping[str, Any] | None = None,
+        attention: Mapping[str, AttentionPlan] | None = None,
+    ) -> None:
         """Keep the decisions of a step, and what there is to say of them (JSON-able), for :meth:`read_plans`.
 
         They are on disk when this returns. Call before the step's :meth:`write_shard`.
         """
-        part = Blueprint("", "", "", dict(reports or {}), dict(plans))
+        part = Blueprint("", "", "", dict(reports or {}), dict(plans), dict(attention or {}))
         durable.replace_folder(self._plans_of(step), part.save)
         self._note({"step": step, "sha256": None, "bytes": 0, "plans": self._plans_digest(step), "tensors": {}})
 
-    def read_plans(self, step: str) -> tuple[dict[str, LayerPlan], dict[str, Any]]:
-        """Decisions and reports that :meth:`write_plans` kept for a step that is planned."""
+    def read_plans(self, step: str) -> tuple[dict[str, LayerPlan], dict[str, Any], dict[str, AttentionPlan]]:
+        """Decisions on FFNs, reports, decisions on attention that :meth:`write_plans` kept for a planned step."""
         kept = Blueprint.load(self._plans_of(step))
-        return kept.sites, kept.config
+        return kept.sites, kept.config, kept.attention
 
     def write_shard(self, step: str, tensors: Mapping[str, Tensor]) -> None:
         """Write one shard and note it as done; it is on disk when this returns.
@@ -239,7 +247,7 @@ class StagedOutput:
             else:
                 _compare_keys(self.root, _read_key(key_path), self._key)
                 self._recall_shards()
-            for name in ("model", "work", "shards", "plans"):
+            for name in ("model", "work", "shards", "plans", "training"):
                 (self.root / name).mkdir(exist_ok=True)
             durable.empty(self.folder)
             durable.empty(self.work)
@@ -320,7 +328,7 @@ class StagedOutput:
 
     def _leave(self) -> None:
         """Remove the staging folder when OUT has appeared or nothing is worth keeping."""
-        if self.folder.exists() and self._finished:
+        if self.folder.exists() and (self._finished or any(self.training.iterdir())):
             durable.empty(self.work)
         else:
             shutil.rmtree(self.root, ignore_errors=True)

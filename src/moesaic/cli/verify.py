@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,28 +22,62 @@ def run(
     baseline: Annotated[Path | None, typer.Option("--baseline", help="The dense model, for parity of logits.")] = None,
     parity: Annotated[
         bool,
-        typer.Option("--parity", help="A stock architecture: logits in stock transformers too, into OUT/results.json."),
+        typer.Option(
+            "--parity",
+            help="A stock architecture: logits in stock transformers, and in vLLM where it is, into OUT/results.json.",
+        ),
     ] = False,
     windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of 256 tokens for --parity.")] = 4,
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option(
+            "--vllm-python", help="With --parity: the Python interpreter that has vLLM (or MOESAIC_VLLM_PYTHON)."
+        ),
+    ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Check hashes, shapes, finiteness and, with --baseline, parity. Exit code 3 when anything is wrong."""
     quiet_libraries()
+    from moesaic.errors import InputError
+    from moesaic.evaluate.vllm import find_python
     from moesaic.jobs.verify import verify_output
 
+    if vllm_python and not parity:
+        raise InputError("--vllm-python is for --parity", "add --parity")
+    python = find_python(vllm_python) if parity else None
     report = verify_output(folder, baseline=baseline).to_dict()
-    native = None
-    if parity:
-        from moesaic.evaluate.run import merge_results
-        from moesaic.jobs.native import verify_native
-
-        native = verify_native(folder, baseline, windows=windows).to_dict()
-        merge_results(folder, {"native_parity": native})
+    compared = _engines(folder, baseline, windows, python) if parity else {}
     if as_json:
-        emit_json(report | ({"native_parity": native} if native else {}))
+        emit_json(report | compared)
         return
     for key, value in report.items():
         emit(f"{key:20} {value}")
-    if native:
-        emit(native_line(native))
+    if parity:
+        emit(native_line(compared["native_parity"]))
+        emit(_vllm_line(compared["vllm_parity"]))
     emit("ok")
+
+
+def _engines(folder: Path, baseline: Path | None, windows: int, vllm_python: Path | None) -> dict[str, Any]:
+    """Parity in stock transformers and in vLLM (None where it is not to be had), also into results.json."""
+    from moesaic.evaluate.run import merge_results
+    from moesaic.jobs.native import verify_native
+    from moesaic.jobs.verify import verify_in_vllm
+
+    native = verify_native(folder, baseline, windows=windows)
+    merge_results(folder, {"native_parity": native.to_dict()})
+    found = None
+    if vllm_python is not None:
+        found = verify_in_vllm(folder, vllm_python, exact=native.exact, windows=windows).to_dict()
+        merge_results(folder, {"vllm_parity": found})
+    return {"native_parity": native.to_dict(), "vllm_parity": found}
+
+
+def _vllm_line(parity: Mapping[str, Any] | None) -> str:
+    if parity is None:
+        return "vLLM: not compared; name the Python interpreter that has it with --vllm-python"
+    return (
+        f"{parity['engine']} against stock transformers, {parity['tokens']} tokens: largest difference of "
+        f"log-probabilities {parity['max_delta']:.1e}, median {parity['median']:.1e}; same next token "
+        f"{parity['top1']:.2%}; mean KL {parity['mean_kl']:.1e}"
+    )

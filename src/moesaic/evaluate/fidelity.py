@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic.nn.modeling_moesaic import MoEFeedForward
+from moesaic.nn.moesaic_ffn import MoEFeedForward
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import importlib
 import json
 import urllib.request
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import InputError, VerificationError
+from moesaic.evaluate.differences import Differences
+from moesaic.evaluate.engine_parity import EngineParity
 
-EXACT_MEDIAN, EXACT_KL = 1e-3, 1e-4
-"""For an f32 file: bounds of the median |log-probability difference| and of the mean KL divergence, in nats."""
+LlamaCppParity = EngineParity
 
 
 def available() -> bool:
@@ -111,41 +112,6 @@ class LlamaCpp:
             return json.load(response)["tokens"]
 
 
-@dataclass(frozen=True)
-class LlamaCppParity:
-    """llama.cpp against the reference on the same tokens.
-
-    Attributes:
-        tokens: Positions compared.
-        candidates: Likeliest tokens of llama.cpp that were compared at each.
-        max_delta: Largest |log-probability difference|. Where two experts are nearly equal, rounding decides, and a
-            token that takes the other one differs visibly.
-        median: Median over positions of each one's largest difference.
-        top1: Share of positions whose likeliest next token is the same.
-        mean_kl: Mean KL divergence of llama.cpp's distribution from the reference's over the candidates, nats.
-    """
-
-    tokens: int
-    candidates: int
-    max_delta: float
-    median: float
-    top1: float
-    mean_kl: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """For results.json."""
-        return asdict(self)
-
-    def require_exact(self, name: str) -> None:
-        """Raise VerificationError when an f32 file does not compute the reference's function."""
-        if not (self.median <= EXACT_MEDIAN and self.mean_kl <= EXACT_KL):
-            raise VerificationError(
-                f"{name} in llama.cpp differs: log-probabilities by {self.median:.1e} (median), "
-                f"mean KL {self.mean_kl:.1e}",
-                "report it",
-            )
-
-
 def llama_cpp_parity(
     gguf: Path,
     ids_NW: Tensor,
@@ -154,7 +120,7 @@ def llama_cpp_parity(
     candidates: int = 64,
     threads: int = 1,
     reuse: bool = True,
-) -> LlamaCppParity:
+) -> EngineParity:
     """Compare a GGUF in llama.cpp with ``reference``, which maps ids_W to logits_WV.
 
     ``reuse``: every position is one decoding step on the cache of those before it; else each is a prompt of its own,
@@ -164,27 +130,32 @@ def llama_cpp_parity(
         InputError: xllamacpp is not installed.
         VerificationError: llama.cpp does not load or run the file.
     """
-    deltas: list[float] = []
-    agreed, divergence = 0, 0.0
+    found = llama_cpp_differences(gguf, ids_NW, reference, candidates=candidates, threads=threads, reuse=reuse)
+    return EngineParity.of(found, engine=f"llama.cpp (xllamacpp {version('xllamacpp')})", candidates=candidates)
+
+
+def llama_cpp_differences(
+    gguf: Path,
+    ids_NW: Tensor,
+    reference: Callable[[Tensor], Tensor],
+    *,
+    candidates: int = 64,
+    threads: int = 1,
+    reuse: bool = True,
+) -> Differences:
+    """:func:`llama_cpp_parity` token by token: of log-probabilities over the candidates."""
+    found: list[tuple[float, bool, float]] = []
     with LlamaCpp(gguf, context=ids_NW.shape[1] + 8, threads=threads) as engine:
         for ids_W in ids_NW:
             expected_WV = reference(ids_W).double()
             for position, expected_V in enumerate(expected_WV, start=1):
                 ids_C, actual_C = engine.log_probabilities(ids_W[:position].tolist(), candidates, reuse=reuse)
                 expected_C = expected_V[ids_C].log_softmax(-1)
-                difference_C = (expected_C - actual_C.double().log_softmax(-1)).nan_to_num(nan=float("inf"))
-                deltas.append(difference_C.abs().max().item())
-                divergence += (expected_C.exp() * difference_C).sum().item()
-                agreed += int(ids_C[0] == expected_V.argmax())
-    delta_T = torch.tensor(deltas)
-    return LlamaCppParity(
-        tokens=len(deltas),
-        candidates=candidates,
-        max_delta=delta_T.max().item(),
-        median=delta_T.median().item(),
-        top1=agreed / len(deltas),
-        mean_kl=divergence / len(deltas),
-    )
+                difference_C = expected_C - actual_C.double().log_softmax(-1)
+                divergence = (expected_C.exp() * difference_C).sum().item()
+                delta = difference_C.nan_to_num(nan=float("inf")).abs().max().item()
+                found.append((delta, bool(ids_C[0] == expected_V.argmax()), divergence))
+    return Differences(*(torch.tensor(part) for part in zip(*found, strict=True)))
 
 
 def stock_logits(folder: Path) -> Callable[[Tensor], Tensor]:

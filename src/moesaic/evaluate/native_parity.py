@@ -2,31 +2,33 @@
 not imported.
 
 The fresh process loads the folder in fp32, refuses missing and unexpected tensors, and hands over the logits of one
-window at a time.
+window at a time, and which experts each router chose.
 
-Axes: N windows, W tokens per window, V vocabulary.
+Axes: N windows, W tokens per window, V vocabulary, K chosen experts.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moesaic.calibration.samples import evaluation_text
 from moesaic.errors import InputError, VerificationError
+from moesaic.evaluate.differences import Differences, before_any, join, logit_differences
+from moesaic.evaluate.fresh_process import answers
 from moesaic.evaluate.perplexity import token_windows
+from moesaic.evaluate.runtime import Runtime
 
 EXACT_TOLERANCE = 1e-4
 """Median |logit difference| over the largest |logit| of a target that computes the same function: fp32 rounding."""
+UNDISTURBED_TOLERANCE = 1e-3
+"""The largest such difference, where every router chose the same experts."""
 APPROXIMATE_KL = 1e-3
 """Largest mean KL divergence, in nats, of a target that reaches weights of 1 only in the limit."""
 
@@ -44,10 +46,20 @@ assert "moesaic" not in sys.modules
 wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
 if wrong:
     sys.exit("tensors do not fit the architecture: " + json.dumps(wrong)[:600])
+# Two experts to a group: an expert and its twin.
+slots = 2 if getattr(model.config, "n_group", 1) > 1 else 1
+found = {}
+def keep(module, inputs, output):
+    found[f"chosen{len(found):05}"] = output[-1].reshape(-1, output[-1].shape[-1]) // slots
+for module in model.modules():
+    if type(module).__name__.lower().endswith("topkrouter"):
+        module.register_forward_hook(keep)
 for ids in load_file(work + "/ids.safetensors")["ids"]:
+    found.clear()
     with torch.inference_mode():
         logits = model.eval()(ids[None], use_cache=False).logits[0].float()
-    save_file({"logits": logits.contiguous()}, work + "/logits.safetensors")
+    found["logits"] = logits
+    save_file({key: tensor.contiguous() for key, tensor in found.items()}, work + "/result.safetensors")
     print("@ready", flush=True)
     sys.stdin.readline()
 """
@@ -66,6 +78,9 @@ class NativeParity:
         median: The same of the token in the middle, when tokens are ordered by their largest |logit difference|.
         top1: Share of tokens whose likeliest next token is the same.
         mean_kl: Mean KL divergence of the folder's distribution from the reference's, nats.
+        rerouted: Tokens of which some router chose other experts; None where the reference does not tell.
+        undisturbed: Tokens with no such token in their window, up to and with themselves.
+        undisturbed_delta: Largest |logit difference| of those.
     """
 
     tokens: int
@@ -75,6 +90,9 @@ class NativeParity:
     median: float
     top1: float
     mean_kl: float
+    rerouted: int | None = None
+    undisturbed: int | None = None
+    undisturbed_delta: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For results.json."""
@@ -82,8 +100,13 @@ class NativeParity:
 
     def require(self, name: str) -> None:
         """Raise VerificationError when the folder is not what it should be."""
-        wrong = not self.median <= EXACT_TOLERANCE if self.exact else not self.mean_kl <= APPROXIMATE_KL
-        if wrong:
+        if self.exact:
+            scale = self.max_delta / self.relative if self.relative else 1.0
+            undisturbed = 0.0 if self.undisturbed_delta is None else self.undisturbed_delta / scale
+            right = self.median <= EXACT_TOLERANCE and undisturbed <= UNDISTURBED_TOLERANCE
+        else:
+            right = self.mean_kl <= APPROXIMATE_KL
+        if not right:
             raise VerificationError(
                 f"{name} in stock transformers differs from its blueprint: logits by {self.median:.1e} (median, "
                 f"relative), mean KL {self.mean_kl:.1e}",
@@ -91,24 +114,85 @@ class NativeParity:
             )
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Stock transformers against the reference, token by token.
+
+    Attributes:
+        differences: Of the N W tokens.
+        scale: Largest |logit| of the reference.
+        rerouted_NW: Tokens of which some router chose other experts; None where the reference does not tell.
+        margin_NW: Each token's distance from a tie, see :class:`Runtime`; None as well.
+        chosen: The experts that stock transformers chose, per window and MoE layer, [W, K].
+    """
+
+    differences: Differences
+    scale: float
+    rerouted_NW: Tensor | None
+    margin_NW: Tensor | None
+    chosen: list[list[Tensor]] = field(repr=False)
+
+
+class StockWindow(NamedTuple):
+    """What stock transformers computed of one window: logits_WV, and per MoE layer the chosen experts [W, K]."""
+
+    logits_WV: Tensor
+    chosen: list[Tensor]
+
+
 def native_parity(folder: Path, ids_NW: Tensor, reference: Callable[[Tensor], Tensor], *, exact: bool) -> NativeParity:
     """Compare a folder in stock transformers with ``reference``, which maps ids_W to logits_WV.
 
+    A :class:`Runtime` as reference tells which experts it chose, so that tokens of equal choices are judged apart.
     Raises VerificationError when stock transformers cannot load the folder, or misses or does not know a tensor of it.
     """
-    deltas: list[Tensor] = []
-    scale = agreed = divergence = 0.0
-    for ids_W, actual_WV in zip(ids_NW, _stock_logits(folder, ids_NW), strict=True):
+    found = compare_with_stock(folder, ids_NW, reference)
+    figures, scale = found.differences.figures(), found.scale
+    rerouted = undisturbed = undisturbed_delta = None
+    if found.rerouted_NW is not None:
+        keep_NW = before_any(found.rerouted_NW)
+        rerouted, undisturbed = int(found.rerouted_NW.sum()), int(keep_NW.sum())
+        undisturbed_delta = found.differences.figures(keep_NW).max_delta if undisturbed else None
+    return NativeParity(
+        figures.tokens,
+        exact,
+        figures.max_delta,
+        figures.max_delta / scale,
+        figures.median / scale,
+        figures.top1,
+        figures.mean_kl,
+        rerouted,
+        undisturbed,
+        undisturbed_delta,
+    )
+
+
+def compare_with_stock(folder: Path, ids_NW: Tensor, reference: Callable[[Tensor], Tensor]) -> Comparison:
+    """:func:`native_parity` with the figures of every token."""
+    parts: list[Differences] = []
+    rerouted: list[Tensor] = []
+    margins: list[Tensor] = []
+    chosen: list[list[Tensor]] = []
+    scale = 1e-30
+    for ids_W, stock in zip(ids_NW, _stock_windows(folder, ids_NW), strict=True):
         expected_WV = reference(ids_W).float()
-        deltas.append((actual_WV - expected_WV).abs().amax(-1).nan_to_num(nan=float("inf")))
+        parts.append(logit_differences(expected_WV, stock.logits_WV))
         scale = max(scale, expected_WV.abs().max().item())
-        agreed += (actual_WV.argmax(-1) == expected_WV.argmax(-1)).sum().item()
-        divergence += _divergence(expected_WV, actual_WV)
-    tokens, scale = ids_NW.numel(), max(scale, 1e-30)
-    delta_T = torch.cat(deltas)
-    largest, median = delta_T.max().item(), delta_T.median().item()
-    mean_kl = _finite(divergence / tokens)
-    return NativeParity(tokens, exact, largest, largest / scale, median / scale, agreed / tokens, mean_kl)
+        chosen.append(stock.chosen)
+        if isinstance(reference, Runtime):
+            rerouted.append(_rerouted(reference, stock.chosen))
+            margins.append(reference.margin_W)
+    rerouted_NW, margin_NW = (torch.stack(found) if found else None for found in (rerouted, margins))
+    return Comparison(join(parts), scale, rerouted_NW, margin_NW, chosen)
+
+
+def _rerouted(runtime: Runtime, stock: list[Tensor]) -> Tensor:
+    """Mask [W] of the tokens of which some layer chose other experts. Stock layers may add pinned empty ones."""
+    marked_W = torch.zeros(len(runtime.margin_W), dtype=torch.bool)
+    for layer, own_WK in zip(runtime.routed, runtime.chosen, strict=True):
+        same_WK = (own_WK[:, :, None] == stock[layer][:, None, :]).any(-1)
+        marked_W |= ~same_WK.all(-1)
+    return marked_W
 
 
 def parity_ids(folder: Path, vocabulary: int, window: int, count: int = 1) -> Tensor:
@@ -123,45 +207,8 @@ def parity_ids(folder: Path, vocabulary: int, window: int, count: int = 1) -> Te
     return ids_NW.clamp(max=vocabulary - 1)
 
 
-def _stock_logits(folder: Path, ids_NW: Tensor) -> Iterator[Tensor]:
-    """logits_WV of each window, from a fresh isolated process; at most one window lies on disk at a time."""
-    with tempfile.TemporaryDirectory() as work, (Path(work) / "errors").open("w+") as errors:
-        save_file({"ids": ids_NW.contiguous()}, Path(work) / "ids.safetensors")
-        command = [sys.executable, "-I", "-c", _SCRIPT, str(folder), work]
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-        ) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            try:
-                for _ in ids_NW:
-                    if not any(line.startswith("@ready") for line in process.stdout):
-                        process.wait()
-                        raise VerificationError(
-                            f"stock transformers cannot run {folder}: {_last_line(errors)}", "report it"
-                        )
-                    yield load_file(Path(work) / "logits.safetensors")["logits"]
-                    process.stdin.write("\n")
-                    process.stdin.flush()
-            finally:
-                process.kill()
-
-
-def _last_line(errors: Any) -> str:
-    errors.seek(0)
-    lines = [line.strip() for line in errors.read().splitlines() if line.strip()]
-    return lines[-1][:700] if lines else "it stopped without a message"
-
-
-def _divergence(expected_WV: Tensor, actual_WV: Tensor) -> float:
-    """Summed KL(expected || actual) in nats, a few tokens at a time."""
-    total = 0.0
-    for expected, actual in zip(expected_WV.split(256), actual_WV.split(256), strict=True):
-        log_p, log_q = expected.double().log_softmax(-1), actual.double().log_softmax(-1)
-        total += (log_p.exp() * (log_p - log_q)).sum().item()
-    return total
-
-
-def _finite(value: float) -> float:
-    """NaN, of a broken model, as infinity: it must fail every bound."""
-    return value if value == value else float("inf")
+def _stock_windows(folder: Path, ids_NW: Tensor) -> Iterator[StockWindow]:
+    """Each window, from a fresh isolated process."""
+    for found in answers([sys.executable, "-I", "-c", _SCRIPT], folder, ids_NW, engine="stock transformers"):
+        logits_WV = found.pop("logits")
+        yield StockWindow(logits_WV, [found[name] for name in sorted(found)])

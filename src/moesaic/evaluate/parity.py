@@ -21,10 +21,12 @@ from moesaic.anatomy.base import Anatomy
 from moesaic.anatomy.weights import load_ffn
 from moesaic.blueprint import Blueprint
 from moesaic.calibration.stream import LayerStream
+from moesaic.checkpoint.output import output_names
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import VerificationError
-from moesaic.materialise import pack
-from moesaic.nn.modeling_moesaic import MoEFeedForward
+from moesaic.materialise import pack, pack_attention
+from moesaic.nn.moesaic_ffn import MoEFeedForward
+from moesaic.nn.moesaic_union import build_feed_forward
 from moesaic.nn.reference import reference_ffn
 
 TOLERANCE = 1e-5
@@ -38,7 +40,8 @@ class Parity:
 
     Attributes:
         tokens: Tokens compared.
-        partition: Whether every FFN is a partition, so that all experts on must equal the dense model.
+        partition: Whether every FFN is a partition and the attention whole, so that all experts on must equal the dense
+            model.
         all_on: Largest |logit difference| over the largest |logit|, all experts on against dense; None when no
             partition.
         oracle: Largest relative difference of an FFN's output from the oracle's, as the model will run; None where
@@ -71,7 +74,9 @@ def stream_parity(
     """Compare the checkpoint in ``written`` with its source. Raises VerificationError past the tolerance."""
     output = Checkpoint(written)
     specs = output.config["ffn_sites"]
-    partition = all(plan.is_partition for plan in blueprint.sites.values())
+    # Pruned attention is no dense model's, whatever the FFNs do.
+    partition = not blueprint.attention and all(plan.is_partition for plan in blueprint.sites.values())
+    _check_attention(checkpoint, anatomy, output, blueprint)
     dense = LayerStream(checkpoint, anatomy, ids_NW, compute_dtype=torch.float32)
     all_on = LayerStream(checkpoint, anatomy, ids_NW, compute_dtype=torch.float32) if partition else None
     differences: list[float] = []
@@ -111,11 +116,11 @@ def stream_parity(
 def load_written_ffn(output: Checkpoint, path: str, spec: dict[str, Any], anatomy: Anatomy) -> MoEFeedForward:
     """One FFN of a written checkpoint as a module in fp32. Raises VerificationError when tensors do not fit."""
     with torch.device("meta"):
-        module = MoEFeedForward(spec, anatomy.d_model, anatomy.activation)
+        module = build_feed_forward(spec, anatomy.d_model, anatomy.activation)
+    own = {name: output.tensor(name) for name in output.names if name.startswith(f"{path}.")}
     state = {
-        name.removeprefix(f"{path}."): output.tensor(name).float()
-        for name in output.names
-        if name.startswith(f"{path}.")
+        name.removeprefix(f"{path}."): tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in own.items()
     }
     try:
         module.load_state_dict(state, assign=True)
@@ -126,9 +131,20 @@ def load_written_ffn(output: Checkpoint, path: str, spec: dict[str, Any], anatom
     return module.eval()
 
 
+def _check_attention(checkpoint: Checkpoint, anatomy: Anatomy, output: Checkpoint, blueprint: Blueprint) -> None:
+    """The tensors of pruned attention as read back: equal, bit for bit, to what the blueprint makes of the dense."""
+    names = output_names(checkpoint, anatomy)
+    for path, plan in blueprint.attention.items():
+        dense = {
+            in_model: checkpoint.tensor(name) for name, in_model in names.items() if in_model.startswith(f"{path}.")
+        }
+        _check_tensors(output, "", pack_attention(dense, path, plan))
+
+
 def _check_tensors(output: Checkpoint, path: str, expected: dict[str, Tensor]) -> None:
     for name, tensor in expected.items():
-        if not torch.equal(output.tensor(f"{path}.{name}"), tensor):
+        full = f"{path}.{name}" if path else name
+        if not torch.equal(output.tensor(full), tensor):
             raise VerificationError(
-                f"{output.folder.name}: tensor {path}.{name} is not what was written", "is the disk sound?"
+                f"{output.folder.name}: tensor {full} is not what was written", "is the disk sound?"
             )

@@ -1,22 +1,29 @@
 """Speed of the converted model beside the dense one: interleaved in one run, medians, never alone.
 
-Units: tokens per second of wall-clock time. Prefill: one forward over a prompt. Decode: greedy steps with a KV cache.
+Units: tokens per second of wall-clock time. Prefill: one forward over a prompt, with the logits of its last token only,
+as in generation. Decode: greedy steps with a KV cache.
+
+Axes: R rounds and one to warm up, W tokens of a prompt.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
+_WARM_UP_STEPS = 4
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Median tokens per second of one model."""
+    """Tokens per second of one model: of one round, or medians over rounds."""
 
     prefill: float
     decode: float
@@ -26,36 +33,66 @@ class Speed:
         return asdict(self)
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+@dataclass(frozen=True)
+class Ratio:
+    """One model's speed over another's: median and extremes of the ratios within a round."""
+
+    median: float
+    low: float
+    high: float
 
 
-@torch.inference_mode()
 def measure(models: Mapping[str, Any], *, prompt: int = 256, steps: int = 24, rounds: int = 3) -> dict[str, Speed]:
-    """Speed of several models on this machine, round-robin, so that a busy moment hits all of them.
+    """Median speed of several models on this machine.
 
     Args:
         models: transformers causal language models by name.
-        prompt: Prompt tokens.
+        prompt: Prompt tokens, the same random ones for all models of a round.
         steps: Decode steps after it.
-        rounds: Rounds over all models; the median counts. One more, uncounted, warms up.
+        rounds: Rounds over all models. One more, uncounted, warms up.
     """
     vocabulary = min(int(model.config.get_text_config().vocab_size) for model in models.values())
-    ids_NW = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
-    prefill: dict[str, list[float]] = {name: [] for name in models}
-    decode: dict[str, list[float]] = {name: [] for name in models}
-    for round_number in range(rounds + 1):
-        for name, model in models.items():
-            model.eval()
-            out = model(input_ids=ids_NW, use_cache=True)
-            first = _seconds(lambda model=model: model(input_ids=ids_NW, use_cache=True))
-            rest = _seconds(lambda model=model, out=out: _decode(model, out, steps))
-            if round_number > 0:
-                prefill[name].append(prompt / first)
-                decode[name].append(steps / rest)
-    return {name: Speed(statistics.median(prefill[name]), statistics.median(decode[name])) for name in models}
+    prompts_RW = torch.randint(0, vocabulary, (rounds + 1, prompt), generator=torch.Generator().manual_seed(0))
+    return {name: median_speed(found) for name, found in measure_rounds(models, prompts_RW, steps).items()}
+
+
+def measure_rounds(models: Mapping[str, Any], prompts_RW: Tensor, steps: int) -> dict[str, list[Speed]]:
+    """Speed of several models in every round but the first, which warms up.
+
+    Each round has a new prompt, and a new order of the models, so that a busy moment hits all of them alike.
+    """
+    found: dict[str, list[Speed]] = {name: [] for name in models}
+    shuffled = random.Random(0)
+    for number, ids_W in enumerate(prompts_RW):
+        for name in shuffled.sample(list(models), len(models)):
+            speed = _one_round(models[name].eval(), ids_W[None], steps if number else _WARM_UP_STEPS)
+            if number:
+                found[name].append(speed)
+    return found
+
+
+def median_speed(rounds: Sequence[Speed]) -> Speed:
+    """Prefill and decode, each the median over rounds."""
+    return Speed(statistics.median(r.prefill for r in rounds), statistics.median(r.decode for r in rounds))
+
+
+def ratio(kind: str, rounds: Sequence[Speed], base: Sequence[Speed]) -> Ratio:
+    """How many times as fast as ``base`` in the same rounds; ``kind``: ``prefill`` or ``decode``."""
+    ratios = [getattr(one, kind) / getattr(other, kind) for one, other in zip(rounds, base, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+
+@torch.inference_mode()
+def _one_round(model: Any, ids_1W: Tensor, steps: int) -> Speed:
+    first, out = _timed(lambda: model(input_ids=ids_1W, use_cache=True, logits_to_keep=1))
+    rest, _ = _timed(lambda: _decode(model, out, steps))
+    return Speed(ids_1W.shape[1] / first, steps / rest)
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
 
 
 def _decode(model: Any, out: Any, steps: int) -> None:

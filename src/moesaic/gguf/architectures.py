@@ -174,6 +174,25 @@ def check(architecture: Architecture, config: Any) -> None:
         raise UnsupportedModelError(f"llama.cpp would compute something else: {'; '.join(reasons)}", hint)
 
 
+def check_graph(architecture: Architecture, config: Any, tensors: int) -> None:
+    """Refuse a model whose graph has no room in llama.cpp, which ends the whole process when it loads such a file.
+
+    llama.cpp allots max(1024, 8 tensors) nodes. A layer takes two per active expert, to add them up one by one, about
+    57 more, and 12 for groups of experts [OURS: found by trying, rounded up].
+
+    Raises UnsupportedModelError.
+    """
+    values = architecture.values(config)
+    active = int(values.get("expert_used_count", 0))
+    groups = 12 if "expert_group_count" in values else 0
+    needed = config.num_hidden_layers * (2 * active + 57 + groups) + 30
+    if active and needed > max(1024, 8 * tensors):
+        raise UnsupportedModelError(
+            f"{active} active experts are too many for llama.cpp: its graph has no room for them and it aborts",
+            "use fewer experts (mlpmoe: --set branches=8), or --target dense where all are always on",
+        )
+
+
 def common_values(architecture: Architecture, config: Any) -> Values:
     """Metadata of the architecture, keys without its name in front."""
     head_dim = head_width(config)

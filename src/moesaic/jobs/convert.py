@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.checkpoint.origin import CARD
 from moesaic.checkpoint.output import read_split, write_layer, write_rest
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import StagedOutput
+from moesaic.jobs import forecast
 from moesaic.jobs.decide import Decisions, blueprint_of, decide_layers, step_of
 from moesaic.jobs.job import Job, prepare
 from moesaic.progress import Progress, Silent
-from moesaic.report.card import CARD, model_card
+from moesaic.report.card import model_card
 from moesaic.settings import ConvertSettings, build
 from moesaic.targets import AUTO, Choice, choose_target, get_target
 from moesaic.targets.base import Split, TargetOptions
@@ -79,13 +81,15 @@ def convert(
         output, job.key, source=job.checkpoint.folder, expected_bytes=expected_bytes(job), restart=restart
     ) as staged:
         made = decide_layers(job, staged, progress, check=lambda plans: _check_first(job, plans))
-        blueprint_made = blueprint_of(job, made.plans)
-        split = read_split(job.checkpoint, job.anatomy, made.plans)
+        blueprint_made = blueprint_of(job, made)
+        split = read_split(job.checkpoint, job.anatomy, made.plans, blueprint_made.attention)
         choice = choose(split, settings.target, settings.target_options, progress)
         _write(job, staged, blueprint_made, choice, progress)
         results: dict[str, Any] = {"conversion": {"method": blueprint_made.method, "target": choice.name}}
         if made.router_fits:
             results["router_fit"] = _summary(made)
+        if made.training:
+            results["training"] = made.training
 
         def verify(folder: Path) -> None:
             results.update(_check(job, folder, blueprint_made, choice, progress))
@@ -114,8 +118,17 @@ def choose(split: Split, target: str, options: TargetOptions, progress: Progress
 
 
 def expected_bytes(job: Job) -> int:
-    """Disk that the output will take, about: the source's tensors plus 2 % for routers and blueprint."""
-    return int(1.02 * job.checkpoint.nbytes)
+    """Disk that the output will take at most, with what the unfinished folder holds beside it."""
+    source = forecast.read_source(job.checkpoint, job.anatomy)
+    if job.given is None:
+        needed = forecast.disk(job.settings, job.anatomy, job.dense_layers, source)
+    else:
+        fitted = job.settings.router is not None
+        shapes = {path: forecast.shape_of_plan(plan, fitted) for path, plan in job.given.sites.items()}
+        target = forecast.likely_target(job.settings, job.anatomy, next(iter(shapes.values())))
+        options, tokens = job.settings.target_options, 0 if job.windows is None else job.windows.ids_NW.numel()
+        needed = forecast.disk_of(shapes, job.anatomy, target, options, source, tokens)
+    return needed.output + needed.staging
 
 
 def _check_first(job: Job, plans: Mapping[str, LayerPlan]) -> None:
@@ -138,7 +151,15 @@ def _write(job: Job, staged: StagedOutput, blueprint: Blueprint, choice: Choice,
     for layer in range(job.anatomy.num_layers):
         if not staged.done(step_of(layer)):
             write_layer(
-                job.checkpoint, job.anatomy, staged, step_of(layer), layer, blueprint.sites, choice.module, options
+                job.checkpoint,
+                job.anatomy,
+                staged,
+                step_of(layer),
+                layer,
+                blueprint.sites,
+                choice.module,
+                options,
+                blueprint.attention,
             )
         progress.advance(f"layer {layer}")
     router = job.settings.router

@@ -1,39 +1,48 @@
 """The method at work: every layer's plans, decided on what the layers before it compute once they are converted.
 
+Methods that train on the whole model (:class:`ModelMethodModule`) decide all layers in one step.
+
 Axes: N windows, W tokens per window.
 """
 
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from moesaic.anatomy.base import FFNSite
 from moesaic.anatomy.weights import load_ffn
+from moesaic.attention_plan import AttentionPlan
 from moesaic.blueprint import Blueprint, LayerPlan
 from moesaic.calibration.stream import LayerStream
 from moesaic.checkpoint.writer import StagedOutput
 from moesaic.jobs.job import Job
 from moesaic.materialise import build_ffn
 from moesaic.methods import get_config
-from moesaic.methods.base import SiteInputs
+from moesaic.methods.base import MethodModule, ModelContext, ModelMethodModule, SiteInputs
 from moesaic.nn.ffn import FFNWeights
 from moesaic.progress import Progress, Silent
 from moesaic.routing import fit_linear_router
 
 Plans = dict[str, LayerPlan]
+MODEL_STEP = "model"
+"""Name of the step in which a method decides the whole model."""
 
 
 @dataclass
 class Decisions:
-    """Plans of the converted FFNs, and reports of the router fits among them, by module path."""
+    """Plans of the converted FFNs and attentions and reports of the router fits, by module path; and of a training."""
 
     plans: Plans = field(default_factory=dict)
     router_fits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attention: dict[str, AttentionPlan] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 def step_of(layer: int) -> str:
@@ -43,7 +52,7 @@ def step_of(layer: int) -> str:
 
 def decide(job: Job, progress: Progress | None = None) -> Blueprint:
     """Run the method and return its blueprint without writing anything."""
-    return blueprint_of(job, decide_layers(job, None, progress or Silent()).plans)
+    return blueprint_of(job, decide_layers(job, None, progress or Silent()))
 
 
 def decide_layers(
@@ -53,6 +62,8 @@ def decide_layers(
 
     ``check`` is called with the plans of the first converted layer before they are kept, to refuse early.
     """
+    if trains_whole_model(job):
+        return _decide_model(job, staged, progress)
     layers = job.anatomy.num_layers
     progress.start(f"{job.settings.method}: deciding", layers)
     made = Decisions()
@@ -60,7 +71,7 @@ def decide_layers(
     stream, first = (None, 0) if len(kept) == layers else _open_stream(job, staged)
     for layer in range(layers):
         if staged is not None and layer in kept:
-            plans, fits = staged.read_plans(step_of(layer))
+            plans, fits, _ = staged.read_plans(step_of(layer))
         else:
             plans, fits = _decide_layer(job, layer, stream, progress)
             if check is not None and plans and not made.plans:
@@ -77,8 +88,31 @@ def decide_layers(
     return made
 
 
-def blueprint_of(job: Job, plans: Plans) -> Blueprint:
-    """The blueprint that these plans make; a given one keeps its provenance."""
+def trains_whole_model(job: Job) -> bool:
+    """Whether the method decides all FFNs together, by training."""
+    return job.given is None and hasattr(job.method, "plan_model")
+
+
+def _decide_model(job: Job, staged: StagedOutput | None, progress: Progress) -> Decisions:
+    """Run a method that trains on the whole model, resuming in the staging folder where there is one."""
+    if staged is not None and staged.planned(MODEL_STEP):
+        plans, report, attention = staged.read_plans(MODEL_STEP)
+        return Decisions(plans, {}, attention, report)
+    assert job.windows is not None
+    method = cast(ModelMethodModule, job.method)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) if staged is None else staged.training
+        context = ModelContext(
+            job.checkpoint, job.anatomy, job.windows.ids_NW, job.dense_layers, job.settings.seed, folder, progress
+        )
+        made = method.plan_model(context, job.config)
+    if staged is not None:
+        staged.write_plans(MODEL_STEP, made.sites, made.report, made.attention)
+    return Decisions(made.sites, {}, made.attention, made.report)
+
+
+def blueprint_of(job: Job, made: Decisions) -> Blueprint:
+    """The blueprint that these decisions make; a given one keeps its provenance."""
     if job.given is not None and job.settings.router is None:
         return job.given
     given = job.given
@@ -87,7 +121,8 @@ def blueprint_of(job: Job, plans: Plans) -> Blueprint:
         source=job.checkpoint.fingerprint(),
         method=job.settings.method if given is None else given.method,
         config=job.config.model_dump(mode="json") if given is None else given.config,
-        sites=plans,
+        sites=made.plans,
+        attention=made.attention if given is None else given.attention,
     )
 
 
@@ -150,4 +185,4 @@ def _decide_site(
             )
             return None
     digest = hashlib.sha256(f"{job.settings.seed}:{site.path}".encode()).digest()
-    return job.method.plan_site(weights, inputs, job.config, int.from_bytes(digest[:4], "big"))
+    return cast(MethodModule, job.method).plan_site(weights, inputs, job.config, int.from_bytes(digest[:4], "big"))

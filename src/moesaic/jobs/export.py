@@ -6,7 +6,7 @@ Axes: W tokens of a window, V vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from torch import Tensor
 import moesaic
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.blueprint import Blueprint
+from moesaic.checkpoint.origin import CARD
 from moesaic.checkpoint.output import write_side_files
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import RESULTS_NAME, StagedOutput
 from moesaic.errors import InputError
 from moesaic.evaluate.native_parity import native_parity, parity_ids
+from moesaic.evaluate.runtime import Runtime
 from moesaic.progress import Progress, Silent
+from moesaic.report.card import model_card
 from moesaic.settings import build
 from moesaic.targets import AUTO, REPLICATING, Choice, choose_target
 from moesaic.targets.base import Split, TargetOptions
@@ -90,10 +93,12 @@ def export(
             window = min(_PARITY_WINDOW, split.anatomy.config.get("max_position_embeddings") or _PARITY_WINDOW)
             ids_NW = parity_ids(staged_folder, int(split.anatomy.config["vocab_size"]), window)
             parity = native_parity(
-                staged_folder, ids_NW, moesaic_logits(folder), exact=choice.module.exact(split, settings)
+                staged_folder, ids_NW, moesaic_runtime(folder), exact=choice.module.exact(split, settings)
             )
             results["native_parity"] = parity.to_dict()
             parity.require(output.name)
+            config = json.loads((staged_folder / "config.json").read_text(encoding="utf-8"))
+            staged.write_text(CARD, model_card(config, results))
 
         staged.finish(results=results, verify=verify)
     return Export(output, choice.name, choice.refused, results)
@@ -111,20 +116,14 @@ def read_converted(folder: Path) -> tuple[Checkpoint, Blueprint, Split]:
     dense_config = checkpoint.config["text_config"]
     hierarchical = FAMILIES[dense_config["model_type"]].moe is not None
     anatomy = read_anatomy(dense_config, hierarchical=hierarchical)
-    return checkpoint, blueprint, Split(anatomy, blueprint.sites, checkpoint.config["ffn_sites"])
+    return checkpoint, blueprint, Split(anatomy, blueprint.sites, checkpoint.config["ffn_sites"], blueprint.attention)
 
 
-def moesaic_logits(folder: Path) -> Callable[[Tensor], Tensor]:
-    """A function from ids_W to logits_WV of the model in a folder of the ``moesaic`` architecture, in fp32."""
+def moesaic_runtime(folder: Path) -> Runtime:
+    """The model in a folder of the ``moesaic`` architecture, in fp32."""
     from moesaic.nn.modeling_moesaic import MoesaicForCausalLM
 
-    model = MoesaicForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    @torch.inference_mode()
-    def logits(ids_W: Tensor) -> Tensor:
-        return model(ids_W[None], use_cache=False).logits[0]
-
-    return logits
+    return Runtime(MoesaicForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
 
 def _choose(split: Split, target: str) -> Choice:

@@ -71,6 +71,7 @@ def export_gguf(
     config = architectures.read_config(checkpoint.config)
     architectures.check(architecture, config)
     tensors = gguf_tensors(checkpoint, architecture, config)
+    architectures.check_graph(architecture, config, len(tensors))
     if tokenizer_gguf is None:
         tokenizer = vocabulary.built_vocabulary(folder, checkpoint.config, config.vocab_size)
     else:

@@ -18,7 +18,7 @@ from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import CheckpointError, InputError
 from moesaic.jobs.request import check_request
 from moesaic.methods import get_config, get_method
-from moesaic.methods.base import MethodConfig, MethodModule
+from moesaic.methods.base import MethodConfig, MethodModule, ModelMethodModule
 from moesaic.settings import ConvertSettings
 from moesaic.targets import AUTO, get_target
 from moesaic.targets.base import Split
@@ -33,7 +33,7 @@ class Job:
     checkpoint: Checkpoint
     anatomy: Anatomy
     settings: ConvertSettings
-    method: MethodModule
+    method: MethodModule | ModelMethodModule
     config: MethodConfig
     dense_layers: tuple[int, ...]
     windows: Windows | None

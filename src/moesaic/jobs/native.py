@@ -1,17 +1,11 @@
-"""A folder of a stock architecture against our runtime: the dense model with its FFNs replaced as the blueprint says.
-
-Axes: W tokens of a window, V vocabulary.
-"""
+"""A folder of a stock architecture against our runtime, the dense model with FFNs split as the blueprint says."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy
@@ -19,15 +13,20 @@ from moesaic.blueprint import Blueprint
 from moesaic.checkpoint.output import read_split
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
-from moesaic.errors import InputError
+from moesaic.checkpoint.writer import RESULTS_NAME
+from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.llama_cpp import LlamaCppParity, available, llama_cpp_parity, stock_logits
 from moesaic.evaluate.native_parity import NativeParity, native_parity, parity_ids
+from moesaic.evaluate.runtime import Runtime
 from moesaic.jobs.export import read_converted
 from moesaic.materialise import apply_blueprint
 from moesaic.targets import TARGETS, get_target
 from moesaic.targets.base import Split, TargetOptions
+from moesaic.tune.mark import tuned
 
 _WINDOW = 256
+APPROXIMATE_GGUF_KL = 1e-2
+"""Largest mean KL divergence, in nats, between llama.cpp and transformers for a folder that approaches weights of 1."""
 _MEMORY_SHARE = 0.5
 """Share of the machine's memory that the check at the end of a conversion may take for both models."""
 
@@ -41,7 +40,7 @@ def check_native(
     """
     window = min(_WINDOW, anatomy.config.get("max_position_embeddings") or _WINDOW)
     ids_NW = parity_ids(folder, int(anatomy.config["vocab_size"]), window, windows)
-    parity = native_parity(folder, ids_NW, _blueprint_logits(dense, anatomy, blueprint), exact=exact)
+    parity = native_parity(folder, ids_NW, blueprint_runtime(dense, anatomy, blueprint), exact=exact)
     parity.require(folder.name)
     return parity
 
@@ -68,6 +67,19 @@ def verify_native(folder: str | Path, baseline: str | Path | None, *, windows: i
             another model.
         VerificationError: the folder computes something else.
     """
+    output, dense, blueprint = read_stock(folder, baseline)
+    anatomy = read_anatomy(dense.config, hierarchical=FAMILIES[dense.config["model_type"]].moe is not None)
+    made = output.config["moesaic"]
+    options = TargetOptions.model_validate(made.get("target_options") or {})
+    exact = get_target(made["target"]).exact(read_split(dense, anatomy, blueprint.sites), options)
+    return check_native(output.folder, dense, anatomy, blueprint, exact=exact, windows=windows)
+
+
+def read_stock(folder: str | Path, baseline: str | Path | None) -> tuple[Checkpoint, Checkpoint, Blueprint]:
+    """An output of a stock architecture, the dense model that it was made from, and its blueprint.
+
+    Raises InputError as :func:`verify_native` does.
+    """
     output = Checkpoint(Path(folder).expanduser())
     made = output.config.get("moesaic")
     if not isinstance(made, dict) or "target" not in made:
@@ -79,30 +91,43 @@ def verify_native(folder: str | Path, baseline: str | Path | None, *, windows: i
         )
     if baseline is None:
         raise InputError("--parity needs the dense model", "add --baseline MODEL")
+    if reason := tuned(output.config):
+        raise InputError(f"{folder} cannot be compared with {baseline}: {reason}", "verify it without --parity")
     dense = Checkpoint(resolve_model(str(baseline)))
     if dense.fingerprint() != made.get("source"):
         raise InputError(f"{baseline} is not the model that {folder} was made from", "check --baseline")
-    blueprint = Blueprint.load(output.folder)
-    anatomy = read_anatomy(dense.config, hierarchical=FAMILIES[dense.config["model_type"]].moe is not None)
-    options = TargetOptions.model_validate(made.get("target_options") or {})
-    exact = get_target(made["target"]).exact(read_split(dense, anatomy, blueprint.sites), options)
-    return check_native(output.folder, dense, anatomy, blueprint, exact=exact, windows=windows)
+    return output, dense, Blueprint.load(output.folder)
 
 
 def check_gguf(gguf: Path, folder: str | Path, dtype: str) -> LlamaCppParity | None:
     """Compare llama.cpp on ``gguf`` with transformers on the stock folder it was written from, on one window of text.
 
     None where the package ``xllamacpp`` is missing. Raises VerificationError when an f32 file differs by more than
-    rounding; narrower types differ by what they round.
+    rounding; narrower types differ by what they round. Where weights of 1 are approached by scores of size eps, fp32
+    cannot tell all neighbouring scores apart, so that engines choose other experts for some tokens: such a file must
+    stay within ``APPROXIMATE_GGUF_KL``.
     """
     if not available():
         return None
     folder = Path(folder).expanduser()
     ids_NW = parity_ids(folder, int(Checkpoint(folder).config["vocab_size"]), _WINDOW)
     parity = llama_cpp_parity(gguf, ids_NW, stock_logits(folder))
-    if dtype == "f32":
+    if dtype == "f32" and _approximate(folder):
+        if not parity.mean_kl <= APPROXIMATE_GGUF_KL:
+            raise VerificationError(
+                f"{gguf.name} in llama.cpp chooses other experts than transformers: mean KL {parity.mean_kl:.1e}",
+                "its scores are too close to each other: export the folder with a larger eps, or to glm4_moe",
+            )
+    elif dtype == "f32":
         parity.require_exact(gguf.name)
     return parity
+
+
+def _approximate(folder: Path) -> bool:
+    """Whether the check at the end of its export took the folder for one that only approaches weights of 1."""
+    results = folder / RESULTS_NAME
+    found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    return not found.get("native_parity", {}).get("exact", True)
 
 
 def fitting_targets(folder: str | Path) -> dict[str, list[str]]:
@@ -127,17 +152,11 @@ def fitting_targets(folder: str | Path) -> dict[str, list[str]]:
     return {name: get_target(name).reasons(split) for name in TARGETS}
 
 
-def _blueprint_logits(dense: Checkpoint, anatomy: Anatomy, blueprint: Blueprint) -> Callable[[Tensor], Tensor]:
-    """A function from ids_W to logits_WV: the dense model under the blueprint, as our runtime computes it, in fp32."""
+def blueprint_runtime(dense: Checkpoint, anatomy: Anatomy, blueprint: Blueprint) -> Runtime:
+    """The dense model under the blueprint, as our runtime computes it, in fp32."""
     from transformers import AutoModelForCausalLM
 
     # Split in the checkpoint's dtype first: scaled weights are rounded as they are on disk.
     model = AutoModelForCausalLM.from_pretrained(dense.folder, dtype="auto")
     apply_blueprint(model, blueprint, anatomy)
-    model = model.float().eval()
-
-    @torch.inference_mode()
-    def logits(ids_W: Tensor) -> Tensor:
-        return model(input_ids=ids_W[None], use_cache=False).logits[0]
-
-    return logits
+    return Runtime(model.float())

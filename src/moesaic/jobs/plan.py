@@ -15,6 +15,7 @@ from typing import Any
 from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
 from moesaic.errors import InputError
+from moesaic.jobs import forecast
 from moesaic.layout import Layout
 from moesaic.methods import get_config
 from moesaic.settings import ConvertSettings, build, check_fits, method_config
@@ -28,7 +29,12 @@ ALIGNMENTS = {64: "GPU kernels", 256: "GGUF K-quants"}
 
 @dataclass(frozen=True)
 class PlanReport:
-    """The forecast. Sizes in neurons, parameters or bytes as named; ``seconds`` and ``peak_bytes`` are estimates."""
+    """The forecast. Sizes in neurons, parameters or bytes as named.
+
+    ``seconds`` and ``peak_bytes`` are estimates. ``mapped_bytes``: pages of the checkpoint's files, which come on top
+    of ``peak_bytes`` where there is room and which the system drops where there is none. ``output_bytes`` are for the
+    architecture ``target``, ``staging_bytes`` what the unfinished folder holds beside them.
+    """
 
     family: str
     model_type: str
@@ -50,6 +56,10 @@ class PlanReport:
     router_parameters: int
     seconds: float
     peak_bytes: int
+    mapped_bytes: int
+    target: str
+    output_bytes: int
+    staging_bytes: int
     remarks: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,6 +100,9 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
     sites = [site for site in anatomy.sites if site.layer not in dense_layers]
     text = getattr(config, "layout", None)
     layout = Layout.parse(text) if isinstance(text, str) else None
+    source = forecast.guess_source(Path(model).expanduser(), anatomy)
+    memory = forecast.memory(settings, anatomy, source)
+    space = forecast.disk(settings, anatomy, dense_layers, source)
     d_ff = sites[0].d_ff
     matrices = 3 if anatomy.gated else 2
     per_neuron = matrices * anatomy.d_model
@@ -119,8 +132,16 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
         active_ffn_parameters=round(total - converted * (1 - fraction)),
         router_parameters=len(sites) * experts * anatomy.d_model * (2 if _own_gated_router(settings) else 1),
         seconds=_seconds(settings, anatomy, total, fraction),
-        peak_bytes=_peak_bytes(settings, anatomy, per_neuron),
-        remarks=(*_remarks(width, padding, anatomy), _target_remark(settings, anatomy, experts)),
+        peak_bytes=memory.private,
+        mapped_bytes=memory.mapped,
+        target=space.target,
+        output_bytes=space.output,
+        staging_bytes=space.staging,
+        remarks=(
+            *_remarks(width, padding, anatomy),
+            _target_remark(settings, anatomy, experts),
+            *_size_remarks(memory, space),
+        ),
     )
 
 
@@ -134,12 +155,12 @@ def _seconds(settings: ConvertSettings, anatomy: Anatomy, ffn_parameters: int, f
     return round(operations / (GFLOPS_PER_CORE * 1e9 * (os.cpu_count() or 1)) + copying, 1)
 
 
-def _peak_bytes(settings: ConvertSettings, anatomy: Anatomy, per_neuron: int) -> int:
-    layer = 4 * (per_neuron * anatomy.d_ff + 4 * anatomy.d_model**2)
-    vocabulary = int(anatomy.config.get("vocab_size") or 0)
-    embeddings = 4 * anatomy.d_model * vocabulary
-    hidden = 2 * 4 * settings.calibration.tokens * anatomy.d_model
-    return round(2.5 * layer + embeddings + hidden + 500e6)
+def _size_remarks(memory: forecast.MemoryForecast, space: forecast.DiskForecast) -> tuple[str, str]:
+    return (
+        f"disk: {space.output / 1e9:.2f} GB as {space.target}, and {space.staging / 1e9:.2f} GB while it is made",
+        f"the memory is without the {memory.mapped / 1e9:.2f} GB of mapped weights, which the system drops when it "
+        "needs room",
+    )
 
 
 def _remarks(width: int, padding: int, anatomy: Anatomy) -> tuple[str, ...]:

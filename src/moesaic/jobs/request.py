@@ -42,6 +42,7 @@ def check_request(model: str | Path, settings: ConvertSettings, output: str | Pa
         ResourceError: no room for the dequantised copy of a .gguf.
     """
     config = method_config(settings)
+    _check_whole_model(settings)
     if settings.router is not None or get_config(settings.method).needs_calibration(config):
         _check_sources(settings.calibration)
     if output is not None:  # before a model is fetched for it
@@ -52,6 +53,16 @@ def check_request(model: str | Path, settings: ConvertSettings, output: str | Pa
     for site in anatomy.sites:
         ffn_tensor_names(checkpoint, site)
     return Request(checkpoint, anatomy, config, dense_layers)
+
+
+def _check_whole_model(settings: ConvertSettings) -> None:
+    """Refuse what a method that trains on the whole model leaves no room for."""
+    if not getattr(get_config(settings.method), "WHOLE_MODEL", False):
+        return
+    if settings.router is not None:
+        raise InputError(f"method {settings.method} learns its own linear router", "leave --router out")
+    if settings.hierarchical:
+        raise InputError(f"method {settings.method} starts from a dense model", "leave --hierarchical out")
 
 
 def _check_sources(calibration: CalibrationConfig) -> None:

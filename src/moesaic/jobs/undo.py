@@ -12,12 +12,14 @@ from torch import Tensor
 
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy, FFNSite
+from moesaic.attention_plan import VALUE_TENSORS
 from moesaic.blueprint import Blueprint, LayerPlan
 from moesaic.checkpoint.manifest import check_manifest
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import StagedOutput
 from moesaic.errors import InputError
 from moesaic.materialise import TENSOR_NAMES, dense_tensors, unpack
+from moesaic.tune.mark import tuned
 
 
 def undo(folder: str | Path, out: str | Path, *, restart: bool = False) -> Path:
@@ -42,10 +44,16 @@ def undo(folder: str | Path, out: str | Path, *, restart: bool = False) -> Path:
     dense_config = converted.config.get("text_config")
     if converted.config.get("model_type") != "moesaic" or not isinstance(dense_config, dict):
         raise InputError(f"{folder} is not an output of moesaic convert", "give the folder of a converted model")
+    if reason := tuned(converted.config):
+        raise InputError(f"{folder} cannot be undone: {reason}", "keep the dense model instead")
     check_manifest(converted.folder)
     blueprint = Blueprint.load(converted.folder)
     for path, plan in blueprint.sites.items():
         if reason := what_is_lost(plan):
+            raise InputError(f"{folder} cannot be undone: {path} {reason}", "keep the dense model instead")
+    for path, attention in blueprint.attention.items():
+        if attention.pairs is not None:
+            reason = f"kept only {len(attention.pairs)} of {attention.head_dim // 2} rotary pairs"
             raise InputError(f"{folder} cannot be undone: {path} {reason}", "keep the dense model instead")
     family = FAMILIES[dense_config["model_type"]]
     anatomy = read_anatomy(dense_config, hierarchical=family.moe is not None)
@@ -65,7 +73,7 @@ def undo(folder: str | Path, out: str | Path, *, restart: bool = False) -> Path:
 
 def what_is_lost(plan: LayerPlan) -> str | None:
     """Why the dense FFN cannot be had back from its conversion under this plan; None when it can."""
-    if plan.is_partition:
+    if plan.keeps_all:
         return None
     changes = {
         "has small weights set to zero (fade)": plan.fade,
@@ -93,9 +101,10 @@ def _dense_shard(
     """The dense form of one shard's tensors: converted FFNs rebuilt, everything else as it is."""
     sites = {site.path: site for site in anatomy.sites if site.path in blueprint.sites}
     owner = {f"{path}.{leaf}": path for path in sites for leaf in _leaves(blueprint.sites[path])}
+    added = {f"{path}.value_mask.{leaf}" for path in blueprint.attention for leaf in VALUE_TENSORS}
     tensors: dict[str, Tensor] = {}
     for name in names:
-        if name not in owner:
+        if name not in owner and name not in added:
             tensors[anatomy.family.disk_name(name)] = converted.tensor(name)
     for path in dict.fromkeys(owner[name] for name in names if name in owner):
         tensors |= _dense_site(converted, sites[path], blueprint.sites[path], anatomy.activation)
@@ -105,7 +114,7 @@ def _dense_shard(
 def _leaves(plan: LayerPlan) -> list[str]:
     """Names, relative to the FFN, of every tensor that its conversion can have."""
     router = [f"router.{name}" for name in plan.router.tensors]
-    return [*TENSOR_NAMES.values(), *router, "selection_bias", "gate_scale"]
+    return [*TENSOR_NAMES.values(), *router, "selection_bias", "gate_scale", "membership"]
 
 
 def _dense_site(converted: Checkpoint, site: FFNSite, plan: LayerPlan, activation: str) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Is an output what was written, and does it compute what it should?
 
-Files first (hashes), then tensors (finite), then config.json against blueprint and tensors, then the loaded model.
+Files first (hashes), then tensors (finite), then config.json against blueprint and tensors, then the loaded model; for
+stock architectures, on request, the same model in vLLM.
 
 Axes: T tokens, D model width, V vocabulary.
 """
@@ -24,7 +25,12 @@ from moesaic.checkpoint.manifest import check_manifest
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import CheckpointError, InputError, VerificationError
+from moesaic.evaluate.engine_parity import EngineParity
+from moesaic.evaluate.llama_cpp import stock_logits
+from moesaic.evaluate.native_parity import APPROXIMATE_KL, parity_ids
 from moesaic.evaluate.parity import TOLERANCE, relative_difference
+from moesaic.evaluate.vllm import otherwise_in_vllm, vllm_parity
+from moesaic.tune.mark import tuned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +39,9 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 32
 ORACLE_TOKENS = 64
+ENGINE_WINDOW = 256
+ENGINE_LOGPROBS = 2**24
+"""Log-probabilities of a window that vLLM lists as Python objects: a few GB."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class VerifyReport:
         files: Files whose sha256 is the manifest's.
         tensors: Tensors that are finite and of the names and shapes that config.json asks for.
         sites: Converted FFNs.
-        partition: Whether every FFN is a partition of the dense one.
+        partition: Whether every FFN is a partition of the dense one, and the attention is whole.
         logits: Largest |logit| on the fixed prompt.
         all_on: Largest logit difference from the dense model with all experts on, relative to the largest logit; None
             without a baseline, when the conversion is no partition, and for stock architectures.
@@ -92,10 +101,12 @@ def verify_output(folder: str | Path, *, baseline: str | Path | None = None) -> 
         for name in output.names:
             output.finite_tensor(name)
     _check_provenance(output, blueprint)
+    if baseline is not None and (reason := tuned(output.config)):
+        raise InputError(f"{folder} cannot be compared with {baseline}: {reason}", "verify it without --baseline")
     dense = None if baseline is None else _dense_checkpoint(str(baseline), output)
     own = output.config.get("model_type") == "moesaic"
     anatomy = _check_structure(output, blueprint) if own else None
-    partition = all(plan.is_partition for plan in blueprint.sites.values())
+    partition = not blueprint.attention and all(plan.is_partition for plan in blueprint.sites.values())
     expected_TV = _logits(_load(dense.folder), _prompt(output)) if own and dense is not None and partition else None
     model = _load(folder)
     logits_TV = _logits(model, _prompt(output))
@@ -118,6 +129,33 @@ def verify_output(folder: str | Path, *, baseline: str | Path | None = None) -> 
         oracle=oracle,
         tolerance=TOLERANCE,
     )
+
+
+def verify_in_vllm(folder: str | Path, python: Path, *, exact: bool, windows: int = 1) -> EngineParity:
+    """Compare vLLM with transformers on a stock folder, in fp32, on ``windows`` windows of real text.
+
+    Args:
+        folder: The stock folder.
+        python: The interpreter that has vLLM; see :func:`moesaic.evaluate.vllm.find_python`.
+        exact: Whether the target computes weights of 1 exactly. Where it approaches them (``eps``), scores are nearly
+            equal and engines may choose other experts, so that only the mean KL divergence is judged.
+        windows: For how many windows of 256 tokens; they are shorter and more where the vocabulary is large.
+
+    Raises:
+        InputError: ``python`` has no vLLM.
+        VerificationError: vLLM computes something else from this folder, or does not run it.
+    """
+    folder = Path(folder).expanduser()
+    stock = Checkpoint(folder)
+    if reason := otherwise_in_vllm(stock):
+        raise VerificationError(f"vLLM computes something else from {folder}: {reason}", "see docs/serving.md")
+    vocabulary, context = int(stock.config["vocab_size"]), stock.config.get("max_position_embeddings")
+    window = max(2, min(ENGINE_WINDOW, (context or 2 * ENGINE_WINDOW) - 1, ENGINE_LOGPROBS // vocabulary))
+    ids_NW = parity_ids(folder, vocabulary, window, -(-windows * ENGINE_WINDOW // window))
+    parity = vllm_parity(folder, ids_NW, stock_logits(folder), python=python)
+    if exact or not parity.mean_kl <= APPROXIMATE_KL:
+        parity.require_exact(folder.name, "report it" if exact else "scores scaled by eps are too close: see --set eps")
+    return parity
 
 
 @contextmanager
@@ -149,6 +187,9 @@ def _check_structure(output: Checkpoint, blueprint: Blueprint) -> Anatomy:
         planned = {key: value for key, value in blueprint.sites[path].spec().items() if key != "down_bias"}
         if wrong := [key for key, value in planned.items() if spec.get(key) != value]:
             raise VerificationError(f"{output.folder}: {path}: config.json and blueprint differ in {wrong[0]}")
+    pruned = {path: plan.spec() for path, plan in blueprint.attention.items()}
+    if output.config.get("attention_sites", {}) != pruned:
+        raise VerificationError(f"{output.folder}: config.json and blueprint differ in the attention")
     check_tensors(output)
     return anatomy
 

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 from moesaic.errors import InputError
 
 if TYPE_CHECKING:
-    from moesaic.methods.base import ConfigModule, MethodModule
+    from moesaic.methods.base import ConfigModule, MethodModule, ModelMethodModule
 
 METHODS: dict[str, str] = {
     "cmoe": "shared and routed experts from activation patterns, analytic router, no training (arXiv 2502.04416)",
     "mlpmoe": "exact static slicing; Fractal Fade and Compensated Pruning as options; no data (arXiv 2511.21089)",
     "moefication": "balanced k-means on the weight rows, similarity router (arXiv 2110.01786)",
     "llama_moe": "random or contiguous disjoint experts (LLaMA-MoE, arXiv 2406.16554), without its training",
+    "tomoe": "overlapping experts and attention pruning learned with frozen weights (ToMoE, arXiv 2501.15316)",
+    "token_clusters": "overlapping experts for predictable token groups, top-1, refitted; our own, no training",
     "static": "control: keep the neurons of largest mean output energy, no routing",
     "random": "control: random balanced partition with a random linear router",
 }
@@ -25,7 +27,7 @@ def get_config(name: str) -> ConfigModule:
     return _module(name, "config")
 
 
-def get_method(name: str) -> MethodModule:
+def get_method(name: str) -> MethodModule | ModelMethodModule:
     """The ``method`` module of a method. Raises InputError, listing the names, for an unknown one."""
     return _module(name, "method")
 

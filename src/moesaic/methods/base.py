@@ -1,13 +1,15 @@
 """What every method is: a config and a function from one FFN (and what it saw in calibration) to its plan.
 
 A method is a folder: ``config.py`` has the names of :class:`ConfigModule`, ``method.py`` those of
-:class:`MethodModule`; one line in ``methods/__init__.py`` registers it. Methods decide; they never write weights.
+:class:`MethodModule`, or of :class:`ModelMethodModule` where all FFNs are decided together by training; one line in
+``methods/__init__.py`` registers it. Methods decide; they never write weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -16,8 +18,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from moesaic.blueprint import LayerPlan
+    from moesaic.anatomy.base import Anatomy
+    from moesaic.blueprint import AttentionPlan, LayerPlan
+    from moesaic.checkpoint.reader import Checkpoint
     from moesaic.nn.ffn import FFNWeights
+    from moesaic.progress import Progress
 
 
 class MethodConfig(BaseModel):
@@ -77,4 +82,45 @@ class MethodModule(Protocol):
             config: The method's own config, an instance of its ``Config``.
             seed: Differs from site to site, fixed for a run; the only source of randomness.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class ModelContext:
+    """What a method reads that decides a whole model at once.
+
+    Attributes:
+        checkpoint: The dense model.
+        anatomy: Its structure.
+        ids_NW: Training text, token ids int64 [windows, tokens per window].
+        dense_layers: Decoder layers that stay dense, counted from 0.
+        seed: The only source of randomness.
+        folder: Where states of a long training are kept, so that the same call resumes; it exists.
+        progress: Receives steps done.
+    """
+
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    ids_NW: Tensor
+    dense_layers: tuple[int, ...]
+    seed: int
+    folder: Path
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Every converted FFN's plan and every changed attention's, by module path, and a report for results.json."""
+
+    sites: dict[str, LayerPlan]
+    attention: dict[str, AttentionPlan] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+class ModelMethodModule(Protocol):
+    """What the ``method.py`` of a method holds that trains on the whole model."""
+
+    @staticmethod
+    def plan_model(context: ModelContext, config: Any) -> ModelPlan:
+        """Decide all FFNs outside ``context.dense_layers``, and attention where the config asks for it."""
         ...

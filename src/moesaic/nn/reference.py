@@ -64,7 +64,7 @@ def choose(weights: FFNWeights, plan: LayerPlan, x_D: Tensor) -> list[tuple[int,
     if not plan.experts:
         return []
     z_E = reference_scores(weights, plan, x_D)
-    p_E = torch.softmax(z_E, dim=0)
+    p_E = torch.sigmoid(z_E) if plan.gate == "sigmoid" else torch.softmax(z_E, dim=0)
     key_E = z_E if plan.selection_bias is None else p_E + plan.selection_bias.float()
     chosen = sorted(range(len(plan.experts)), key=lambda e: (-key_E[e].item(), e))[: plan.top_k]
     if plan.gate == "uniform" or plan.router.kind == "static":
@@ -72,6 +72,8 @@ def choose(weights: FFNWeights, plan: LayerPlan, x_D: Tensor) -> list[tuple[int,
     if plan.gate == "scaled":
         s_E = torch.zeros(len(plan.experts)) if plan.gate_scale is None else plan.gate_scale.float()
         return [(e, 1 + p_E[e] * s_E[e]) for e in chosen]
+    if plan.gate == "sigmoid":
+        return [(e, 2 * p_E[e]) for e in chosen]
     weight_K = plan.top_k * torch.softmax(z_E[chosen], dim=0)
     return list(zip(chosen, weight_K, strict=True))
 

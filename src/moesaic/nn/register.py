@@ -17,7 +17,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _AUTO = "transformers.models.auto.configuration_auto"
-_MODELING = "moesaic.nn.modeling_moesaic"
+_MODELING = ("moesaic.nn.modeling_moesaic", "moesaic.nn.moesaic_")  # what imports transformers while half imported
 
 
 def register() -> None:
@@ -28,7 +28,7 @@ def register() -> None:
 
     AutoConfig.register(MoesaicConfig.model_type, MoesaicConfig, exist_ok=True)
     AutoModelForCausalLM.register(MoesaicConfig, MoesaicForCausalLM, exist_ok=True)
-    # So that save_pretrained copies the modelling file into the folder and names it in config.json.
+    # So that save_pretrained copies the modelling files into the folder and names them in config.json.
     MoesaicConfig.register_for_auto_class()
     MoesaicForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
@@ -50,7 +50,7 @@ class _ImportWatch(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.partition(".")[0] != "transformers" and fullname != _MODELING:
+        if fullname.partition(".")[0] != "transformers" and not fullname.startswith(_MODELING):
             return None
         others = (finder for finder in sys.meta_path if not isinstance(finder, _ImportWatch))
         spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)

@@ -6,18 +6,34 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-CARD = "README.md"
+from moesaic.calibration.config import CalibrationConfig
+from moesaic.checkpoint.origin import CARD, is_hub_id
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
 _FITTED_TO = {
     "oracle": "the experts that do most on calibration text",
     "decisions": "what the method's own routers choose",
 }
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_DATASETS = {"wikitext": "Salesforce/wikitext", "c4": "allenai/c4", "tiny": "roneneldan/TinyStories"}
+_EVALUATION_TEXTS = {
+    "wikitext2-raw/test": {
+        "dataset_type": "Salesforce/wikitext",
+        "dataset_name": "WikiText-2 raw",
+        "dataset_config": "wikitext-2-raw-v1",
+        "dataset_split": "test",
+    }
+}
+_PROTOCOL_TEXT = re.compile(r"ppl\[(?P<text>.+) w\d+ n=\w+\]")
 
 
 def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """The card as Markdown with the hub's metadata in front.
+    """The card as Markdown with the hub's metadata in front, as huggingface_hub writes them.
+
+    The hub knows no relation "converted to a MoE"; ``finetune`` is the nearest of its four.
 
     Args:
         config: The output's config.json, with its ``moesaic`` block.
@@ -25,13 +41,14 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """
     made = config["moesaic"]
     parts = [
-        _metadata(config),
+        _metadata(config, results),
         f"# {_title(made)}\n",
         _what(config, made),
         _loading(config),
         _proven(results),
         _measured(results),
         _how(made),
+        _licence(made),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -44,12 +61,59 @@ def write_card(folder: Path) -> None:
     (folder / CARD).write_text(model_card(config, results), encoding="utf-8")
 
 
-def _metadata(config: Mapping[str, Any]) -> str:
-    base = str(config["moesaic"].get("base_model") or "")
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [moe, moesaic]"]
-    if _HUB_ID.fullmatch(base):
-        lines.append(f"base_model: {base}")
-    return "---\n" + "\n".join(lines) + "\n---\n"
+def _metadata(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
+
+    made = config["moesaic"]
+    base = str(made.get("base_model") or "")
+    licence = made.get("license") or {}
+    found = _eval_results(results)
+    data = ModelCardData(
+        base_model=base if is_hub_id(base) else None,
+        language=made.get("language") or None,
+        license=licence.get("id"),
+        license_name=licence.get("name"),
+        license_link=licence.get("link"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["moe", "moesaic", made["method"], made.get("target") or config["model_type"]],
+        datasets=_datasets(made),
+        metrics=["perplexity"] if found else None,
+        eval_results=found or None,
+        model_name=_title(made) if found else None,
+        **({"base_model_relation": "finetune"} if is_hub_id(base) else {}),
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _datasets(made: Mapping[str, Any]) -> list[str] | None:
+    """The calibration texts that are on the hub."""
+    if not made.get("calibration"):
+        return None
+    sources = CalibrationConfig.model_validate(made["calibration"]).expanded()
+    return [_HUB_DATASETS[source.name] for source in sources if source.name in _HUB_DATASETS] or None
+
+
+def _eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
+    """This model's perplexity under each protocol, and its ratio to the dense model's; the protocol is in the name."""
+    from huggingface_hub import EvalResult
+
+    found = []
+    for protocol, evaluation in results.get("evaluation", {}).items():
+        row = evaluation["perplexity"].get("model")
+        if row is None:
+            continue
+        match = _PROTOCOL_TEXT.fullmatch(protocol)
+        text = match["text"] if match else protocol
+        dataset = _EVALUATION_TEXTS.get(text, {"dataset_type": text, "dataset_name": text})
+        metrics = [("perplexity", protocol, row["value"])]
+        if ratio := row.get("ratio_to_dense"):
+            metrics.append(("perplexity-ratio", f"{protocol}, ratio to the dense model", ratio["ratio"]))
+        found += [
+            EvalResult("text-generation", metric_type=kind, metric_name=name, metric_value=round(value, 4), **dataset)
+            for kind, name, value in metrics
+        ]
+    return found
 
 
 def _title(made: Mapping[str, Any]) -> str:
@@ -76,6 +140,11 @@ def _what(config: Mapping[str, Any], made: Mapping[str, Any]) -> str:
         text += f" It is a {config['model_type']} model: engines that load this architecture need no code of moesaic."
     if router := made.get("router"):
         text += f" Its routers are linear ones, fitted to {_FITTED_TO[router['mode']]}."
+    if tuned := made.get("tuned"):
+        text += (
+            f" Afterwards it was trained for {tuned['steps']} steps on {tuned['tokens']} tokens "
+            f"({', '.join(tuned['trained'])}): its weights are no longer those of the dense model."
+        )
     return text + "\n"
 
 
@@ -125,12 +194,36 @@ def _measured(results: Mapping[str, Any]) -> str:
 
 
 def _how(made: Mapping[str, Any]) -> str:
-    recipe = {"method": made["method"], "options": made["config"], "calibration": made.get("calibration")}
+    recipe = {"method": made["method"], "options": made["config"], "calibration": _shown_calibration(made)}
     if made.get("router"):
         recipe["router"] = made["router"]
+    if tuned := made.get("tuned"):
+        shown = ("preset", "steps", "tokens", "trained", "losses")
+        recipe["tuned"] = {key: tuned[key] for key in shown if key in tuned}
     return (
         "## How it was made\n\n"
         f"```json\n{json.dumps(recipe, indent=1)}\n```\n\n"
         f"Source model sha256 `{made['source'][:16]}`, blueprint `{made['blueprint'][:16]}`; "
         "`manifest.json` has the hash of every file.\n"
     )
+
+
+def _shown_calibration(made: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The calibration settings; of the user's own files only the names, not where they lie."""
+    calibration = made.get("calibration")
+    if not calibration:
+        return None
+    sources = [{**source, "name": Path(source["name"]).name} for source in calibration["sources"]]
+    return {**calibration, "sources": sources}
+
+
+def _licence(made: Mapping[str, Any]) -> str:
+    base = made.get("base_model") or "the source model"
+    if not (licence := made.get("license")):
+        return (
+            f"## Licence\n\nThe files of {base} did not say under which licence its weights are. It holds for these as "
+            "well: look it up before you pass them on.\n"
+        )
+    name, link = licence.get("name") or licence["id"], licence.get("link")
+    terms = f"[{name}]({link})" if link else name
+    return f"## Licence\n\nThe weights come from {base}, and its licence holds for them: {terms}.\n"

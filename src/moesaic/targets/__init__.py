@@ -92,11 +92,14 @@ def choose_target(split: Split, name: str = AUTO, options: TargetOptions | None 
     targets that would, under these options, only approach the split's function.
 
     Raises:
-        InputError: the target is unknown, or ``name`` is given and cannot hold the model; the message has all reasons.
+        InputError: the target is unknown, or ``name`` is given and cannot hold the model, or none can; the message has
+            all reasons.
     """
     if name != AUTO:
         module = get_target(name)
         if reasons := module.reasons(split):
+            if name == "moesaic":
+                raise InputError(f"no target can hold this model: {'; '.join(reasons)}")
             fits = choose_target(split, AUTO, options).name
             raise InputError(f"target {name} cannot hold this model: {'; '.join(reasons)}", f"use --target {fits}")
         return Choice(name, module, {})
@@ -111,7 +114,10 @@ def choose_target(split: Split, name: str = AUTO, options: TargetOptions | None 
         if not reasons:
             return Choice(candidate, module, refused)
         refused[candidate] = reasons
-    return Choice("moesaic", get_target("moesaic"), refused)
+    module = get_target("moesaic")
+    if reasons := module.reasons(split):
+        raise InputError(f"no target can hold this model: {'; '.join(reasons)}")
+    return Choice("moesaic", module, refused)
 
 
 def _auto_order(split: Split) -> list[str]:

@@ -9,7 +9,7 @@ Axes: D model width, M neurons per expert.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,7 +19,7 @@ from moesaic.anatomy.base import Anatomy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moesaic.blueprint import LayerPlan
+    from moesaic.blueprint import AttentionPlan, LayerPlan
 
 Packed = Mapping[str, Mapping[str, "Tensor"]]
 """Per converted FFN, by module path: its tensors as ``materialise.pack`` makes them."""
@@ -60,11 +60,13 @@ class Split:
         plans: Every converted FFN's plan, by module path, of the whole model: widths and counts of experts are the same
             in all layers of most architectures. Empty while nothing is decided yet.
         specs: What the runtime must know of each (``materialise.site_spec``); only the ``moesaic`` target reads them.
+        attention: Every pruned attention's plan, by module path; only the ``moesaic`` target can hold them.
     """
 
     anatomy: Anatomy
     plans: Mapping[str, LayerPlan]
     specs: Mapping[str, Mapping[str, Any]]
+    attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
 
     def plan_of(self, layer: int) -> LayerPlan | None:
         """The plan of a dense model's decoder layer, None when it stays dense."""

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from moesaic.anatomy.base import FFNSite
 from moesaic.targets import common
 from moesaic.targets.base import Packed, Split, TargetOptions
+from moesaic.targets.limits import stock_attention_reasons
 
 files = common.no_files
 _PACKED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -27,7 +28,7 @@ def reasons(split: Split) -> list[str]:
     """See :class:`TargetModule`."""
     if split.anatomy.family.moe is not None:
         return ["the experts of a MoE were split: they differ in width, which its own architecture cannot hold"]
-    found = []
+    found = stock_attention_reasons(split)
     routed = [path for path, plan in split.plans.items() if plan.router.kind != "static"]
     if routed:
         found.append(f"{routed[0]} chooses experts per token (one of {len(routed)} FFNs that do): a dense FFN cannot")

@@ -10,6 +10,10 @@ Weights of 1, three ways:
   twin of zeros with the row of e and bias -1. The sum of both scores, sigmoid(z) - 1/2, ranks the groups, K of them
   stay, and in these the experts win over their twins, with weight 2 sigmoid(0) = 1.
 
+The ``sigmoid`` gate, w = 2 sigmoid(z), is the architecture's own form: rows are the plan's, ``e_score_correction_bias``
+is its selection bias, exactly. Layers of other gates beside such layers count as layers that differ; where those are
+paired, the twins of a ``sigmoid`` layer's experts are never chosen.
+
 A router bias b becomes ``e_score_correction_bias``: sigmoid(eps z) + eps b / 4 ranks like z + b up to terms of eps^2.
 
 Known limits: engines overlook tied embeddings, so the head is written; transformers wants two experts at least; the
@@ -41,6 +45,7 @@ LIMITS = Limits(
     dense_layers="leading",
     unequal_layers=True,
     softmax_topk=False,
+    sigmoid=True,
     router_bias=True,
 )
 _PINNED, _DEAD = 10.0, -10.0
@@ -100,7 +105,7 @@ def layer_tensors(
     moe = common.moe_layer(split, layer, copied, packed, options, normalised=_normalised(split), exact_weights=paired)
     experts, rows_XD, bias_X = _routed(moe, geo, _slots(split, geo))
     if paired:
-        experts, rows_XD, bias_X = _with_twins(experts, rows_XD, bias_X)
+        experts, rows_XD, bias_X = _with_twins(experts, rows_XD, bias_X, own_weights=moe.plan.gate == "sigmoid")
     return (
         kept
         | common.expert_tensors(f"{moe.path}.experts", experts)
@@ -114,24 +119,40 @@ def _routed(moe: MoELayer, geo: Geometry, slots: int) -> tuple[list[Branch], Ten
     pinned = geo.top_k - moe.plan.top_k
     dead = slots - len(moe.experts) - pinned
     spare = moe.experts[0].zeros(geo.width)
-    bias_X = torch.cat([moe.router.bias_E / 4, torch.full((pinned,), _PINNED), torch.full((dead,), _DEAD)])
+    bias_X = torch.cat([_bias(moe), torch.full((pinned,), _PINNED), torch.full((dead,), _DEAD)])
     rows_XD = torch.nn.functional.pad(moe.router.weight_ED, (0, 0, 0, pinned + dead))
     return [*(expert.padded(geo.width) for expert in moe.experts), *[spare] * (pinned + dead)], rows_XD, bias_X
 
 
-def _with_twins(experts: list[Branch], rows_XD: Tensor, bias_X: Tensor) -> tuple[list[Branch], Tensor, Tensor]:
-    """Each expert in a group with its twin: (expert 0, twin 0, expert 1, twin 1, ...)."""
-    twin = experts[0].zeros(experts[0].width)
+def _bias(moe: MoELayer) -> Tensor:
+    """What is added to the sigmoid of the scores for choosing. A common shift keeps it above zero: the ranking stays,
+    and engines set experts outside the chosen groups to zero."""
+    if moe.plan.gate != "sigmoid":
+        return moe.router.bias_E / 4
+    bias_E = moe.plan.selection_bias
+    return torch.zeros(len(moe.experts)) if bias_E is None else (bias_E - bias_E.min()).float()
+
+
+def _with_twins(
+    experts: list[Branch], rows_XD: Tensor, bias_X: Tensor, *, own_weights: bool
+) -> tuple[list[Branch], Tensor, Tensor]:
+    """Each expert in a group with its twin: (expert 0, twin 0, expert 1, twin 1, ...).
+
+    ``own_weights``: the experts keep the scores, as their weights come from them, and the twins are idle.
+    """
+    twin, idle_XD = experts[0].zeros(experts[0].width), torch.zeros_like(rows_XD)
     return (
         [branch for expert in experts for branch in (expert, twin)],
-        torch.stack([torch.zeros_like(rows_XD), rows_XD], dim=1).flatten(0, 1),
+        torch.stack([rows_XD, idle_XD] if own_weights else [idle_XD, rows_XD], dim=1).flatten(0, 1),
         torch.stack([bias_X, torch.full_like(bias_X, _BEHIND)], dim=1).flatten(),
     )
 
 
 def _normalised(split: Split) -> bool:
-    """Whether weights can be divided by their sum: not where layers differ in top-k: experts of zeros would count."""
-    return len({plan.top_k for plan in split.plans.values() if plan.experts}) == 1
+    """Whether weights can be divided by their sum: not where layers differ in top-k (experts of zeros would count) or
+    have weights of their own."""
+    plans = [plan for plan in split.plans.values() if plan.experts]
+    return len({plan.top_k for plan in plans}) == 1 and not any(plan.gate == "sigmoid" for plan in plans)
 
 
 def _paired(split: Split, options: TargetOptions) -> bool:

@@ -26,6 +26,7 @@ class Limits:
         dense_layers: Where layers may stay dense.
         unequal_layers: Layers may differ in number of experts and top-k.
         softmax_topk: Experts can be weighed by the softmax over the chosen scores.
+        sigmoid: Experts can be weighed by 2 sigmoid(z), with a selection bias on the sigmoid of the scores.
         router_bias: The router's bias, where weights are 1.
         selection_bias: A bias added to the softmax of the scores for choosing.
         output_bias: A bias of the FFN's output.
@@ -42,6 +43,7 @@ class Limits:
     dense_layers: Literal["none", "leading", "any"] = "none"
     unequal_layers: bool = False
     softmax_topk: bool = True
+    sigmoid: bool = False
     router_bias: bool = False
     selection_bias: bool = False
     output_bias: bool = False
@@ -68,7 +70,7 @@ def weighs_one(plan: LayerPlan) -> bool:
         return True
     if plan.gate == "scaled":
         return plan.gate_scale is None or not bool(plan.gate_scale.any())
-    return plan.top_k == 1
+    return plan.gate == "softmax_topk" and plan.top_k == 1
 
 
 def biased_selection(plan: LayerPlan) -> bool:
@@ -92,7 +94,7 @@ def reasons_against(split: Split, limits: Limits) -> list[str]:
     """Why ``split`` does not fit into ``limits``; [] if it does. See :meth:`TargetModule.reasons`."""
     if reason := no_backbone(split.anatomy):
         return [reason]
-    reasons = list(_backbone_reasons(read_backbone(split.anatomy), limits))
+    reasons = [*_backbone_reasons(read_backbone(split.anatomy), limits), *stock_attention_reasons(split)]
     if split.plans:
         reasons += _layer_reasons(split, limits)
         plans = {path: plan for path, plan in split.plans.items() if has_experts(plan)}
@@ -100,6 +102,14 @@ def reasons_against(split: Split, limits: Limits) -> list[str]:
             reasons += _grouped(plans.items(), lambda plan, check=check: check(plan, limits))
         reasons += _grouped(split.plans.items(), lambda plan: _bias_reason(plan, limits))
     return reasons
+
+
+def stock_attention_reasons(split: Split) -> list[str]:
+    """Why no stock architecture holds the plans for attention; [] if there are none."""
+    if not split.attention:
+        return []
+    more = f" and {len(split.attention) - 1} more" if len(split.attention) > 1 else ""
+    return [f"{next(iter(split.attention))}{more}: the attention is pruned: only target moesaic computes that"]
 
 
 def _backbone_reasons(backbone: Backbone, limits: Limits) -> Iterable[str]:
@@ -174,14 +184,18 @@ def _router_reason(plan: LayerPlan, limits: Limits) -> str | None:
 def _gate_reason(plan: LayerPlan, limits: Limits) -> str | None:
     if weighs_one(plan) or (plan.gate == "softmax_topk" and limits.softmax_topk):
         return None
+    if plan.gate == "sigmoid":
+        return None if limits.sigmoid else "gate 'sigmoid': glm4_moe weighs experts so"
     if plan.gate == "scaled":
         return "gate 'scaled' with trained scales: no stock architecture has weights 1 + p s; use gate 'softmax_topk'"
     return "gate 'softmax_topk': granitemoeshared, mixtral, qwen3_moe and ernie4_5_moe weigh experts so"
 
 
 def _selection_reason(plan: LayerPlan, limits: Limits) -> str | None:
-    if not biased_selection(plan):
+    if not biased_selection(plan) or (plan.gate == "sigmoid" and limits.sigmoid):
         return None
+    if plan.gate == "sigmoid":
+        return "a selection bias on the sigmoid of the scores: glm4_moe has one"
     as_softmax = plan.router.kind == "linear" and "bias" not in plan.router.tensors and not plan.router.normalise_input
     if limits.selection_bias and as_softmax and (plan.top_k == 1 or plan.gate == "softmax_topk"):
         return None

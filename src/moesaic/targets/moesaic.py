@@ -2,7 +2,7 @@
 ``trust_remote_code``.
 
 The folder holds the dense family's tensors under their own names, the FFNs packed as [shared; expert 0; ...] with their
-routers, and one modelling file that needs nothing but torch and transformers.
+routers, pruned attention with its masks, and modelling files that need nothing but torch and transformers.
 """
 
 from __future__ import annotations
@@ -11,18 +11,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.anatomy.attention import pruning_reasons
 from moesaic.targets.base import Packed, Split, TargetOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MODELLING_FILE = "modeling_moesaic.py"
+MODELLING_FILES = (
+    "modeling_moesaic.py",
+    "moesaic_attention.py",
+    "moesaic_ffn.py",
+    "moesaic_routing.py",
+    "moesaic_union.py",
+)
 _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
 
 
 def reasons(split: Split) -> list[str]:
     """See :class:`TargetModule`."""
-    return []
+    return pruning_reasons(split.anatomy, split.attention)[:1]
 
 
 def exact(split: Split, options: TargetOptions) -> bool:
@@ -33,6 +40,7 @@ def exact(split: Split, options: TargetOptions) -> bool:
 def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:
     """See :class:`TargetModule`. The dense config stands verbatim in ``text_config``."""
     dense = split.anatomy.config
+    attention = {path: plan.spec() for path, plan in split.attention.items()}
     return {
         "architectures": ["MoesaicForCausalLM"],
         "model_type": "moesaic",
@@ -43,6 +51,7 @@ def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOpti
         "text_config": dict(dense),
         "ffn_sites": {path: dict(spec) for path, spec in split.specs.items()},
         "ffn_bypass": list(split.anatomy.family.bypass),
+        **({"attention_sites": attention} if attention else {}),
         "moesaic": dict(provenance),
     } | {key: dense[key] for key in _CARRIED if key in dense}
 
@@ -51,7 +60,13 @@ def layer_tensors(
     split: Split, layer: int, copied: Mapping[str, Tensor], packed: Packed, options: TargetOptions
 ) -> dict[str, Tensor]:
     """See :class:`TargetModule`."""
-    return {f"{path}.{name}": tensor for path, ffn in packed.items() for name, tensor in ffn.items()} | dict(copied)
+    from moesaic.materialise import pack_attention
+
+    tensors = {f"{path}.{name}": tensor for path, ffn in packed.items() for name, tensor in ffn.items()} | dict(copied)
+    for path, plan in split.attention.items():
+        if path.startswith(f"{split.anatomy.layer_path(layer)}."):
+            tensors |= pack_attention(copied, path, plan)
+    return tensors
 
 
 def rest_tensors(split: Split, copied: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -60,6 +75,6 @@ def rest_tensors(split: Split, copied: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def files() -> dict[str, str]:
-    """See :class:`TargetModule`. The modelling file."""
-    source = Path(__file__).parent.parent / "nn" / MODELLING_FILE
-    return {MODELLING_FILE: source.read_text(encoding="utf-8")}
+    """See :class:`TargetModule`. The modelling files."""
+    folder = Path(__file__).parent.parent / "nn"
+    return {name: (folder / name).read_text(encoding="utf-8") for name in MODELLING_FILES}

@@ -68,12 +68,21 @@ def join(first: Branch, second: Branch) -> Branch:
 
 
 def cut(packed: Mapping[str, Tensor], plan: LayerPlan) -> tuple[Branch, list[Branch]]:
-    """The shared branch (of width 0 where there is none) and the routed experts of a packed FFN."""
+    """The shared branch (of width 0 where there is none) and the routed experts of a packed FFN; of a union, copies."""
+    if plan.union:
+        return _copies(packed, len(plan.shared))
     widths = [len(plan.shared), *(len(expert) for expert in plan.experts)]
     gate, up, down = (packed[f"{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj"))
     pieces = zip(gate.split(widths), up.split(widths), down.split(widths, dim=1), strict=True)
     shared, *experts = (Branch(*piece) for piece in pieces)
     return shared, experts
+
+
+def _copies(packed: Mapping[str, Tensor], shared: int) -> tuple[Branch, list[Branch]]:
+    gate, up, down = (packed[f"{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj"))
+    sets = [torch.arange(shared), *(row_U.nonzero().flatten() + shared for row_U in packed["membership"])]
+    first, *experts = (Branch(gate[rows_M], up[rows_M], down[:, rows_M]) for rows_M in sets)
+    return first, experts
 
 
 class RouterRows(NamedTuple):

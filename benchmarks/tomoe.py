@@ -1,0 +1,139 @@
+"""ToMoE on a real model beside its controls: perplexity against active parameters, coverage, load.
+
+    python benchmarks/tomoe.py MODEL WORK [--runs tomoe-50 static-50 ...] [--steps 200] [--report docs/results/tomoe]
+
+Every run is a `moesaic convert` into WORK/<run>: interrupted, the same command resumes; a finished run is not repeated.
+Runs: <kind>-<percent active>; kinds are the keys of KINDS. Training text: WikiText-2 validation, Wikipedia, stories and
+code that ship with moesaic, or --text FILE; the C4 sample is kept out of it, for evaluation.
+
+`--report` writes PATH.json and PATH.md from all finished runs in WORK.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.calibration.samples import sample_text
+from moesaic.evaluate.run import evaluate_model
+from moesaic.jobs.convert import convert
+from moesaic.progress import Silent
+
+TEXTS = ["wikitext=2", "wiki=1", "tiny=0.5", "code=0.5"]
+KINDS: dict[str, dict[str, Any]] = {
+    "tomoe": {},
+    "static": {"experts": 1},
+    "random": {"masks": "random"},
+    "no-union": {"union_weight": 0.0},
+    "clusters": {"start": "clusters"},
+    "ffn": {"attention": "none", "counted": "ffn"},
+    "ffn-static": {"attention": "none", "counted": "ffn", "experts": 1},
+    "ffn-clusters": {"attention": "none", "counted": "ffn", "start": "clusters"},
+}
+"""Options of a run beside the defaults of :func:`options`."""
+
+
+class Lines(Silent):
+    """Progress as plain lines, a few of them."""
+
+    def __init__(self) -> None:
+        self.done = self.total = 0
+
+    def start(self, label: str, total: int) -> None:
+        self.done, self.total = 0, total
+        print(label, total, flush=True)
+
+    def advance(self, detail: str = "") -> None:
+        self.done += 1
+        if self.done % max(1, self.total // 20) == 0:
+            print(f"  {self.done}/{self.total} {detail}", flush=True)
+
+    def note(self, text: str) -> None:
+        print(f"  {text}", flush=True)
+
+
+def options(run: str, steps: int, batch: int, window: int) -> dict[str, Any]:
+    """The method's options of a run named <kind>-<percent>."""
+    kind, _, percent = run.rpartition("-")
+    if kind not in KINDS:
+        sys.exit(f"unknown run {run}: kinds are {', '.join(KINDS)}")
+    train = {"steps": steps, "batch": batch, "eval_every": max(steps // 4, 1), "save_every": 25}
+    return {"active": int(percent) / 100, "attention": "both", "train": train} | KINDS[kind]
+
+
+def train(args: argparse.Namespace, run: str) -> None:
+    """Convert, then evaluate on WikiText-2 and C4; the figures go to WORK/<run>.json."""
+    output, figures = args.work / run, args.work / f"{run}.json"
+    if figures.exists():
+        return
+    chosen = options(run, args.steps, args.batch, args.window)
+    tokens = (args.steps * args.batch + 8) * args.window
+    calibration = {"sources": args.text or TEXTS, "tokens": min(tokens, args.tokens), "window": args.window}
+    if not output.exists():
+        convert(
+            args.model,
+            output,
+            settings={"method": "tomoe", "options": chosen, "calibration": calibration, "target": "moesaic"},
+            progress=Lines(),
+        )
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    c4 = args.work / "c4.txt"
+    c4.write_text(sample_text("c4"), encoding="utf-8")
+    protocol = {"window": 1024, "limit": args.windows, "save": False, "progress": Lines()}
+    evaluated = {
+        "wikitext2": evaluate_model(output, baseline=args.model, **protocol),
+        "c4": evaluate_model(output, baseline=args.model, text=c4, fidelity=False, **protocol),
+    }
+    entry = {"run": run, "options": chosen, "threads": torch.get_num_threads(), "training": results["training"]}
+    figures.write_text(json.dumps(entry | {"evaluation": evaluated}, indent=1) + "\n", encoding="utf-8")
+
+
+def report(args: argparse.Namespace) -> None:
+    """One table of all finished runs."""
+    entries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.work.glob("*-*.json"))]
+    args.report.with_suffix(".json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    lines = ["| run | active | WikiText-2 | ratio | C4 | ratio |", "|---|---|---|---|---|---|"]
+    for entry in entries:
+        cells = []
+        for name in ("wikitext2", "c4"):
+            table = entry["evaluation"][name]["perplexity"]
+            ratio = table["model"]["ratio_to_dense"]
+            cells += [
+                f"{table['model']['value']:.2f}",
+                f"{ratio['ratio']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
+            ]
+        lines.append(f"| {entry['run']} | {entry['options']['active']:.0%} | {' | '.join(cells)} |")
+    args.report.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+def main() -> None:
+    """Runs in the order given, then the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--runs", nargs="*", default=[])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=1, help="windows per step")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=200_000, help="distinct training tokens at most")
+    parser.add_argument("--windows", type=int, default=16, help="evaluation windows of 1024 tokens")
+    parser.add_argument("--text", nargs="*", help="training text in place of the shipped one")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--report", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    for run in args.runs:
+        train(args, run)
+    if args.report:
+        report(args)
+
+
+if __name__ == "__main__":
+    main()

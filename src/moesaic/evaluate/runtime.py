@@ -1,0 +1,67 @@
+"""Our runtime as the reference of a comparison: logits, and how every router decided.
+
+Two engines round differently. Where the k-th and the k+1-th score of a router are equal to within that rounding, they
+may choose different experts; that token, and those after it in its window, then differ visibly though both are right.
+So a comparison notes the choices, and how far each was from a tie.
+
+Axes: W tokens of a window, V vocabulary, E experts, K chosen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.nn.modeling_moesaic import MoEFeedForward
+
+
+class Runtime:
+    """A function from ids_W to logits_WV of a model that holds our converted FFNs, in fp32.
+
+    Attributes:
+        model: The model.
+        routed: Which of its FFNs with experts choose among them, counted in their order.
+        chosen: Of the last window, experts of each token per routed FFN, best first, [W, K].
+        margin_W: Of the last window, each token's smallest distance from a tie: over the routed FFNs, the difference of
+            the k-th and the k+1-th key by which experts are ranked, over the keys' standard deviation in the window.
+        forced: Experts [W, K] per routed FFN to compute with in place of the routers' choice; for weights of 1.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model.eval()
+        self.chosen: list[Tensor] = []
+        self.margin_W = torch.empty(0)
+        self.forced: list[Tensor] | None = None
+        with_experts = [m for m in model.modules() if isinstance(m, MoEFeedForward) and m.experts]
+        self.routed = [i for i, m in enumerate(with_experts) if not m.static and m.top_k < m.experts]
+        for index in self.routed:
+            with_experts[index]._route = _Watched(self, with_experts[index])
+
+    @torch.inference_mode()
+    def __call__(self, ids_W: Tensor) -> Tensor:
+        self.chosen = []
+        self.margin_W = torch.full((len(ids_W),), float("inf"))
+        return self.model(input_ids=ids_W[None], use_cache=False).logits[0]
+
+
+class _Watched:
+    """Stands for ``_route`` of one FFN."""
+
+    def __init__(self, runtime: Runtime, ffn: MoEFeedForward) -> None:
+        self.runtime, self.route = runtime, ffn._route
+        self.keys = ffn.keys
+
+    def __call__(self, x_WD: Tensor) -> tuple[Tensor, Tensor | None]:
+        runtime = self.runtime
+        idx_WK, weight_WK = self.route(x_WD)
+        key_WE = self.keys(x_WD)
+        best_WE = key_WE.sort(dim=-1, descending=True).values
+        last = idx_WK.shape[1] - 1
+        margin_W = (best_WE[:, last] - best_WE[:, last + 1]) / key_WE.std().clamp(min=1e-30)
+        runtime.margin_W = torch.minimum(runtime.margin_W, margin_W)
+        runtime.chosen.append(idx_WK)
+        if runtime.forced is not None:
+            idx_WK = runtime.forced[len(runtime.chosen) - 1]
+        return idx_WK, weight_WK

@@ -1,0 +1,355 @@
+"""Recovery: a converted folder in, the same architecture out, trained a little. Check, train, merge, write, verify.
+
+Under ``accelerate launch`` every process trains; the first one writes.
+
+Axes: N windows, W tokens per window.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import moesaic
+from moesaic.anatomy.weights import ffn_tensor_names
+from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.checkpoint.origin import CARD
+from moesaic.checkpoint.output import output_names, read_split, write_side_files
+from moesaic.checkpoint.placement import absolute, partial_of
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.writer import RESULTS_NAME, StagedOutput
+from moesaic.errors import InputError, VerificationError
+from moesaic.evaluate.native_parity import native_parity, parity_ids
+from moesaic.evaluate.parity import TOLERANCE, relative_difference
+from moesaic.evaluate.runtime import Runtime
+from moesaic.jobs.decide import step_of
+from moesaic.jobs.job import load_tokenizer
+from moesaic.jobs.verify import check_tensors
+from moesaic.materialise import TENSOR_NAMES
+from moesaic.nn.modeling_moesaic import MoesaicForCausalLM
+from moesaic.progress import Progress, Silent
+from moesaic.report.card import model_card
+from moesaic.settings import build
+from moesaic.targets import choose_target, get_target
+from moesaic.targets.base import Split
+from moesaic.train.data import TrainData, read_data
+from moesaic.train.loop import BEST_NAME, LOG_NAME, STATE_NAME, TrainReport, read_log, train
+from moesaic.train.plots import plot_curves
+from moesaic.train.state import load_into, read
+from moesaic.tune.config import DEFAULT_PRESET, TuneConfig, preset
+from moesaic.tune.mark import KEY
+from moesaic.tune.model import load_dense, make_student, merge_adapters, tuned_blueprint
+from moesaic.tune.request import TuneRequest, check_tune, is_worker
+from moesaic.tune.task import TuneTask
+
+CURVES = "train.png"
+_PARITY_WINDOW = 256
+_ROUTING = ("gate", "selection_bias", "router_tensors")
+"""Keys of an FFN's spec that training can change."""
+_STALE = ("evaluation", "parity", "native_parity", "native_parity_skipped", "tune", "export")
+"""Results of the source folder that do not hold for the output."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What :func:`tune` did: the folder, its architecture, its blueprint with the new routers, the figures."""
+
+    output: Path
+    target: str
+    blueprint: Blueprint
+    results: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A request with all that it reads, before anything is written."""
+
+    request: TuneRequest
+    blueprint: Blueprint
+    data: TrainData
+    gate_ids_NW: Tensor | None
+    preset: str
+
+    @property
+    def key(self) -> dict[str, Any]:
+        request = self.request
+        return {
+            "moesaic": moesaic.__version__,
+            "torch": torch.__version__,
+            "source": request.source.fingerprint(),
+            "dense": None if request.dense is None else request.dense.fingerprint(),
+            "config": request.config.model_dump(mode="json", exclude={"train": {"log_every", "save_every"}}),
+            "data": self.data.fingerprint(),
+        }
+
+
+def tune(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    config: TuneConfig | Mapping[str, Any] | None = None,
+    preset_name: str = DEFAULT_PRESET,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Tuned:
+    """Train a converted model a little and write it in the same architecture.
+
+    Args:
+        folder: Output of ``moesaic convert`` or ``moesaic export``. A stock folder is made again from ``baseline`` and
+            its blueprint, so it must not have been tuned before; one of the ``moesaic`` architecture may have been.
+        output: Folder to create. It appears when it is complete and computes what was trained; an interrupted run
+            resumes from ``output.partial`` with the same call, in the middle of the training as well.
+        baseline: The dense model: teacher, and source of what a stock folder is made of. Unnecessary where neither is
+            asked for.
+        config: A :class:`TuneConfig`, or keys that go over the preset's.
+        preset_name: A name from ``moesaic.tune.config.PRESETS``; unused with a :class:`TuneConfig`.
+        restart: Throw away an unfinished ``output.partial``.
+        progress: Receives steps done, losses and notes.
+
+    Raises:
+        InputError, CheckpointError, UnsupportedModelError: before anything is written.
+        VerificationError: the loss is not finite, or the written folder computes something else; ``output`` is not
+            created.
+        ResourceError: disk full; the staging folder is kept.
+    """
+    progress = progress or Silent()
+    if not isinstance(config, TuneConfig):
+        config = build(TuneConfig, preset(preset_name, dict(config or {})), "tune")
+    request = check_tune(folder, config, output, baseline)
+    job = _prepare(request, preset_name, progress)
+    if is_worker():
+        _train(job, partial_of(absolute(output)) / "training", Silent())
+        return Tuned(Path(output), request.target, job.blueprint, {})
+    size = int(1.05 * request.source.nbytes)
+    with StagedOutput.open(
+        output, job.key, source=request.source.folder, expected_bytes=size, restart=restart
+    ) as staged:
+        report, trained = _train(job, staged.training, progress)
+        progress.note(f"trained {report.steps} steps, best after {report.best_step}; merging and writing")
+        model, changed = _merged(job, staged.training)
+        blueprint = tuned_blueprint(job.blueprint, model)
+        about = _about(job, report, trained)
+        _write(job, staged, model, changed, blueprint, about)
+        earlier = _earlier_results(request.source.folder)
+        results = {name: value for name, value in earlier.items() if name not in _STALE}
+        results["tune"] = {**about, "seconds": round(report.seconds, 1), "config": config.model_dump(mode="json")}
+
+        def verify(staged_folder: Path) -> None:
+            progress.note("verifying: logits of the written folder against the trained model's")
+            results.update(_check(job, staged_folder, model, blueprint))
+            written = json.loads((staged_folder / "config.json").read_text(encoding="utf-8"))
+            staged.write_text(CARD, model_card(written, results))
+
+        staged.finish(results=results, verify=verify)
+    return Tuned(Path(output).expanduser(), request.target, blueprint, results)
+
+
+def _prepare(request: TuneRequest, preset_name: str, progress: Progress) -> _Job:
+    """Read blueprint and text, and refuse a training whose result the architecture could not hold."""
+    from transformers import AutoTokenizer
+
+    blueprint = Blueprint.load(request.source.folder)
+    tokenizer = load_tokenizer(AutoTokenizer, request.source.folder)
+    limit = request.anatomy.config.get("max_position_embeddings") or request.anatomy.config.get("n_positions")
+    data, notes = read_data(request.config.train, tokenizer, limit)
+    for note in notes:
+        progress.note(note)
+    sigmoid = request.config.gate == "sigmoid" or (
+        request.config.gate == "auto" and request.target == "glm4_moe" and request.config.router_rate > 0
+    )
+    plans = {path: _as_trained(plan, request.config, sigmoid) for path, plan in blueprint.sites.items()}
+    choose_target(_split(request, replace(blueprint, sites=plans)), request.target)
+    return _Job(request, blueprint, data, data.ids_NW[:2] if sigmoid else None, preset_name)
+
+
+def _as_trained(plan: LayerPlan, config: TuneConfig, sigmoid: bool) -> LayerPlan:
+    """What a plan becomes in kind; its numbers stand for any."""
+    if plan.router.kind == "static" or plan.top_k == len(plan.experts):
+        return plan
+    experts = len(plan.experts)
+    if sigmoid and plan.router.kind == "linear" and plan.gate == "uniform":
+        rows = {"weight": plan.router.tensors["weight"]}
+        bias_E = plan.router.tensors.get("bias")
+        plan = replace(plan, gate="sigmoid", router=replace(plan.router, tensors=rows), selection_bias=bias_E)
+    if config.scale_rate and plan.gate == "scaled":
+        plan = replace(plan, gate_scale=torch.ones(experts))
+    if config.balance and plan.gate != "uniform":
+        plan = replace(plan, selection_bias=torch.arange(float(experts)))
+    return plan
+
+
+def _split(request: TuneRequest, blueprint: Blueprint) -> Split:
+    """The model under a blueprint, as targets see it."""
+    if not request.own:
+        assert request.dense is not None
+        return read_split(request.dense, request.anatomy, blueprint.sites, blueprint.attention)
+    specs = {
+        path: {**spec, **{key: blueprint.sites[path].spec()[key] for key in _ROUTING}}
+        for path, spec in request.source.config["ffn_sites"].items()
+    }
+    return Split(request.anatomy, blueprint.sites, specs, blueprint.attention)
+
+
+def _train(job: _Job, folder: Path, progress: Progress) -> tuple[TrainReport, list[str]]:
+    """Train, or take up what is trained already; what was trained, in words."""
+    request, config = job.request, job.request.config
+    dtype = config.train.resolved_dtype()
+    student = make_student(request.source, request.dense, job.blueprint, request.anatomy, config, job.gate_ids_NW)
+    teacher = load_dense(request.dense) if request.dense is not None and config.loss.needs_teacher else None
+    task = TuneTask(student, teacher, request.anatomy, config, dtype)
+    report = train(task, job.data, config.train, folder, key=job.key, progress=progress)
+    return report, task.what
+
+
+def _merged(job: _Job, folder: Path) -> tuple[nn.Module, set[str]]:
+    """The trained model in fp32, adapters merged, and the names of the matrices that they changed."""
+    request = job.request
+    made = make_student(request.source, request.dense, job.blueprint, request.anatomy, request.config, job.gate_ids_NW)
+    found = read(folder / BEST_NAME)
+    if found is not None:
+        tensors = found[0]
+    else:  # no held-out text: the last weights are what there is
+        last = read(folder / STATE_NAME)
+        assert last is not None
+        tensors = {name.removeprefix("task/"): tensor for name, tensor in last[0].items() if name.startswith("task/")}
+    kept = made.model.state_dict().keys()
+    own = {name: p for name, p in made.model.named_parameters() if p.requires_grad}
+    own |= {name: buffer for name, buffer in made.model.named_buffers() if name in kept}
+    load_into(own, {n.removeprefix("student."): tensor for n, tensor in tensors.items() if n.startswith("student.")})
+    changed = merge_adapters(made.model)
+    return made.model.eval().requires_grad_(False), {f"{name}.weight" for name in changed}
+
+
+def _about(job: _Job, report: TrainReport, trained: list[str]) -> dict[str, Any]:
+    """For config.json and results.json: what was trained, towards what, and with what success."""
+    return {
+        "preset": job.preset,
+        "trained": trained,
+        "losses": {name: weight for name, weight in job.request.config.loss.model_dump().items() if weight},
+        "steps": report.steps,
+        "best_step": report.best_step,
+        "stopped_early": report.stopped_early,
+        "tokens": report.tokens,
+        "held_out": {"before": report.before, "after": report.after},
+    }
+
+
+def _write(
+    job: _Job, staged: StagedOutput, model: nn.Module, changed: set[str], blueprint: Blueprint, about: dict[str, Any]
+) -> None:
+    """Write every layer, and what stands beside the layers. Rounds the model to what is written."""
+    request, anatomy = job.request, job.request.anatomy
+    target, split = get_target(request.target), _split(request, blueprint)
+    stored = _Stored(job, model, changed)
+    for layer in range(anatomy.num_layers):
+        copied, packed = stored.layer(layer)
+        if not staged.done(step_of(layer)):
+            staged.write_shard(step_of(layer), target.layer_tensors(split, layer, copied, packed, request.options))
+    if not staged.done("rest"):
+        staged.write_shard("rest", target.rest_tensors(split, stored.rest()))
+    provenance = {
+        **request.source.config["moesaic"],
+        "version": moesaic.__version__,
+        "blueprint": blueprint.digest(),
+        KEY: json.loads(json.dumps(about)),
+    }
+    write_side_files(request.source, staged, split, blueprint, provenance, target, request.options)
+    lines = [{name: value for name, value in line.items() if name != "seconds"} for line in read_log(staged.training)]
+    staged.write_text(LOG_NAME, "".join(f"{json.dumps(line)}\n" for line in lines))
+    with contextlib.suppress(InputError):  # without matplotlib there is the log
+        plot_curves(staged.training, staged.folder / CURVES)
+
+
+class _Stored:
+    """The tensors of the output, under the names of the dense model's modules, in the dtypes of the source."""
+
+    def __init__(self, job: _Job, model: nn.Module, changed: set[str]) -> None:
+        request = job.request
+        self._job, self._changed, self._anatomy = job, changed, request.anatomy
+        self._state: dict[str, Tensor] = model.state_dict()
+        self._base: Checkpoint = request.source
+        self._names = {name: name for name in request.source.names}
+        if not request.own:
+            assert request.dense is not None
+            self._base = request.dense
+            self._names = output_names(request.dense, request.anatomy)
+        self._own = request.own
+
+    def layer(self, layer: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """A decoder layer's dense tensors, and its converted FFNs as ``materialise.pack`` would name them."""
+        anatomy = self._anatomy
+        packed, replaced = {}, set()
+        for site in anatomy.sites_of(layer):
+            if site.path not in self._job.blueprint.sites:
+                continue
+            prefix = f"{site.path}."
+            own = {name for name in self._base.names if name.startswith(prefix)} if self._own else set()
+            names = own or ffn_tensor_names(self._base, site)
+            replaced |= names
+            widest = max(names, key=lambda name: self._base.info(name).nbytes)
+            dtype = getattr(torch, self._base.info(widest).dtype)
+            packed[site.path] = {
+                name.removeprefix(prefix): self._rounded(
+                    name, dtype if name.removeprefix(prefix) in _MATRICES else None
+                )
+                for name in self._state
+                if name.startswith(prefix)
+            }
+        start = f"{anatomy.layer_path(layer)}."
+        names = [(out, name) for name, out in self._names.items() if out.startswith(start) and name not in replaced]
+        return {out: self._tensor(out, name) for out, name in names}, packed
+
+    def rest(self) -> dict[str, Tensor]:
+        """The tensors outside the decoder layers, which are not trained."""
+        layers = tuple(f"{self._anatomy.layer_path(layer)}." for layer in range(self._anatomy.num_layers))
+        return {out: self._base.finite_tensor(name) for name, out in self._names.items() if not out.startswith(layers)}
+
+    def _tensor(self, out: str, name: str) -> Tensor:
+        kept = self._base.finite_tensor(name)
+        return self._rounded(out, kept.dtype) if out in self._changed else kept
+
+    def _rounded(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """A tensor of the model in the dtype that is written, to which the model's own is rounded as well."""
+        own = self._state[name]
+        written = own.to(dtype or own.dtype, copy=True).contiguous()
+        if written.is_floating_point() and not bool(torch.isfinite(written).all()):
+            raise VerificationError(f"training made {name} infinite", "lower the learning rate")
+        own.copy_(written)
+        return written
+
+
+_MATRICES = frozenset(TENSOR_NAMES.values())
+
+
+def _check(job: _Job, folder: Path, model: nn.Module, blueprint: Blueprint) -> dict[str, Any]:
+    """The written folder against the trained model, for results.json; raises VerificationError if they differ."""
+    request = job.request
+    config = request.anatomy.config
+    window = min(_PARITY_WINDOW, config.get("max_position_embeddings") or _PARITY_WINDOW)
+    ids_NW = parity_ids(folder, int(config["vocab_size"]), window)
+    if request.own:
+        check_tensors(Checkpoint(folder))
+        written = MoesaicForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.inference_mode():
+            made, asked = (run(input_ids=ids_NW, use_cache=False).logits for run in (written, model))
+        difference = relative_difference(made, asked)
+        if difference > TOLERANCE:
+            raise VerificationError(f"{folder.name} differs from the trained model by {difference:.1e}", "report it")
+        return {"tune_parity": {"relative": difference, "tokens": ids_NW.numel()}}
+    exact = get_target(request.target).exact(_split(request, blueprint), request.options)
+    parity = native_parity(folder, ids_NW, Runtime(model), exact=exact)
+    parity.require(folder.name)
+    return {"native_parity": parity.to_dict()}
+
+
+def _earlier_results(folder: Path) -> dict[str, Any]:
+    path = folder / RESULTS_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,0 +1,203 @@
+"""Options of ToMoE. No torch here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from moesaic.errors import InputError
+from moesaic.methods.base import MethodConfig
+from moesaic.train.config import TrainConfig
+
+WHOLE_MODEL = True
+"""All FFNs are decided together, by training on the whole model."""
+
+_LONG = {"learning_rate": 1e-3, "weight_decay": 0.05, "betas": (0.9, 0.999), "schedule": "constant", "clip": None}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "kd_weight": 1.0,
+        "budget_weight": 8.0,
+        "union_weight": 2.0,
+        "balance_weight": 0.5,
+        "budget_control": "penalty",
+        "width": "max",
+        "offset": False,
+        "train": {**_LONG, "steps": 10000, "batch": 1},
+    },
+    "reference": {
+        "kd_weight": 2.0,
+        "budget_weight": 16.0,
+        "union_weight": 1.5,  # 3 over all sub-modules, of which half are FFNs
+        "balance_weight": 1.0,
+        "train_noise": True,
+        "budget_control": "penalty",
+        "width": "max",
+        "offset": False,
+        "train": {**_LONG, "steps": 20000, "batch": 1},
+    },
+    "cpu": {
+        "kd_weight": 1.0,
+        "union_weight": 0.2,
+        "balance_weight": 0.5,
+        "budget_control": "exact",
+        "width": "mean",
+        "offset": True,
+        "train": {
+            "steps": 300,
+            "batch": 2,
+            "learning_rate": 2e-3,
+            "betas": (0.9, 0.98),
+            "schedule": "cosine",
+            "warmup": 10,
+            "clip": None,
+            "eval_every": 50,
+            "save_every": 50,
+            "held_out": 8,
+        },
+    },
+}
+"""What a preset sets; options given explicitly win. The paper's weight of R_P and R_L could not be read: the reference's
+ratios to the distillation loss stand in."""
+
+
+class Config(MethodConfig):
+    """Options of ToMoE."""
+
+    preset: Literal["cpu", "paper", "reference"] = Field(
+        default="cpu",
+        description="Named settings. paper, reference: those of the publication and of its code, for tens of thousands "
+        "of steps. cpu: ours, for some hundreds of steps.",
+    )
+    active: float = Field(
+        default=0.5, gt=0, le=1, description="Share of the counted parameters that one token uses (p)."
+    )
+    counted: Literal["model", "ffn"] = Field(
+        default="model",
+        description="What `active` is a share of. model: all attention and FFN projections, as in the paper. ffn: the "
+        "FFNs alone.",
+    )
+    experts: int = Field(default=8, ge=1, description="Experts per FFN (N); 1 is a static mask, the control.")
+    top_k: int = Field(
+        default=1,
+        ge=1,
+        description="Experts per token. With more than one each counts 1 / top_k, so that a neuron in all of them is "
+        "fully on. Ours: the paper has 1.",
+    )
+    attention: Literal["none", "pairs", "values", "both", "dynamic"] = Field(
+        default="none",
+        description="What is pruned in attention. pairs: rotary pairs of queries and keys, for all tokens. values: dims "
+        "of values and output, per token. both: the paper. dynamic: both per token, a study that cannot be exported. "
+        "Anything but none needs the moesaic architecture.",
+    )
+    masks: Literal["learned", "random"] = Field(
+        default="learned", description="random: the control, masks drawn once and kept; only the router is trained."
+    )
+    start: Literal["noise", "clusters"] | str = Field(
+        default="noise",
+        description="Where masks and router begin. noise: all on, as in the paper. clusters: token clusters and the "
+        "neurons of largest energy on each. Else the path of a blueprint folder whose FFNs have as many experts.",
+    )
+    start_margin: float = Field(
+        default=1.5, gt=0, description="How far from the threshold a start from clusters or a blueprint puts the logits."
+    )
+    temperature: float = Field(default=0.4, gt=0, description="Temperature of both relaxations (tau); scales gradients.")
+    bias: float = Field(default=3.0, description="Added to every mask logit (b): masks start on.")
+    embedding: int = Field(default=128, ge=8, multiple_of=4, description="Width of an expert embedding (d_e).")
+    train_noise: bool = Field(
+        default=False, description="Whether the hypernetwork's random input (Z) is trained; the reference's code does."
+    )
+    offset: bool = Field(
+        default=True,
+        description="Add a trained logit per expert and neuron to the decoded one. Ours: learns much faster.",
+    )
+    offset_rate: float = Field(default=0.05, gt=0, description="Learning rate of these logits.")
+    router_rate: float | None = Field(
+        default=None, gt=0, description="Learning rate of the routers; null takes that of the rest."
+    )
+    kd_weight: float = Field(default=1.0, ge=0, description="Weight of the distillation loss, KL(dense || masked).")
+    budget_weight: float = Field(default=8.0, ge=0, description="Weight of the budget loss R_P (alpha).")
+    union_weight: float = Field(default=2.0, ge=0, description="Weight of the union coverage loss R_U (beta).")
+    balance_weight: float = Field(default=0.5, ge=0, description="Weight of the load balance loss R_L (gamma).")
+    budget_control: Literal["penalty", "exact"] = Field(
+        default="exact",
+        description="penalty: R_P alone pulls the widths, as in the paper. exact: every step a common shift of the mask "
+        "logits holds the expected widths at the budget, and the gradient along it is taken out; ours.",
+    )
+    descent: float = Field(
+        default=0.4,
+        ge=0,
+        lt=1,
+        description="Share of the steps over which the exact budget falls from 1 to `active`; 0 starts at the budget.",
+    )
+    width: Literal["max", "mean"] = Field(
+        default="max", description="Width of an FFN in R_P: of its widest expert (the paper) or the mean; tokens alike."
+    )
+    reference: bool = Field(
+        default=False,
+        description="Reproduce the reference code: masks drawn anew per token and applied to both branches, values "
+        "masked without the output, regularisers on a second sample, cross-entropy in place of KL.",
+    )
+    rule: Literal["median", "expected"] = Field(
+        default="median",
+        description="Which neurons an expert keeps, before all are shifted to the budget. median: those more often on "
+        "than off. expected: as many as are on in the mean.",
+    )
+    widths: Literal["free", "layer", "equal"] = Field(
+        default="layer",
+        description="free: every expert its own width, the widest of each FFN counts. layer: equal within an FFN. "
+        "equal: the same in all FFNs, which wastes no padding in stock architectures.",
+    )
+    cap_quantile: float = Field(
+        default=0.99,
+        gt=0,
+        le=1,
+        description="Value dims per token are capped at this quantile of their number on held-out training text (K).",
+    )
+    union: bool = Field(
+        default=False,
+        description="Store experts as index sets over the union of their neurons (moesaic architecture only).",
+    )
+    train: TrainConfig = Field(
+        default_factory=TrainConfig,
+        description="Steps, batch, optimiser. Its `data` is unused here: the calibration text is trained on.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        preset = PRESETS.get(values.get("preset", "cpu")) if isinstance(values, dict) else None
+        if preset is None:
+            return values
+        train = values.get("train", {})
+        if isinstance(train, dict):
+            train = {**preset["train"], **train}
+        return {**preset, **values, "train": train}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.top_k > self.experts:
+            raise InputError(f"top_k {self.top_k} of {self.experts} experts", "choose 1 <= top_k <= experts")
+        if self.counted == "ffn" and self.attention != "none":
+            raise InputError("attention is pruned but not counted", "count the whole model: counted: model")
+        if self.start != "noise" and not self.offset:
+            raise InputError("a start needs a logit per neuron to put it in", "set offset: true")
+        if self.masks == "random" and self.experts == 1:
+            raise InputError("random masks with one expert leave nothing to train", "use 2 experts or more")
+        if self.masks == "random" and (self.start != "noise" or self.attention != "none"):
+            raise InputError("random masks take no start and no attention masks", "leave start and attention out")
+        if self.reference and (self.budget_control == "exact" or self.offset or self.top_k > 1):
+            raise InputError("reference mode is the published code alone", "add preset: reference and top_k: 1")
+        return self
+
+
+def needs_calibration(config: Config) -> bool:
+    """Always: the calibration text is what it is trained on."""
+    return True
+
+
+def check(config: Config, d_ff: int) -> None:
+    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
+    if config.active * d_ff < 1:
+        raise InputError(f"{config.active:g} of {d_ff} neurons leaves no neuron", "raise `active`")

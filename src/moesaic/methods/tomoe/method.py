@@ -1,0 +1,79 @@
+"""ToMoE (arXiv 2501.15316): which neurons each expert is, and where tokens go, learned by self-distillation.
+
+The dense model is frozen and teaches itself. Per FFN, N overlapping binary masks over the neurons and a linear top-1
+router are trained with straight-through samples; the masks come from a hypernetwork over the depth
+(:mod:`moesaic.methods.tomoe.hypernetwork`). Optionally attention loses rotary pairs for good and value dims per token.
+The loss is KL to the dense model + budget + union coverage + load balance. What is kept is masks and routers: no
+weight of the model changes, and a chosen expert has weight 1.
+
+Axes: N windows, W tokens of one, H held-out windows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from moesaic.errors import InputError, UnsupportedModelError
+from moesaic.methods.base import ModelContext, ModelPlan
+from moesaic.methods.tomoe.config import Config
+from moesaic.methods.tomoe.export import export
+from moesaic.methods.tomoe.start import begin
+from moesaic.methods.tomoe.task import ToMoETask
+from moesaic.train.data import TrainData
+from moesaic.train.loop import train
+
+_EXPORT_WINDOWS = 8  # held-out windows that set caps and give loads
+
+
+def plan_model(context: ModelContext, config: Config) -> ModelPlan:
+    """Train masks and routers of a whole model; see :class:`moesaic.methods.base.ModelMethodModule`.
+
+    ``context.folder`` receives train.jsonl and the states; the same call resumes there.
+
+    Raises:
+        InputError: too little text, a budget that cannot be met, a start that does not fit.
+        UnsupportedModelError: the model is MoE already, or its attention cannot be pruned as asked.
+    """
+    if context.anatomy.family.moe is not None:
+        raise UnsupportedModelError("ToMoE makes experts of dense FFNs; this model is MoE already")
+    train_config = config.train.model_copy(update={"seed": context.seed})
+    held_out = train_config.held_out
+    if len(context.ids_NW) <= held_out:
+        raise InputError(
+            f"{len(context.ids_NW)} calibration windows, of which {held_out} are held out", "give more --calib-tokens"
+        )
+    config = config.model_copy(update={"train": train_config})
+    base = load_base(context, train_config.resolved_dtype())
+    task = ToMoETask(config, context.anatomy, base, context.dense_layers, context.seed)
+    held_out_HW, ids_NW = context.ids_NW[:held_out], context.ids_NW[held_out:]
+    if config.start != "noise":
+        context.progress.note(f"masks and routers start from {config.start}")
+        begin(task, context.checkpoint, ids_NW)
+    key = {"method": "tomoe", "options": config.model_dump(mode="json"), "dense_layers": list(context.dense_layers)}
+    key["model"] = context.checkpoint.fingerprint()
+    report = train(
+        task,
+        TrainData(ids_NW, held_out_HW, train_config.seed),
+        train_config,
+        context.folder,
+        key=key,
+        progress=context.progress,
+    )
+    plan = export(task, held_out_HW[:_EXPORT_WINDOWS] if held_out else ids_NW[:_EXPORT_WINDOWS])
+    return ModelPlan(plan.sites, plan.attention, {**plan.report, "training": _plain(asdict(report))})
+
+
+def load_base(context: ModelContext, dtype: torch.dtype) -> nn.Module:
+    """The dense model as transformers loads it, in ``dtype``."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(context.checkpoint.folder, dtype=dtype, trust_remote_code=False)
+
+
+def _plain(report: dict[str, Any]) -> dict[str, Any]:
+    """Without what differs from run to run: equal runs make equal outputs."""
+    return {name: value for name, value in report.items() if name != "seconds"}

@@ -1,0 +1,187 @@
+"""Where training may begin instead of noise: experts and routers of a blueprint, or of token clusters [OURS].
+
+Axes: T tokens, D model width, F neurons, N experts; lists run over the masked FFNs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.anatomy.weights import load_ffn
+from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.errors import InputError
+from moesaic.methods.tomoe.hard import expert_masks
+from moesaic.methods.tomoe.samplers import MEDIAN
+from moesaic.methods.tomoe.task import ToMoETask
+from moesaic.nn.ffn import FFNWeights
+from moesaic.solvers.kmeans import squared_distances
+from moesaic.train.data import derived_seed
+
+_TOKENS = 8192
+_ROUNDS = 4  # between which tokens an expert serves and which neurons it has
+_LLOYD = 8
+_RIDGE = 1e-2  # relative to the mean square of an input coordinate
+_SPREAD = 2.0  # of a token's router logits around their mean: decided, but not deaf to the noise
+_REACH = 3.0  # standard deviations of log energy that a logit may lie from the threshold
+
+
+@torch.no_grad()
+def begin(task: ToMoETask, checkpoint: Checkpoint, ids_NW: Tensor) -> None:
+    """Set the offsets and routers of ``task`` as ``task.config.start`` says.
+
+    Args:
+        task: Before training.
+        checkpoint: Of its dense model.
+        ids_NW: Training windows; some of their tokens are used.
+
+    Raises:
+        InputError: the blueprint does not fit the model or has another number of experts.
+        CheckpointError: there is no blueprint.
+    """
+    start, config = task.config.start, task.config
+    plans = None if start == "clusters" else _plans_of(Path(start).expanduser(), task)
+    width = task.budget.neuron_budget(*_expected_attention(task)) / sum(c.neuron * c.neurons for c in task.budget.costs)
+    inputs = ffn_inputs(task, ids_NW[: max(1, _TOKENS // ids_NW.shape[1])])
+    embeddings = task.controller.hypernetwork()
+    for place, (site, head) in enumerate(zip(task.ffns, task.controller.ffn_heads, strict=True)):
+        weights = load_ffn(checkpoint, site, task.anatomy.activation).to(torch.float32)
+        x_TD = inputs[place].float()
+        share_TF = energy_shares(weights, x_TD)
+        if plans is None:
+            seed = derived_seed(task.seed, place)
+            logits_NF, router_ND = token_clusters(x_TD, share_TF, config.experts, width / config.top_k, seed)
+        else:
+            logits_NF, router_ND = _from_plan(plans[place], x_TD, share_TF)
+        wanted_NF = MEDIAN - config.bias + config.start_margin * logits_NF
+        assert head.offset_NF is not None
+        head.offset_NF.copy_(wanted_NF - head.decoder(embeddings[2 * place + 1]))
+        head.router.weight.copy_(router_ND)
+
+
+def token_clusters(
+    x_TD: Tensor, share_TF: Tensor, experts: int, width: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Experts as the neurons of largest energy on clusters of tokens, and a linear router to them.
+
+    The clusters start as k-means of the inputs; then, in turn, each expert takes its best neurons, a ridge router is
+    fitted to what every expert keeps of each token, and tokens go where that router sends them, so that experts are
+    shaped by what the router can predict.
+
+    Args:
+        x_TD: Inputs of the FFN.
+        share_TF: Share of each neuron in each token's energy.
+        experts: N.
+        width: Share of the neurons that an expert may have.
+        seed: Of the clusters.
+
+    Returns:
+        Standardised log energy [N, F], 0 at the expert's threshold; router [N, D].
+    """
+    labels_T = _kmeans(x_TD, experts, seed)
+    kept = max(1, round(width * share_TF.shape[1]))
+    router_ND = torch.zeros(experts, x_TD.shape[1])
+    energy_NF = torch.zeros(experts, share_TF.shape[1])
+    for _ in range(_ROUNDS):
+        means_NF = _means(share_TF, labels_T, experts)
+        # An empty cluster starts over from what all tokens need.
+        empty_N = torch.bincount(labels_T, minlength=experts) == 0
+        energy_NF = torch.where(empty_N[:, None], share_TF.mean(0), means_NF)
+        sets_NF = torch.zeros_like(energy_NF).scatter_(1, energy_NF.topk(kept, dim=1).indices, 1.0)
+        router_ND = fit_router(x_TD, share_TF @ sets_NF.T)
+        labels_T = (x_TD @ router_ND.T).argmax(1)
+    log_NF = energy_NF.clamp(min=1e-12).log()
+    threshold_N1 = log_NF.sort(dim=1, descending=True).values[:, kept - 1 : kept]
+    return ((log_NF - threshold_N1) / log_NF.std(dim=1, keepdim=True)).clamp(-_REACH, _REACH), router_ND
+
+
+def fit_router(x_TD: Tensor, gain_TN: Tensor) -> Tensor:
+    """Ridge regression of what each expert is worth to a token, relative to the others, scaled to logits; [N, D]."""
+    target_TN = gain_TN - gain_TN.mean(1, keepdim=True)
+    gram_DD = x_TD.T @ x_TD
+    gram_DD.diagonal().add_(_RIDGE * float(gram_DD.diagonal().mean()))
+    weight_ND = torch.linalg.solve(gram_DD, x_TD.T @ target_TN).T
+    return scaled_router(weight_ND, x_TD)
+
+
+def scaled_router(weight_ND: Tensor, x_TD: Tensor) -> Tensor:
+    """The router with its logits spread as training wants them; decisions stay."""
+    logits_TN = x_TD @ weight_ND.T
+    spread = float((logits_TN - logits_TN.mean(1, keepdim=True)).std())
+    return weight_ND * (_SPREAD / spread) if spread > 0 else weight_ND
+
+
+def energy_shares(weights: FFNWeights, x_TD: Tensor) -> Tensor:
+    """(h_i |down_i|)^2 over its sum: what each neuron has in each token's energy, so that all tokens count alike."""
+    energy_TF = (weights.hidden(x_TD) * weights.down_DF.norm(dim=0)).square()
+    return energy_TF / energy_TF.sum(1, keepdim=True).clamp(min=1e-30)
+
+
+def ffn_inputs(task: ToMoETask, ids_BW: Tensor) -> list[Tensor]:
+    """What each masked FFN of the dense model reads, [T, D] in its dtype."""
+    found: list[list[Tensor]] = [[] for _ in task.ffns]
+
+    def remember(place: int) -> object:
+        return lambda module, args: found[place].append(args[0].flatten(0, -2))
+
+    handles = [
+        task.base.get_submodule(site.path).register_forward_pre_hook(remember(place))  # type: ignore[arg-type]
+        for place, site in enumerate(task.ffns)
+    ]
+    for ids in ids_BW.split(1):
+        task.base(input_ids=ids.to(task.device), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return [torch.cat(parts).cpu() for parts in found]
+
+
+def _from_plan(plan: LayerPlan, x_TD: Tensor, share_TF: Tensor) -> tuple[Tensor, Tensor]:
+    held_NF = (expert_masks(plan) > 0).float()
+    held_NF[:, plan.shared[plan.shared >= 0]] = 1.0
+    router = plan.router
+    if router.kind == "linear" and not router.normalise_input and "bias" not in router.tensors:
+        router_ND = scaled_router(router.tensors["weight"].float(), x_TD)
+    else:  # of another form: what the experts are worth decides
+        router_ND = fit_router(x_TD, share_TF @ held_NF.T)
+    return 2 * held_NF - 1, router_ND
+
+
+def _plans_of(folder: Path, task: ToMoETask) -> Sequence[LayerPlan]:
+    sites = Blueprint.load(folder).sites
+    missing = [site.path for site in task.ffns if site.path not in sites]
+    if missing:
+        raise InputError(f"the blueprint in {folder} leaves {missing[0]} dense", "keep the same layers dense")
+    plans = [sites[site.path] for site in task.ffns]
+    for site, plan in zip(task.ffns, plans, strict=True):
+        if plan.d_ff != site.d_ff or len(plan.experts) != task.config.experts:
+            raise InputError(
+                f"{site.path} has {len(plan.experts)} experts of {plan.d_ff} neurons in the blueprint in {folder}",
+                f"it must have {task.config.experts} of {site.d_ff}: set experts, or take another blueprint",
+            )
+    return plans
+
+
+def _expected_attention(task: ToMoETask) -> tuple[list[float] | None, list[float] | None]:
+    heads = [task.config.active * cost.head_dim for cost in task.budget.costs]
+    return (heads if task.budget.pairs else None), (heads if task.budget.values else None)
+
+
+def _kmeans(x_TD: Tensor, clusters: int, seed: int) -> Tensor:
+    """Labels of Lloyd's k-means from random tokens."""
+    chosen = torch.randperm(len(x_TD), generator=torch.Generator().manual_seed(seed))[:clusters]
+    centroids_ND = x_TD[chosen]
+    labels_T = squared_distances(x_TD, centroids_ND).argmin(1)
+    for _ in range(_LLOYD):
+        centroids_ND = _means(x_TD, labels_T, clusters)
+        labels_T = squared_distances(x_TD, centroids_ND).argmin(1)
+    return labels_T
+
+
+def _means(rows_TF: Tensor, labels_T: Tensor, clusters: int) -> Tensor:
+    """Means of the clusters' rows, [N, F]; zeros for an empty one."""
+    member_TN = nn.functional.one_hot(labels_T, clusters).to(rows_TF.dtype)
+    return (member_TN.T @ rows_TF) / member_TN.sum(0).clamp(min=1).unsqueeze(1)

@@ -1,0 +1,69 @@
+"""Least squares for down projections: what the kept neurons can make up for those that a token does not use.
+
+Source: ours [OURS], after the output reconstruction of pruning methods (SparseGPT and others). The unknown is the change
+of the down projection, ridge on it shrinks towards the projection that was there. Tokens have weights; 1 / |y|^2 makes
+them count alike. Solved in float64.
+
+Axes: T tokens, D model width, F neurons, M neurons of one expert, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+_TINY = 1e-30
+_BLOCK = 1024  # columns of a Gram matrix that are multiplied at a time: only the upper triangle of blocks is computed
+
+
+def token_weights(y_TD: Tensor) -> Tensor:
+    """1 / |y|^2 per token, [T]; tokens without output get 0."""
+    energy_T = y_TD.square().sum(dim=1)
+    return torch.where(energy_T > 0, 1 / energy_T.clamp(min=_TINY), 0.0)
+
+
+def refit(down_DF: Tensor, batches: Iterable[tuple[Tensor, Tensor, Tensor]], ridge: float) -> Tensor:
+    """argmin over P of sum_t w_t |y_t - P h_t|^2 + lambda |P - W_d|^2, float32 [D, F].
+
+    Args:
+        down_DF: The projection W_d to start from and to shrink to.
+        batches: (h_TF, y_TD, w_T): activations with zeros where a token does not use a neuron, wanted outputs, weights.
+        ridge: lambda relative to the mean diagonal of the weighted Gram matrix of h.
+    """
+    d_ff = down_DF.shape[1]
+    gram_FF = torch.zeros(d_ff, d_ff, dtype=torch.float64)
+    cross_FD = torch.zeros(d_ff, down_DF.shape[0], dtype=torch.float64)
+    for h_TF, y_TD, w_T in batches:
+        root_T1 = w_T.sqrt().unsqueeze(1)
+        cross_FD += (root_T1 * h_TF).T @ (root_T1 * (y_TD - h_TF @ down_DF.T))
+        _add_gram(gram_FF, root_T1 * h_TF)
+    return down_DF + _solve(gram_FF, cross_FD, ridge * float(gram_FF.diagonal().mean())).T.float()
+
+
+def refit_few(down_DM: Tensor, h_TM: Tensor, y_TD: Tensor, w_T: Tensor, ridge: float) -> Tensor:
+    """As :func:`refit` for tokens that are held at once; with fewer tokens than neurons it solves in their number."""
+    tokens, neurons = h_TM.shape
+    if tokens >= neurons:
+        return refit(down_DM, [(h_TM, y_TD, w_T)], ridge)
+    root_T1 = w_T.sqrt().unsqueeze(1)
+    h_TM, residual_TD = root_T1 * h_TM, root_T1 * (y_TD - h_TM @ down_DM.T)
+    gram_TT = (h_TM @ h_TM.T).double()
+    strength = ridge * float(gram_TT.diagonal().sum()) / max(1, neurons)
+    return down_DM + (h_TM.T.double() @ _solve(gram_TT, residual_TD.double(), strength)).T.float()
+
+
+def _add_gram(gram_FF: Tensor, h_TF: Tensor) -> None:
+    """Add h^T h, the upper triangle of blocks only: :func:`_solve` reads no more."""
+    for start in range(0, len(gram_FF), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        gram_FF[block, start:] += h_TF[:, block].T @ h_TF[:, start:]
+
+
+def _solve(gram_NN: Tensor, right_ND: Tensor, strength: float) -> Tensor:
+    """(G + strength I)^-1 R from the upper triangle of G; zeros where nothing was seen."""
+    if not float(gram_NN.diagonal().sum()) > 0:
+        return torch.zeros_like(right_ND)
+    gram_NN.diagonal().add_(strength)
+    return torch.cholesky_solve(right_ND, torch.linalg.cholesky(gram_NN, upper=True), upper=True)

@@ -1,0 +1,93 @@
+"""One process or several: which wrapper a task gets, and what differs between them.
+
+accelerate finds the processes and their device, and wraps for DDP. FSDP (``accelerate launch --use_fsdp``) is torch's
+``fully_shard`` called here, as accelerate leaves it out on CPUs, where it would run in DDP without a word.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.errors import InputError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+MakeOptimiser = Callable[[], torch.optim.Optimizer]
+
+
+class Parallel:
+    """A wrapped module and its optimiser.
+
+    Args:
+        module: What is called; on return of this it is on the device of its process.
+        blocks: Parts of it to be sharded one by one under FSDP.
+        make_optimiser: Called when the parameters are where they stay.
+    """
+
+    def __init__(self, module: nn.Module, blocks: Iterable[nn.Module], make_optimiser: MakeOptimiser) -> None:
+        self.accelerator = _accelerator()
+        self.count, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        self._sharded = self.count > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+        if self._sharded:
+            from torch.distributed.fsdp import fully_shard
+
+            module.to(self.device)
+            for part in blocks:
+                fully_shard(part)
+            self.module: nn.Module = fully_shard(module)
+        else:
+            self.module = self.accelerator.prepare(module)
+        self.optimiser = make_optimiser()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add to the gradients; processes exchange them with the ``last`` part of a step."""
+        if self._sharded:
+            self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
+        loss.backward()
+
+    @contextmanager
+    def part(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of one part of a step."""
+        if last or self._sharded:
+            yield
+        else:
+            with self.accelerator.no_sync(self.module):
+                yield
+
+    def settle(self) -> None:
+        """Make the module's parameters those that the optimiser has, after forwards that had left them gathered."""
+        if self._sharded:
+            for part in self.module.modules():
+                if hasattr(part, "reshard"):
+                    part.reshard()  # type: ignore[operator]
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes."""
+        if self.count == 1:
+            return value
+        reduced: Tensor = self.accelerator.reduce(value, "mean")  # type: ignore[assignment]
+        return reduced
+
+    def here(self, tensor: Tensor) -> Tensor:
+        """The tensor on this process's device."""
+        return tensor.to(self.device)
+
+
+def _accelerator() -> Accelerator:
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+    except ImportError as error:
+        raise InputError("training needs accelerate", "pip install 'moesaic[tune]'") from error
+    # Autocast and accumulation are ours: accelerate keeps its settings of both for the life of the process. Experts
+    # that no token chose have no gradient, which DDP must be told to expect.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision="no", kwargs_handlers=[ddp])

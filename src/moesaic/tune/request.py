@@ -1,0 +1,109 @@
+"""What a recovery can be refused for at once, without torch: paths, options, what the folder says of itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesaic.anatomy import FAMILIES, read_anatomy
+from moesaic.anatomy.base import Anatomy
+from moesaic.calibration.config import MIX_NAME
+from moesaic.calibration.samples import SAMPLES
+from moesaic.checkpoint.placement import absolute, check_output
+from moesaic.checkpoint.reader import CONFIG, Checkpoint
+from moesaic.checkpoint.source import resolve_model
+from moesaic.errors import InputError
+from moesaic.targets import TARGETS
+from moesaic.targets.base import TargetOptions
+from moesaic.tune.config import TuneConfig
+from moesaic.tune.mark import tuned
+
+
+@dataclass(frozen=True)
+class TuneRequest:
+    """A converted folder, the dense model where it is needed, and what to do.
+
+    Attributes:
+        source: The converted folder.
+        dense: The dense model; None where nothing needs it.
+        anatomy: Of the dense model.
+        target: Architecture of the folder, which the output has as well.
+        options: How it was put into that.
+        config: What is trained.
+    """
+
+    source: Checkpoint
+    dense: Checkpoint | None
+    anatomy: Anatomy
+    target: str
+    options: TargetOptions
+    config: TuneConfig
+
+    @property
+    def own(self) -> bool:
+        """Whether the folder is of the ``moesaic`` architecture, and so can be loaded as it is."""
+        return self.target == "moesaic"
+
+
+def check_tune(
+    folder: str | Path, config: TuneConfig, output: str | Path, baseline: str | Path | None = None
+) -> TuneRequest:
+    """Refuse what cannot work. Raises InputError, CheckpointError or UnsupportedModelError; writes nothing."""
+    folder = absolute(folder)
+    made = _made(folder)
+    check_output(absolute(output), folder)
+    source = Checkpoint(folder)
+    own = source.config.get("model_type") == "moesaic"
+    target = "moesaic" if own else str(made.get("target") or source.config.get("model_type"))
+    if target not in TARGETS:
+        raise InputError(f"{folder} does not say which architecture it was made for", "convert the model again")
+    if not own and (reason := tuned(source.config)):
+        raise InputError(
+            f"{folder} cannot be tuned again: {reason}, and its architecture is {target}",
+            "tune the folder that it came from for longer, or tune an output of --target moesaic",
+        )
+    _check_sources(config)
+    dense = None
+    if baseline is None and (config.loss.needs_teacher or not own):
+        why = "the loss compares with it" if config.loss.needs_teacher else f"a folder of {target} is rebuilt from it"
+        raise InputError(f"the dense model is missing: {why}", "add --baseline MODEL")
+    if baseline is not None:
+        dense = Checkpoint(resolve_model(str(baseline)))
+        if dense.fingerprint() != made.get("source"):
+            raise InputError(f"{baseline} is not the model that {folder} was made from", "check --baseline")
+    if own:
+        dense_config: dict[str, Any] = source.config["text_config"]
+    else:
+        assert dense is not None
+        dense_config = dense.config
+    anatomy = read_anatomy(dense_config, hierarchical=FAMILIES[dense_config["model_type"]].moe is not None)
+    options = TargetOptions.model_validate(made.get("target_options") or {})
+    return TuneRequest(source, dense, anatomy, target, options, config)
+
+
+def is_worker() -> bool:
+    """Whether this is one of several processes that only train, and leave the writing to the first."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
+
+
+def _made(folder: Path) -> Mapping[str, Any]:
+    try:
+        made = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("moesaic")
+    except (OSError, ValueError, AttributeError):
+        made = None
+    if not isinstance(made, Mapping):
+        raise InputError(f"{folder} is not an output of moesaic convert", "give the folder of a converted model")
+    return made
+
+
+def _check_sources(config: TuneConfig) -> None:
+    for source in config.train.data.expanded():
+        if not source.builtin and not Path(source.name).expanduser().exists():
+            raise InputError(
+                f"training text {source.name!r} does not exist",
+                f"give a path, {MIX_NAME} or one of {', '.join(SAMPLES)}",
+            )

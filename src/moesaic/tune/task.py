@@ -1,0 +1,126 @@
+"""Recovery as a training task: the converted model with what is trained, beside the dense model as its teacher.
+
+Axes: B sequences, W tokens, V vocabulary, D model width, E routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.anatomy.base import Anatomy
+from moesaic.train.losses import kl_divergence, next_token_loss
+from moesaic.train.task import TrainTask
+from moesaic.tune.config import LossWeights, TuneConfig
+from moesaic.tune.experts import AdaptedFeedForward, adapt
+from moesaic.tune.model import Student, make_frozen_small
+
+
+class TuneTask(TrainTask):
+    """Trains low-rank changes, routers, expert scales and selection biases of a converted model.
+
+    Args:
+        student: The converted model and what of it is trained.
+        teacher: The dense model, frozen; None where no loss needs it.
+        anatomy: Of the dense model.
+        config: Losses and rates.
+        dtype: Of matrix products; frozen matrices are kept in it.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: nn.Module | None,
+        anatomy: Anatomy,
+        config: TuneConfig,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.config, self.anatomy = config, anatomy
+        self.routing_rates = student.routing_rates
+        self.student, self.teacher = student.model, teacher
+        adapt(self.student)
+        for model in (self.student, teacher):
+            if model is not None and dtype != torch.float32:
+                make_frozen_small(model, dtype)
+
+    def train(self, mode: bool = True) -> TuneTask:
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def forward(self, ids_BW: Tensor, index_B: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        losses = self._losses(ids_BW, self.config.loss)
+        return self._sum(losses), {name: value.detach() for name, value in losses.items()}
+
+    def held_out(self, ids_BW: Tensor, index_B: Tensor) -> dict[str, Tensor]:
+        wanted = self.config.loss
+        losses = self._losses(ids_BW, wanted.model_copy(update={"next_token": wanted.next_token or 1e-9}))
+        return {"loss": self._sum(losses), **losses}
+
+    def _sum(self, losses: Mapping[str, Tensor]) -> Tensor:
+        weights = self.config.loss
+        return torch.stack([getattr(weights, name) * value for name, value in losses.items()]).sum()
+
+    def _losses(self, ids_BW: Tensor, wanted: LossWeights) -> dict[str, Tensor]:
+        hidden = wanted.hidden > 0
+        made = _run(self.student, ids_BW, hidden)
+        losses = {}
+        if wanted.next_token:
+            losses["next_token"] = next_token_loss(made.logits, ids_BW)
+        if self.teacher is not None and wanted.needs_teacher:
+            with torch.no_grad():
+                asked = _run(self.teacher, ids_BW, hidden)
+            if wanted.kl:
+                losses["kl"] = kl_divergence(made.logits, asked.logits)
+            if hidden:
+                losses["hidden"] = _distance(made.hidden_states[1:], asked.hidden_states[1:])
+        return losses
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        # By name: sharding replaces the parameters themselves.
+        trained = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
+        rest = [parameter for name, parameter in trained.items() if name not in self.routing_rates]
+        groups: list[dict[str, Any]] = [{"params": rest}] if rest else []
+        routing = [{"params": [trained[name]], "lr": rate} for name, rate in self.routing_rates.items()]
+        return groups + [{**group, "weight_decay": 0.0} for group in routing]
+
+    def blocks(self) -> list[nn.Module]:
+        models = [model for model in (self.student, self.teacher) if model is not None]
+        layers = range(self.anatomy.num_layers)
+        return [model.get_submodule(self.anatomy.layer_path(layer)) for model in models for layer in layers]
+
+    @torch.no_grad()
+    def end_step(self, step: int, mean: Callable[[Tensor], Tensor]) -> None:
+        """Move selection biases against the loads of the step (CMoE section 5), over all processes."""
+        for module in self.student.modules():
+            if not isinstance(module, AdaptedFeedForward):
+                continue
+            if self.config.balance and module.selection_bias is not None:
+                load_E = mean(module.load_E)
+                module.selection_bias -= self.config.balance * torch.sign(load_E - load_E.mean())
+            module.load_E.zero_()
+
+    @property
+    def what(self) -> list[str]:
+        """What is trained, in words."""
+        names = [] if self.config.lora is None else list(self.config.lora.targets)
+        biased = any(isinstance(m, AdaptedFeedForward) and m.selection_bias is not None for m in self.student.modules())
+        for word, part in {"routers": ".router.", "expert scales": ".gate_scale"}.items():
+            names += [word] * any(part in name for name in self.routing_rates)
+        return names + ["selection biases"] * (self.config.balance > 0 and biased)
+
+
+def _run(model: Any, ids_BW: Tensor, hidden: bool) -> Any:
+    return model(input_ids=ids_BW, use_cache=False, output_hidden_states=hidden)
+
+
+def _distance(made: tuple[Tensor, ...], asked: tuple[Tensor, ...]) -> Tensor:
+    """Squared distance over squared length, of every layer's output as a whole; mean over layers."""
+    pairs = zip(made, asked, strict=True)
+    ratios = [(ours.float() - own.float()).square().mean() / own.float().square().mean() for ours, own in pairs]
+    return torch.stack(ratios).mean()

@@ -1,0 +1,56 @@
+"""Another process that answers token windows: what it gets, what comes back, and what is said when it stops."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moesaic.errors import VerificationError
+from moesaic.evaluate.fresh_process import answers
+
+ANSWER = """
+import os, sys
+from safetensors.numpy import load_file, save_file
+folder, work = sys.argv[1:]
+assert "moesaic" not in sys.modules
+open(folder, "w").write(work)
+for ids in load_file(work + "/ids.safetensors")["ids"]:
+    print("a line of chatter")
+    save_file({"sum": ids.sum(keepdims=True) + int(os.environ["OFFSET"]), "ids": ids}, work + "/result.safetensors")
+    print("@ready", flush=True)
+    sys.stdin.readline()
+"""
+STOP = "import sys; print('chatter'); sys.exit('first words\\nlast words')"
+IDS = torch.arange(6).view(3, 2)
+
+
+def command(code: str) -> list[str]:
+    return [sys.executable, "-I", "-c", code]
+
+
+def test_each_window_is_answered_and_nothing_stays_on_disk(tmp_path: Path) -> None:
+    told = tmp_path / "work"
+    windows = list(answers(command(ANSWER), told, IDS, engine="adder", environment={"OFFSET": "10"}))
+    assert [int(window["sum"]) for window in windows] == [11, 15, 19]
+    assert torch.equal(torch.stack([window["ids"] for window in windows]), IDS)
+    assert not Path(told.read_text()).exists()
+    assert "OFFSET" not in os.environ
+
+
+def test_a_process_that_is_left_early_is_ended(tmp_path: Path) -> None:
+    windows = answers(command(ANSWER), tmp_path / "work", IDS, engine="adder", environment={"OFFSET": "0"})
+    next(windows)
+    work = Path((tmp_path / "work").read_text())
+    assert work.exists()
+    windows.close()
+    assert not work.exists()
+
+
+@pytest.mark.parametrize(("code", "words"), [(STOP, "last words"), ("raise SystemExit(0)", "without a message")])
+def test_a_process_that_stops_is_quoted(code: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match=f"adder cannot run .*{words}"):
+        list(answers(command(code), tmp_path, IDS, engine="adder"))

@@ -1,0 +1,156 @@
+"""Forecasts of sizes against the bytes of written folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moesaic
+from moesaic.anatomy import read_anatomy
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.errors import ResourceError
+from moesaic.jobs import forecast, native
+from moesaic.jobs.convert import expected_bytes
+from moesaic.jobs.job import prepare
+from moesaic.settings import ConvertSettings
+from moesaic.targets.base import TargetOptions
+from tests.targets.helpers import plans_for, write
+from tests.tiny_models import build_tiny
+
+WIDE = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def disk_of(folder: Path, **values: Any) -> forecast.DiskForecast:
+    settings = ConvertSettings.model_validate(values)
+    checkpoint = Checkpoint(folder)
+    anatomy = read_anatomy(checkpoint.config)
+    dense = tuple(layer % anatomy.num_layers for layer in settings.dense_layers)
+    return forecast.disk(settings, anatomy, dense, forecast.read_source(checkpoint, anatomy))
+
+
+@pytest.fixture
+def no_parity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that has no room for two models: sizes are the matter here."""
+    monkeypatch.setattr(native, "too_large", lambda dense: "two models take more than there is")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A model that is large enough for its weights to be nearly all of its bytes."""
+    built: dict[str, Path] = {}
+
+    def folder_of(family: str, d_ff: int = 515, **config: Any) -> Path:
+        key = f"{family} {d_ff} {config}"
+        if key not in built:
+            folder = tmp_path_factory.mktemp(family) / "model"
+            built[key] = build_tiny(family, folder, d_ff=d_ff, **WIDE, **config)
+        return built[key]
+
+    return folder_of
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "layout", "options"),
+    [
+        ("llama", "moesaic", "S3A3E8", {}),
+        ("gpt2", "moesaic", "S3A3E8", {}),
+        ("llama", "glm4_moe", "S3A3E8", {}),
+        ("llama", "glm4_moe", "S3A3E8", {"exact_weights": False}),
+        ("llama", "glm4_moe", "S0A2E8", {"align": 64}),
+        ("llama", "granitemoeshared", "S3A3E8", {"align": 64}),
+        ("qwen2", "qwen2_moe", "S3A3E8", {}),
+        ("llama", "mixtral", "S1A1E8", {}),
+        ("olmo2", "flex_olmo", "S1A1E8", {}),
+        ("llama", "ernie4_5_moe", "S3A2E8", {}),
+    ],
+)
+def test_the_forecast_is_within_two_per_cent_of_what_is_written(
+    family: str, target: str, layout: str, options: dict[str, Any], wide: Callable[..., Path], tmp_path: Path
+) -> None:
+    extra = {"n_embd": 128, "n_layer": 2, "n_head": 4} if family == "gpt2" else {}
+    dense = wide(family, **({"attention_bias": False} if family == "olmo2" else extra))
+    out = write(dense, plans_for(dense, layout), tmp_path / "out", target, TargetOptions(**options))
+    space = disk_of(dense, method="random", options={"layout": layout}, target=target, target_options=options)
+    assert space.target == target
+    assert space.output == pytest.approx(bytes_of(out), rel=0.02)
+
+
+@pytest.mark.usefixtures("no_parity")
+@pytest.mark.parametrize(
+    ("method", "options", "target"),
+    [
+        ("cmoe", {"layout": "S3A3E8"}, "moesaic"),
+        ("static", {"layout": "S3A3E8"}, "dense"),
+        ("mlpmoe", {"branches": 8}, "moesaic"),
+        ("mlpmoe", {"branches": 8, "keep": 6}, "moesaic"),
+        ("random", {"layout": "S0A1E5"}, "mixtral"),
+        ("random", {"layout": "S3A3E8"}, "glm4_moe"),
+    ],
+)
+def test_conversions_of_every_kind_take_what_was_forecast(
+    method: str, options: dict[str, Any], target: str, wide: Callable[..., Path], tmp_path: Path
+) -> None:
+    calibration = {"tokens": 128, "window": 64}
+    dense = wide("llama")
+    settings: dict[str, Any] = {"method": method, "options": options, "calibration": calibration}
+    report = moesaic.plan(dense, settings)
+    assert report.target == target
+    assert report.mapped_bytes == pytest.approx(Checkpoint(dense).nbytes, rel=0.01)
+    done = moesaic.convert(dense, tmp_path / "out", settings=settings)
+    assert done.target == target
+    # The card and the results grow with what is measured.
+    written = bytes_of(done.output) - sum((done.output / name).stat().st_size for name in ("README.md", "results.json"))
+    assert report.output_bytes == pytest.approx(written, rel=0.02)
+
+
+@pytest.mark.usefixtures("no_parity")
+def test_dense_layers_and_given_blueprints_are_counted(wide: Callable[..., Path], tmp_path: Path) -> None:
+    dense = wide("llama")
+    values: dict[str, Any] = {"method": "random", "options": {"layout": "S3A3E8"}, "target": "glm4_moe"}
+    whole, part = disk_of(dense, **values), disk_of(dense, **values, dense_layers=(0,))
+    assert part.output < whole.output
+    done = moesaic.convert(dense, tmp_path / "out", settings=values | {"dense_layers": (0,)})
+    assert part.output == pytest.approx(bytes_of(done.output), rel=0.05)
+    settings = ConvertSettings.model_validate({"target": "glm4_moe"})
+    given = prepare(dense, settings, blueprint=done.output)
+    assert expected_bytes(given) == pytest.approx(part.output + part.staging, rel=0.001)
+
+
+def test_a_disk_that_holds_the_model_but_not_its_twins_is_refused(
+    wide: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = wide("llama")
+    between = (Checkpoint(dense).nbytes * 1.3) + 64 * 2**20
+    usage = type("usage", (), {"free": int(between)})
+    monkeypatch.setattr("moesaic.checkpoint.placement.shutil.disk_usage", lambda folder: usage)
+    values: dict[str, Any] = {"method": "random", "options": {"layout": "S3A3E8"}}
+    with pytest.raises(ResourceError, match="the output needs about"):
+        moesaic.convert(dense, tmp_path / "out", settings=values | {"target": "glm4_moe"})
+    assert not list(tmp_path.iterdir())
+    assert moesaic.convert(dense, tmp_path / "out", settings=values | {"target": "moesaic"}).output.exists()
+
+
+def test_without_weights_the_plan_counts_from_the_config(wide: Callable[..., Path], tmp_path: Path) -> None:
+    dense = wide("llama")
+    (tmp_path / "config.json").write_bytes((dense / "config.json").read_bytes())
+    values: dict[str, Any] = {"method": "random", "options": {"layout": "S3A3E8"}, "target": "glm4_moe"}
+    full, bare = moesaic.plan(dense, values), moesaic.plan(tmp_path, values)
+    tokenizer = sum(path.stat().st_size for path in Checkpoint(dense).side_files())
+    assert bare.output_bytes == pytest.approx(full.output_bytes - tokenizer, rel=0.01)
+    assert any("as glm4_moe" in remark for remark in bare.remarks)
+
+
+def test_calibration_shows_in_memory_and_staging(wide: Callable[..., Path]) -> None:
+    dense = wide("llama")
+    few, many = (moesaic.plan(dense, method="cmoe", calibration={"tokens": n}) for n in (2048, 65536))
+    more = 65536 - 2048
+    assert many.peak_bytes - few.peak_bytes == pytest.approx(4 * more * 2 * (128 + 515), rel=0.01)
+    assert many.staging_bytes - few.staging_bytes == 2 * 4 * more * 128
+    assert moesaic.plan(dense, method="random").staging_bytes < few.staging_bytes
