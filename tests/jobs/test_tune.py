@@ -172,7 +172,8 @@ def test_bf16_weights_are_rounded_once_and_compared_as_written(tmp_path: Path) -
 def test_what_was_tuned_says_so_and_is_not_undone(made: Any, tmp_path: Path) -> None:
     converted = made()
     dense = converted.dense.folder
-    own = tune(converted.folder, tmp_path / "own", baseline=dense, config=settings()).output
+    short = {"train": {**FAST["train"], "steps": 1}}
+    own = tune(converted.folder, tmp_path / "own", baseline=dense, config=short).output
     with pytest.raises(InputError, match="trained after the conversion"):
         undo(own, tmp_path / "undone")
     with pytest.raises(InputError, match="trained after the conversion"):
@@ -182,8 +183,8 @@ def test_what_was_tuned_says_so_and_is_not_undone(made: Any, tmp_path: Path) -> 
     with pytest.raises(InputError, match="trained after the conversion"):
         verify_native(stock, dense)
     with pytest.raises(InputError, match="cannot be tuned again"):
-        tune(stock, tmp_path / "twice", baseline=dense, config=settings())
-    again = tune(own, tmp_path / "again", baseline=dense, config=settings())  # its own weights can be loaded
+        tune(stock, tmp_path / "twice", baseline=dense, config=short)
+    again = tune(own, tmp_path / "again", baseline=dense, config=short)  # its own weights can be loaded
     first = json.loads((own / "results.json").read_text())["tune"]["held_out"]["after"]["kl"]
     assert again.results["tune"]["held_out"]["before"]["kl"] == pytest.approx(first, rel=1e-3)
     assert not (tmp_path / "undone").exists()

@@ -122,7 +122,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"batch": 4, "accumulate": 3}, "cannot be cut"),
-        ({"steps": 2, "warmup": 3}, "warm-up"),
         ({"patience": 1, "held_out": 0}, "held-out"),
         ({"betas": (0.9, 1.0)}, "betas"),
     ],

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
 from moesaic.blueprint import Blueprint, LayerPlan
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.tune.config import TuneConfig
-from moesaic.tune.model import Student, make_student
+from moesaic.tune.model import Student, load_converted, make_student
 from tests.targets.helpers import plans_for, write
 
 IDS = torch.arange(48).view(2, 24) * 7 % 290 + 4
@@ -28,6 +29,10 @@ class Converted:
     folder: Path
     anatomy: Anatomy
     blueprint: Blueprint
+
+    def plain(self) -> nn.Module:
+        """The converted model as it is."""
+        return load_converted(Checkpoint(self.folder), self.dense, self.blueprint, self.anatomy)
 
     def student(self, gate_ids_NW: torch.Tensor | None = None, **config: Any) -> tuple[Student, TuneConfig]:
         """Prepared for training as the config says."""

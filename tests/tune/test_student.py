@@ -49,7 +49,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_start_as_nothing_change_the_output_and_merge(family: str, converted: Any) -> None:
     made = converted(family)
-    plain = logits(made.student(lora=None, router_rate=1.0)[0].model)
+    plain = logits(made.plain())
     model = made.student()[0].model
     assert relative(logits(model), plain) < 1e-6
     randomise_adapters(model)
@@ -71,17 +71,13 @@ def test_adapters_start_as_nothing_change_the_output_and_merge(family: str, conv
 def test_targets_are_what_they_say(family: str, targets: tuple[str, ...], converted: Any) -> None:
     made = converted(family)
     _, config = made.student(lora={"targets": targets})
-    model = load_student(made)
+    model = made.plain()
     names = list(target_names(model, made.anatomy, made.blueprint.sites, config.lora))
     in_ffn = [any(name.startswith(f"{path}.") for path in made.blueprint.sites) for name in names]
     assert names
     assert all(in_ffn) if targets == ("experts",) else not any(in_ffn)
     per_layer = len(names) / made.anatomy.num_layers
     assert per_layer in ((2, 3) if targets == ("experts",) else (2, 4))  # fused q, k, v count once
-
-
-def load_student(made: Converted) -> nn.Module:
-    return made.student(lora=None, router_rate=1.0)[0].model
 
 
 def test_every_adapter_of_every_expert_gets_a_gradient(converted: Any) -> None:
@@ -129,7 +125,7 @@ def with_bias(plan: LayerPlan) -> LayerPlan:
 @torch.no_grad()
 def test_opened_gates_choose_the_same_experts_and_weigh_them_nearly_one(bias: bool, converted: Any) -> None:
     made = converted(change=with_bias) if bias else converted()
-    plain = made.student(lora=None, router_rate=1.0)[0].model
+    plain = made.plain()
     opened = made.student(IDS, lora=None, router_rate=1.0, gate_spread=0.02)[0].model
     x_TD = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
     for path in made.blueprint.sites:
@@ -225,3 +221,8 @@ def test_adapters_without_a_target_are_refused(tiny: Tiny, tmp_path: Path) -> No
     object.__setattr__(made, "blueprint", type(made.blueprint)("llama", "", "test", {}, {}))
     with pytest.raises(InputError, match="no matrix"):
         made.student(lora={"targets": ["experts"]})
+
+
+def test_routers_alone_need_a_gate_that_lets_a_gradient_through(converted: Any) -> None:
+    with pytest.raises(InputError, match="no router of this model gets a gradient"):
+        converted().student(lora=None, router_rate=1.0)

@@ -4,7 +4,7 @@ Two engines round differently. Where the k-th and the k+1-th score of a router a
 may choose different experts; that token, and those after it in its window, then differ visibly though both are right.
 So a comparison notes the choices, and how far each was from a tie.
 
-Axes: W tokens of a window, V vocabulary, E experts, K chosen.
+Axes: W or T tokens of a window, V vocabulary, D model width, E experts, K chosen.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ class _Watched:
         self.runtime, self.route = runtime, ffn._route
         self.keys = ffn.keys
 
-    def __call__(self, x_WD: Tensor) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         runtime = self.runtime
-        idx_WK, weight_WK = self.route(x_WD)
-        key_WE = self.keys(x_WD)
-        best_WE = key_WE.sort(dim=-1, descending=True).values
-        last = idx_WK.shape[1] - 1
-        margin_W = (best_WE[:, last] - best_WE[:, last + 1]) / key_WE.std().clamp(min=1e-30)
+        idx_TK, weight_TK = self.route(x_TD)
+        key_TE = self.keys(x_TD)
+        best_TE = key_TE.sort(dim=-1, descending=True).values
+        last = idx_TK.shape[1] - 1
+        margin_W = (best_TE[:, last] - best_TE[:, last + 1]) / key_TE.std().clamp(min=1e-30)
         runtime.margin_W = torch.minimum(runtime.margin_W, margin_W)
-        runtime.chosen.append(idx_WK)
+        runtime.chosen.append(idx_TK)
         if runtime.forced is not None:
-            idx_WK = runtime.forced[len(runtime.chosen) - 1]
-        return idx_WK, weight_WK
+            idx_TK = runtime.forced[len(runtime.chosen) - 1]
+        return idx_TK, weight_TK

@@ -1,10 +1,10 @@
 """Least squares for down projections: what the kept neurons can make up for those that a token does not use.
 
-Source: ours [OURS], after the output reconstruction of pruning methods (SparseGPT and others). The unknown is the change
-of the down projection, ridge on it shrinks towards the projection that was there. Tokens have weights; 1 / |y|^2 makes
-them count alike. Solved in float64.
+Source: ours [OURS], after the output reconstruction of pruning methods (SparseGPT and others). The unknown is the
+change of the down projection; ridge on it shrinks towards the projection that was there. Tokens have weights, and
+1 / |y|^2 makes them count alike. Products in the dtype of the activations, solved in float64.
 
-Axes: T tokens, D model width, F neurons, M neurons of one expert, E experts.
+Axes: T tokens, D model width, F neurons, M neurons of one expert, N unknowns per output.
 """
 
 from __future__ import annotations

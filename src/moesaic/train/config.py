@@ -32,7 +32,7 @@ class TrainConfig(BaseModel):
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="cosine", description="Course of the learning rate after warm-up; linear and cosine end at 0."
     )
-    warmup: int = Field(default=0, ge=0, description="Steps over which the learning rate rises linearly.")
+    warmup: int = Field(default=0, ge=0, description="Steps of linear rise of the learning rate; at most half of all.")
     clip: float | None = Field(default=1.0, gt=0, description="Largest norm of the gradient; null does not clip.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
@@ -58,8 +58,6 @@ class TrainConfig(BaseModel):
             raise InputError(
                 f"batch {self.batch} cannot be cut into {self.accumulate} parts", "accumulate must divide the batch"
             )
-        if self.warmup > self.steps:
-            raise InputError(f"warm-up of {self.warmup} steps in a run of {self.steps}", "lower it, or train longer")
         if self.patience is not None and not self.held_out:
             raise InputError("patience without held-out text", "keep some windows apart, or leave patience out")
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -297,9 +297,10 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _rate_factor(config: TrainConfig, step: int) -> float:
     """Learning rate of a step, in peaks."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    warmup = min(config.warmup, config.steps // 2)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / (config.steps - warmup)
     return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.schedule]
 
 

@@ -166,4 +166,3 @@ def balance_loss_of(task: ToMoETask, ids: Tensor) -> Tensor:
     gates = SampledGates(task.controller, decoded, None, shift, Noise(0, 0, torch.arange(2), task.device), task.config)
     task.run(gates, ids)
     return balance_loss(gates.choices, gates.choices)
-

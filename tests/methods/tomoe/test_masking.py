@@ -97,7 +97,9 @@ def test_only_the_controller_learns() -> None:
 
 
 def test_every_decision_gets_a_gradient_from_distillation() -> None:
-    task = tiny_task(attention="both", preset="paper", bias=0.0, budget_weight=0.0, union_weight=0.0, balance_weight=0.0)
+    task = tiny_task(
+        attention="both", preset="paper", bias=0.0, budget_weight=0.0, union_weight=0.0, balance_weight=0.0
+    )
     loss, _ = task(tokens(), torch.arange(2), 0)
     loss.backward()
     for head in task.controller.ffn_heads:

@@ -58,7 +58,9 @@ def test_each_expert_keeps_its_largest_logits(widths: str) -> None:
 
 def test_the_natural_widths_of_the_rules() -> None:
     logits = [torch.tensor([[MEDIAN - 0.3, MEDIAN + 0.1, MEDIAN - 0.1, -9.0, -9.0]])]
-    assert choose_masks(logits, [1.0], 1.0, rule="median", widths="free")[0].tolist() == [[False, True, False, False, False]]
+    assert choose_masks(logits, [1.0], 1.0, rule="median", widths="free")[0].tolist() == [
+        [False, True, False, False, False]
+    ]
     # Three neurons that are nearly half on each are one and a half in the mean.
     assert float(on_probability(logits[0], 0.0).sum()) == pytest.approx(1.4, abs=0.1)
 

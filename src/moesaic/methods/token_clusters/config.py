@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
@@ -11,25 +12,36 @@ from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
 
 MIN_TOKENS_PER_NEURON = 1.0  # experts of an existing MoE that got less stay whole
+_EXPERTS = {"overlapping": 16, "disjoint": 96}
 
 
 class Config(MethodConfig):
     """Options of token clusters."""
 
     active: float = Field(default=0.75, gt=0, le=1, description="Fraction of the neurons that one token uses.")
-    experts: int = Field(
-        default=8,
+    split: Literal["overlapping", "disjoint"] = Field(
+        default="overlapping",
+        description="overlapping: top-1 of experts that hold copies of neurons, so the model grows. disjoint: top-k of "
+        "many small experts, every neuron stored once.",
+    )
+    experts: int | None = Field(
+        default=None,
         ge=1,
         le=1024,
-        description="Experts (E), one per token. 1: no routing, static pruning with the same refit.",
+        description="Routed experts (E); 16 if overlapping, 96 if disjoint. 1: no routing, static pruning with refit.",
     )
     max_params: float | None = Field(
-        default=None,
+        default=2.5,
         gt=0,
-        description="Most neurons stored, as a multiple of the dense FFN's: the experts then share as many neurons as "
-        "that takes. Null: experts share nothing and store experts x active.",
+        description="overlapping: most neurons stored, as a multiple of the dense FFN's; the experts share as many as "
+        "that takes. Null: they share none, and experts x active is stored.",
     )
-    rounds: int = Field(default=15, ge=1, description="Most rounds of the alternation between experts and tokens.")
+    shared: float = Field(
+        default=0.8, ge=0, lt=1, description="disjoint: fraction of the active neurons that every token uses."
+    )
+    rounds: int = Field(
+        default=10, ge=1, description="Most rounds of the alternation between experts and tokens (or of k-means)."
+    )
     router_ridge: float = Field(
         default=1e-2,
         gt=0,
@@ -39,7 +51,7 @@ class Config(MethodConfig):
     refit: Literal["none", "global", "expert"] = Field(
         default="expert",
         description="Least squares for the down projection. none: as it was. global: one for all experts. expert: "
-        "from there, each expert its own.",
+        "from there, each overlapping expert its own.",
     )
     global_ridge: float = Field(
         default=0.1,
@@ -55,36 +67,64 @@ class Config(MethodConfig):
     )
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Neurons of the parts: ``shared`` for every token, ``own`` per routed expert, ``top_k`` of them per token."""
+
+    shared: int
+    own: tuple[int, ...]
+    top_k: int
+
+    @property
+    def stored(self) -> int:
+        """Neurons in memory, the padding of shorter experts included."""
+        return self.shared + len(self.own) * max(self.own, default=0)
+
+
+def sizes(config: Config, d_ff: int) -> Sizes:
+    """What ``config`` makes of an FFN of ``d_ff`` neurons. Raises InputError when the parts do not fit."""
+    experts = _EXPERTS[config.split] if config.experts is None else config.experts
+    active = max(1, round(config.active * d_ff))
+    if experts == 1:
+        return Sizes(active, (), 0)
+    if config.split == "disjoint":
+        return _disjoint(config, d_ff, active, experts)
+    if config.max_params is None:
+        return Sizes(0, (active,) * experts, 1)
+    budget = math.floor(config.max_params * d_ff)
+    own = min(active, (budget - active) // (experts - 1))
+    if own < 1:
+        raise InputError(
+            f"max_params {config.max_params:g} leaves {experts} experts no neuron of their own at {config.active:g} "
+            f"active of {d_ff} neurons",
+            "raise max_params, choose fewer experts, or split=disjoint, which stores every neuron once",
+        )
+    # Stock targets pad the shared part to a multiple of an expert's width: make the two fit.
+    own = math.ceil(active / math.ceil(active / own))
+    return Sizes(active - own, (own,) * experts, 1)
+
+
+def _disjoint(config: Config, d_ff: int, active: int, experts: int) -> Sizes:
+    """S and K with S + K (F - S) / E = active, S near the wanted share of it."""
+    shared = config.shared * active
+    top_k = max(1, round((active - shared) * experts / (d_ff - shared)))
+    if top_k >= experts:
+        return Sizes(d_ff, (), 0)
+    shared = max(0, round((active * experts - top_k * d_ff) / (experts - top_k)))
+    size, longer = divmod(d_ff - shared, experts)
+    if size == 0:
+        raise InputError(
+            f"{experts} disjoint experts are more than the {d_ff - shared} of {d_ff} neurons that are routed",
+            "choose fewer experts",
+        )
+    return Sizes(shared, (size + 1,) * longer + (size,) * (experts - longer), top_k)
+
+
 def needs_calibration(config: Config) -> bool:
     """Whether this config reads calibration inputs: always."""
     return True
 
 
-def widths(config: Config, d_ff: int) -> tuple[int, int]:
-    """Neurons that one token uses, and how many of these are shared by all experts.
-
-    Raises InputError when ``max_params`` cannot hold the experts.
-    """
-    width = max(1, round(config.active * d_ff))
-    if config.experts == 1:
-        return width, width
-    if config.max_params is None:
-        return width, 0
-    budget = math.floor(config.max_params * d_ff)
-    if budget < width:
-        raise InputError(
-            f"max_params {config.max_params:g} is less than the {config.active:g} of the neurons that one token uses",
-            "raise max_params or lower active",
-        )
-    shared = max(0, math.ceil((config.experts * width - budget) / (config.experts - 1)))
-    if shared >= width:
-        raise InputError(
-            f"max_params {config.max_params:g} leaves {config.experts} experts no neuron of their own",
-            "raise max_params, or choose fewer experts",
-        )
-    return width, shared
-
-
 def check(config: Config, d_ff: int) -> None:
     """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
-    widths(config, d_ff)
+    sizes(config, d_ff)

@@ -1,21 +1,23 @@
-"""Token clusters: overlapping experts for groups of tokens that a linear router can tell apart, and refitted readouts.
+"""Token clusters: experts for groups of tokens that a linear router can tell apart, and refitted readouts.
 
-Source: ours [OURS]; docs/methods/token_clusters.md says why. For an FFN of F neurons, x the calibration inputs:
+Source: ours [OURS]; docs/methods/token_clusters.md says why. For an FFN of F neurons, on the calibration inputs x:
 
 1. Energy share of neuron i for token t: q_ti = (h_ti |W_d[:, i]|)^2 / sum_j (h_tj |W_d[:, j]|)^2.
-2. Experts: E overlapping sets of M neurons, and a linear router, by alternation (:mod:`moesaic.solvers.token_clusters`).
-   One expert per token, with weight 1.
-3. Readout: least squares for the down projection on the tokens as they are routed, each of weight 1 / |y|^2: first one
-   matrix for all experts, shrunk to W_d; then each expert's own, shrunk to that one (:mod:`moesaic.solvers.refit`).
+2. ``overlapping``: E sets of neurons and a linear router by alternation (:mod:`moesaic.solvers.token_clusters`), one
+   expert per token. ``disjoint``: the S neurons of largest mean share are shared, the others form E balanced clusters
+   of neurons that the same tokens want, as far as a linear map of x predicts it; a linear router, ridge on the
+   amplitudes of the clusters, chooses K of them. Chosen experts have weight 1.
+3. Readout: least squares for the down projection on the tokens as they are routed, each of weight 1 / |y|^2: one
+   matrix for all experts, shrunk to W_d; then each overlapping expert's own, shrunk to that (:mod:`..solvers.refit`).
+   Shared neurons keep the common readout.
 
-Neurons that are shared by all experts are stored once and keep the common readout.
-
-Axes: T tokens, D model width, F neurons, S shared neurons, E experts, M neurons per expert.
+Axes: T tokens, D model width, F neurons, S shared neurons, E experts, M neurons per expert, K active experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,97 +25,125 @@ from torch import Tensor
 from moesaic.blueprint import STATIC, LayerPlan, Router
 from moesaic.errors import InputError
 from moesaic.methods.base import SiteInputs
-from moesaic.methods.token_clusters.config import Config, widths
+from moesaic.methods.routed import pad_experts
+from moesaic.methods.token_clusters.config import Config, Sizes, sizes
 from moesaic.nn.ffn import FFNWeights
+from moesaic.solvers.kmeans import balanced_kmeans
 from moesaic.solvers.refit import refit, refit_few, token_weights
-from moesaic.solvers.token_clusters import TokenClusters, assign, cluster_tokens, energy_share, largest
+from moesaic.solvers.router_fit import energy_targets, fit_ridge, top_k_sets
+from moesaic.solvers.token_clusters import cluster_tokens, energy_share, largest, predicted_patterns
 
 _BATCH = 2048
 
 
+@dataclass(frozen=True)
+class _Routing:
+    """Neurons shared [S] and per expert, the router, and the experts of the calibration tokens, 0/1 [T, E]."""
+
+    shared_S: Tensor
+    experts: tuple[Tensor, ...]
+    router: Router
+    chosen_TE: Tensor
+
+
 @torch.no_grad()
 def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, seed: int) -> LayerPlan:
-    """Split one FFN; see :class:`moesaic.methods.base.MethodModule`. Holds 2 T F floats.
+    """Split one FFN; see :class:`moesaic.methods.base.MethodModule`. Holds 3 T F floats and F^2 doubles.
 
     Raises:
-        InputError: no calibration tokens, or ``max_params`` too small.
+        InputError: no calibration tokens, or experts that do not fit.
     """
-    width, shared = widths(config, weights.d_ff)
+    parts = sizes(config, weights.d_ff)
     if inputs is None or inputs.tokens == 0:
         raise InputError("token clusters need calibration inputs", "give calibration text")
     work = weights.to(torch.float32)
     x_TD = torch.cat(list(inputs.batches(dtype=torch.float32)))
     h_TF = torch.cat([work.hidden(x_BD) for x_BD in x_TD.split(_BATCH)])
     share_TF = energy_share(h_TF, work.down_DF.norm(dim=0))
-    if config.experts == 1:
-        clusters = _static(share_TF, width)
-        router, experts = STATIC, ()
-        assigned_T = torch.zeros(len(x_TD), dtype=torch.int64)
+    if not parts.own:
+        routing = _static(share_TF, parts)
+    elif config.split == "overlapping":
+        routing = _overlapping(x_TD, share_TF, parts, config, seed)
     else:
-        clusters = cluster_tokens(
-            x_TD, share_TF, config.experts, width, shared, rounds=config.rounds, ridge=config.router_ridge, seed=seed
-        )
-        router = Router("linear", {"weight": clusters.router_ED})
-        experts = tuple((own_F & ~clusters.shared_F).nonzero().flatten() for own_F in clusters.member_EF)
-        assigned_T = assign(x_TD, clusters.router_ED)
+        routing = _disjoint(x_TD, share_TF, parts, config, seed)
     del share_TF
-    shared_S = clusters.shared_F.nonzero().flatten()
-    readout = None
-    if config.refit != "none":
-        readout = fit_readout(work.down_DF, h_TF, clusters.member_EF, assigned_T, (shared_S, experts), config)
     return LayerPlan(
         d_ff=weights.d_ff,
-        shared=shared_S,
-        experts=experts,
-        top_k=min(1, len(experts)),
-        router=router,
-        readout=readout,
+        shared=routing.shared_S,
+        experts=pad_experts(routing.experts),
+        top_k=parts.top_k,
+        router=routing.router,
+        readout=None if config.refit == "none" else _readout(work.down_DF, h_TF, routing, config),
     )
 
 
-def fit_readout(
-    down_DF: Tensor,
-    h_TF: Tensor,
-    member_EF: Tensor,
-    assigned_T: Tensor,
-    stored: tuple[Tensor, tuple[Tensor, ...]],
-    config: Config,
-) -> Tensor:
-    """The down projection of the stored neurons [shared; expert 0; ...], float32 [D, S + E M].
+def _static(share_TF: Tensor, parts: Sizes) -> _Routing:
+    """The neurons of largest mean share, for all tokens."""
+    kept_S = largest(share_TF.mean(dim=0)[None], parts.shared)[0].nonzero().flatten()
+    return _Routing(kept_S, (), STATIC, share_TF.new_zeros(len(share_TF), 0))
 
-    Args:
-        down_DF: Of the dense FFN, float32.
-        h_TF: Activations of the dense FFN, float32; masked in place.
-        member_EF: Neurons that a token of each expert uses, bool.
-        assigned_T: Expert of every token.
-        stored: Shared neurons and the experts' own.
-        config: Which refit, how strongly shrunk.
-    """
+
+def _overlapping(x_TD: Tensor, share_TF: Tensor, parts: Sizes, config: Config, seed: int) -> _Routing:
+    clusters = cluster_tokens(
+        x_TD,
+        share_TF,
+        len(parts.own),
+        (parts.shared, parts.own[0]),
+        rounds=config.rounds,
+        ridge=config.router_ridge,
+        seed=seed,
+    )
+    experts = tuple(own_F.nonzero().flatten() for own_F in clusters.own_EF)
+    return _routing(x_TD, clusters.shared_F.nonzero().flatten(), experts, clusters.router_ED, 1)
+
+
+def _disjoint(x_TD: Tensor, share_TF: Tensor, parts: Sizes, config: Config, seed: int) -> _Routing:
+    shared_F = largest(share_TF.mean(dim=0)[None], parts.shared)[0]
+    rest_N = (~shared_F).nonzero().flatten()
+    share_TN = share_TF[:, rest_N]
+    rows_ND = predicted_patterns(x_TD, share_TN, config.router_ridge)
+    clusters = balanced_kmeans(rows_ND, parts.own, rounds=config.rounds, seed=seed).members()
+    energy_TE = torch.stack([share_TN[:, members].sum(dim=1) for members in clusters], dim=1)
+    router_ED = fit_ridge([(x_TD, energy_targets(energy_TE, "amplitude"))], config.router_ridge)
+    experts = tuple(rest_N[members] for members in clusters)
+    return _routing(x_TD, shared_F.nonzero().flatten(), experts, router_ED, parts.top_k)
+
+
+def _routing(x_TD: Tensor, shared_S: Tensor, experts: tuple[Tensor, ...], router_ED: Tensor, k: int) -> _Routing:
+    chosen_TE = top_k_sets(x_TD @ router_ED.T, k)
+    return _Routing(shared_S, experts, Router("linear", {"weight": router_ED}), chosen_TE)
+
+
+def _readout(down_DF: Tensor, h_TF: Tensor, routing: _Routing, config: Config) -> Tensor:
+    """The down projection of the stored neurons, float32 [D, S + E M]; ``h_TF`` is overwritten."""
     y_TD = torch.cat([h_BF @ down_DF.T for h_BF in h_TF.split(_BATCH)])
     w_T = token_weights(y_TD)
-    for h_BF, assigned_B in zip(h_TF.split(_BATCH), assigned_T.split(_BATCH), strict=True):
-        h_BF.mul_(member_EF[assigned_B])
+    _mask(h_TF, routing)
 
     def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return zip(h_TF.split(_BATCH), y_TD.split(_BATCH), w_T.split(_BATCH), strict=True)
 
     common_DF = refit(down_DF, batches(), config.global_ridge)
-    shared_S, experts = stored
-    parts = [common_DF[:, shared_S]]
-    for expert, own_M in enumerate(experts):
+    parts = [common_DF[:, routing.shared_S]]
+    for own_M, padded_M, chosen_T in zip(
+        routing.experts, pad_experts(routing.experts), routing.chosen_TE.T, strict=True
+    ):
         readout_DM = common_DF[:, own_M]
-        if config.refit == "expert":
-            mine_T = (assigned_T == expert).nonzero().flatten()
-            h_CF = h_TF[mine_T]
-            wanted_CD = y_TD[mine_T] - h_CF[:, shared_S] @ parts[0].T
-            readout_DM = refit_few(readout_DM, h_CF[:, own_M], wanted_CD, w_T[mine_T], config.expert_ridge)
-        parts.append(readout_DM)
+        if config.refit == "expert" and config.split == "overlapping":
+            mine_C = chosen_T.nonzero().flatten()
+            h_CF = h_TF[mine_C]
+            wanted_CD = y_TD[mine_C] - h_CF[:, routing.shared_S] @ parts[0].T
+            readout_DM = refit_few(readout_DM, h_CF[:, own_M], wanted_CD, w_T[mine_C], config.expert_ridge)
+        parts.append(torch.nn.functional.pad(readout_DM, (0, len(padded_M) - len(own_M))))
     return torch.cat(parts, dim=1)
 
 
-def _static(share_TF: Tensor, width: int) -> TokenClusters:
-    """The neurons of largest mean share, for all tokens."""
-    mean_F = share_TF.mean(dim=0)
-    kept_F = largest(mean_F[None], width)[0]
-    kept = float(mean_F[kept_F].sum())
-    return TokenClusters(kept_F[None], kept_F, torch.zeros(1, 0), kept, kept)
+def _mask(h_TF: Tensor, routing: _Routing) -> None:
+    """Zero the neurons that a token does not use, in place."""
+    own_EF = h_TF.new_zeros(len(routing.experts), h_TF.shape[1])
+    for own_F, members in zip(own_EF, routing.experts, strict=True):
+        own_F[members] = 1
+    for h_BF, chosen_BE in zip(h_TF.split(_BATCH), routing.chosen_TE.split(_BATCH), strict=True):
+        used_BF = chosen_BE @ own_EF
+        used_BF[:, routing.shared_S] = 1
+        h_BF.mul_(used_BF)

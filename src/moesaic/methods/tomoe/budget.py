@@ -95,9 +95,7 @@ class Budget:
         return self.target * self.total - float(self.active([0] * len(self.costs), pairs, values))
 
 
-def budget_of(
-    config: Config, anatomy: Anatomy, ffns: Sequence[FFNSite], attention: Sequence[AttentionSite]
-) -> Budget:
+def budget_of(config: Config, anatomy: Anatomy, ffns: Sequence[FFNSite], attention: Sequence[AttentionSite]) -> Budget:
     """The budget of a model.
 
     Raises InputError when ``config.active`` cannot be met because too much is left dense.

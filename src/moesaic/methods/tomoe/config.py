@@ -44,6 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "budget_control": "exact",
         "width": "mean",
         "offset": True,
+        "start": "clusters",
         "train": {
             "steps": 300,
             "batch": 2,
@@ -58,8 +59,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""What a preset sets; options given explicitly win. The paper's weight of R_P and R_L could not be read: the reference's
-ratios to the distillation loss stand in."""
+"""What a preset sets; options given explicitly win. The paper's weights of R_P and R_L could not be read: the
+reference's ratios to the distillation loss stand in."""
 
 
 class Config(MethodConfig):
@@ -87,22 +88,24 @@ class Config(MethodConfig):
     )
     attention: Literal["none", "pairs", "values", "both", "dynamic"] = Field(
         default="none",
-        description="What is pruned in attention. pairs: rotary pairs of queries and keys, for all tokens. values: dims "
-        "of values and output, per token. both: the paper. dynamic: both per token, a study that cannot be exported. "
-        "Anything but none needs the moesaic architecture.",
+        description="What is pruned in attention. pairs: rotary pairs of queries and keys, for all tokens. values: "
+        "dims of values and output, per token. both: the paper. dynamic: both per token, a study that cannot be "
+        "exported. Anything but none needs the moesaic architecture.",
     )
     masks: Literal["learned", "random"] = Field(
         default="learned", description="random: the control, masks drawn once and kept; only the router is trained."
     )
     start: Literal["noise", "clusters"] | str = Field(
         default="noise",
-        description="Where masks and router begin. noise: all on, as in the paper. clusters: token clusters and the "
-        "neurons of largest energy on each. Else the path of a blueprint folder whose FFNs have as many experts.",
+        description="Where masks and router begin. noise: all on, as in the paper. clusters (the preset cpu): token "
+        "clusters and the neurons of largest energy on each. Else the path of a blueprint folder whose FFNs have as many experts.",
     )
     start_margin: float = Field(
-        default=1.5, gt=0, description="How far from the threshold a start from clusters or a blueprint puts the logits."
+        default=1.5,
+        gt=0,
+        description="How far from the threshold a start that is not noise puts the logits.",
     )
-    temperature: float = Field(default=0.4, gt=0, description="Temperature of both relaxations (tau); scales gradients.")
+    temperature: float = Field(default=0.4, gt=0, description="Temperature of both relaxations (tau).")
     bias: float = Field(default=3.0, description="Added to every mask logit (b): masks start on.")
     embedding: int = Field(default=128, ge=8, multiple_of=4, description="Width of an expert embedding (d_e).")
     train_noise: bool = Field(
@@ -122,8 +125,8 @@ class Config(MethodConfig):
     balance_weight: float = Field(default=0.5, ge=0, description="Weight of the load balance loss R_L (gamma).")
     budget_control: Literal["penalty", "exact"] = Field(
         default="exact",
-        description="penalty: R_P alone pulls the widths, as in the paper. exact: every step a common shift of the mask "
-        "logits holds the expected widths at the budget, and the gradient along it is taken out; ours.",
+        description="penalty: R_P alone pulls the widths, as in the paper. exact: every step a common shift of the "
+        "mask logits holds the expected widths at the budget, and the gradient along it is taken out; ours.",
     )
     descent: float = Field(
         default=0.4,
@@ -173,6 +176,8 @@ class Config(MethodConfig):
         train = values.get("train", {})
         if isinstance(train, dict):
             train = {**preset["train"], **train}
+        if values.get("masks") == "random" or values.get("offset") is False:
+            preset = {**preset, "start": "noise"}
         return {**preset, **values, "train": train}
 
     @model_validator(mode="after")
@@ -183,6 +188,8 @@ class Config(MethodConfig):
             raise InputError("attention is pruned but not counted", "count the whole model: counted: model")
         if self.start != "noise" and not self.offset:
             raise InputError("a start needs a logit per neuron to put it in", "set offset: true")
+        if self.union and self.top_k > 1:
+            raise InputError("a union of experts holds each at weight 1, which top_k > 1 does not", "set union: false")
         if self.masks == "random" and self.experts == 1:
             raise InputError("random masks with one expert leave nothing to train", "use 2 experts or more")
         if self.masks == "random" and (self.start != "noise" or self.attention != "none"):

@@ -36,7 +36,7 @@ class _Tangential(torch.autograd.Function):
         return tuple(logit.view_as(logit) for logit in logits)
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[None | Tensor, ...]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         totals = [logit + ctx.shift for logit in ctx.saved_tensors]
         # d/dz of 1 - exp(-exp(z))
         slopes = [w * torch.exp(z - torch.exp(z)) for w, z in zip(ctx.weights, totals, strict=True)]

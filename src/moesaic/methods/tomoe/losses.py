@@ -26,8 +26,8 @@ def budget_loss(ratio: Tensor, target: float) -> Tensor:
 def coverage(masks_NF: Tensor) -> Tensor:
     """U: share of neurons that some expert holds, a soft OR over the experts.
 
-    Its gradient reaches a neuron of an expert only where no other expert holds it; torch computes it without dividing by
-    1 - S, which may be 0.
+    Its gradient reaches a neuron of an expert only where no other expert holds it; torch computes it without
+    dividing by 1 - S, which may be 0.
     """
     return 1 - torch.prod(1 - masks_NF, dim=-2).mean(-1)
 
@@ -41,7 +41,7 @@ def union_loss(masks_LNF: Sequence[Tensor]) -> Tensor:
 
 
 def balance_loss(choices: Sequence[Tensor], probabilities: Sequence[Tensor]) -> Tensor:
-    """R_L, mean over the FFNs of sum_e f_e P_e: 1/N when balanced, 1 when one expert takes all (Switch's is N times it).
+    """R_L, mean over the FFNs of sum_e f_e P_e: 1/N when balanced, 1 when one expert takes all; Switch's is N times it.
 
     Args:
         choices: Per FFN, the hard routes [T, N]; f_e is the share of tokens of e, without gradient.

@@ -63,9 +63,7 @@ def begin(task: ToMoETask, checkpoint: Checkpoint, ids_NW: Tensor) -> None:
         head.router.weight.copy_(router_ND)
 
 
-def token_clusters(
-    x_TD: Tensor, share_TF: Tensor, experts: int, width: float, seed: int
-) -> tuple[Tensor, Tensor]:
+def token_clusters(x_TD: Tensor, share_TF: Tensor, experts: int, width: float, seed: int) -> tuple[Tensor, Tensor]:
     """Experts as the neurons of largest energy on clusters of tokens, and a linear router to them.
 
     The clusters start as k-means of the inputs; then, in turn, each expert takes its best neurons, a ridge router is

@@ -93,7 +93,7 @@ class ToMoETask(TrainTask):
 
     @torch.no_grad()
     def held_out(self, ids_BW: Tensor, index_B: Tensor) -> dict[str, Tensor]:
-        """KL of the model as it would be exported now: hard masks, each token's best expert, the neurons within the budget.
+        """KL of the model as it would be exported now: hard masks, best experts, the neurons within the budget.
 
         "loss" adds what attention uses beyond its share.
         """
