@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from moesaic.calibration.samples import sample_text
+from moesaic.evaluate.perplexity import Perplexity, compare
 from moesaic.evaluate.run import evaluate_model
 from moesaic.jobs.convert import convert
 from moesaic.progress import Silent
@@ -30,10 +31,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "static": {"experts": 1},
     "random": {"masks": "random"},
     "no-union": {"union_weight": 0.0},
-    "clusters": {"start": "clusters"},
-    "ffn": {"attention": "none", "counted": "ffn"},
+    "noise": {"start": "noise"},
+    "ffn": {"attention": "none", "counted": "ffn", "widths": "equal"},
     "ffn-static": {"attention": "none", "counted": "ffn", "experts": 1},
-    "ffn-clusters": {"attention": "none", "counted": "ffn", "start": "clusters"},
 }
 """Options of a run beside the defaults of :func:`options`."""
 
@@ -82,34 +82,51 @@ def train(args: argparse.Namespace, run: str) -> None:
             progress=Lines(),
         )
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    entry = {"run": run, "options": chosen, "threads": torch.get_num_threads(), "training": results["training"]}
+    entry["perplexity"] = evaluate(output, args)
+    figures.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+
+
+def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity of a folder on WikiText-2 (test) and on the C4 sample."""
     c4 = args.work / "c4.txt"
     c4.write_text(sample_text("c4"), encoding="utf-8")
-    protocol = {"window": 1024, "limit": args.windows, "save": False, "progress": Lines()}
-    evaluated = {
-        "wikitext2": evaluate_model(output, baseline=args.model, **protocol),
-        "c4": evaluate_model(output, baseline=args.model, text=c4, fidelity=False, **protocol),
-    }
-    entry = {"run": run, "options": chosen, "threads": torch.get_num_threads(), "training": results["training"]}
-    figures.write_text(json.dumps(entry | {"evaluation": evaluated}, indent=1) + "\n", encoding="utf-8")
+    found = {}
+    for name, text, limit in (("WikiText-2", None, args.windows), ("C4", c4, args.windows // 2)):
+        shown = evaluate_model(
+            folder, text=text, window=1024, limit=limit, fidelity=False, save=False, progress=Lines()
+        )
+        found[name] = shown["perplexity"]["model"]
+    return found
 
 
 def report(args: argparse.Namespace) -> None:
-    """One table of all finished runs."""
+    """One table of all finished runs; the dense model is evaluated once."""
+    dense_file = args.work / "dense.json"
+    if not dense_file.exists():
+        dense_file.write_text(json.dumps(evaluate(args.model, args)) + "\n", encoding="utf-8")
+    dense = {name: _perplexity(table) for name, table in json.loads(dense_file.read_text(encoding="utf-8")).items()}
     entries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.work.glob("*-*.json"))]
     args.report.with_suffix(".json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    lines = ["| run | active | WikiText-2 | ratio | C4 | ratio |", "|---|---|---|---|---|---|"]
+    values = ", ".join(f"{name} {value.value:.2f} ({value.name})" for name, value in dense.items())
+    lines = [f"Dense: {values}.", "", "| run | active | FFN active | coverage | largest load |"]
+    lines[-1] += "".join(f" {name} | over dense |" for name in dense)
+    lines.append("|---|" + "---|" * (4 + 2 * len(dense)))
     for entry in entries:
-        cells = []
-        for name in ("wikitext2", "c4"):
-            table = entry["evaluation"][name]["perplexity"]
-            ratio = table["model"]["ratio_to_dense"]
-            cells += [
-                f"{table['model']['value']:.2f}",
-                f"{ratio['ratio']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
-            ]
-        lines.append(f"| {entry['run']} | {entry['options']['active']:.0%} | {' | '.join(cells)} |")
+        trained = entry["training"]
+        cells = [f"{trained['active']:.1%}", f"{trained['active_ffn']:.1%}", f"{trained['coverage']:.1%}"]
+        cells.append(f"{trained['load_max']:.2f}")
+        for name, table in entry["perplexity"].items():
+            model = _perplexity(table)
+            ratio = compare(model, dense[name])
+            cells += [f"{model.value:.2f}", f"{ratio.ratio:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"]
+        lines.append(f"| {entry['run']} | {' | '.join(cells)} |")
     args.report.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
+
+
+def _perplexity(table: dict[str, Any]) -> Perplexity:
+    return Perplexity(**(table | {"window_nll": tuple(table["window_nll"])}))
 
 
 def main() -> None:
@@ -122,7 +139,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="windows per step")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=200_000, help="distinct training tokens at most")
-    parser.add_argument("--windows", type=int, default=16, help="evaluation windows of 1024 tokens")
+    parser.add_argument(
+        "--windows", type=int, default=16, help="evaluation windows of 1024 tokens; C4 has half as many"
+    )
     parser.add_argument("--text", nargs="*", help="training text in place of the shipped one")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--report", type=Path)

@@ -94,6 +94,8 @@ class ConsoleProgress:
         spent = now - self._started
         left = spent / self._done * (self._total - self._done)
         text = f"{self._label}  {self._done}/{self._total}  {duration(spent)} spent, {duration(left)} left"
+        if detail:
+            text = f"{text}  {detail}"
         if self._terminal:
             print(f"\r\x1b[2K{text}", end="\n" if last_step else "", file=sys.stderr, flush=True)
         else:

@@ -26,8 +26,6 @@ from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.differences import Differences
 from moesaic.evaluate.engine_parity import EngineParity
 
-LlamaCppParity = EngineParity
-
 
 def available() -> bool:
     """Whether llama.cpp can be run here."""

@@ -15,7 +15,8 @@ from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.checkpoint.writer import RESULTS_NAME
 from moesaic.errors import InputError, VerificationError
-from moesaic.evaluate.llama_cpp import LlamaCppParity, available, llama_cpp_parity, stock_logits
+from moesaic.evaluate.engine_parity import EngineParity
+from moesaic.evaluate.llama_cpp import available, llama_cpp_parity, stock_logits
 from moesaic.evaluate.native_parity import NativeParity, native_parity, parity_ids
 from moesaic.evaluate.runtime import Runtime
 from moesaic.jobs.export import read_converted
@@ -99,7 +100,7 @@ def read_stock(folder: str | Path, baseline: str | Path | None) -> tuple[Checkpo
     return output, dense, Blueprint.load(output.folder)
 
 
-def check_gguf(gguf: Path, folder: str | Path, dtype: str) -> LlamaCppParity | None:
+def check_gguf(gguf: Path, folder: str | Path, dtype: str) -> EngineParity | None:
     """Compare llama.cpp on ``gguf`` with transformers on the stock folder it was written from, on one window of text.
 
     None where the package ``xllamacpp`` is missing. Raises VerificationError when an f32 file differs by more than

@@ -18,7 +18,7 @@ A router bias b becomes ``e_score_correction_bias``: sigmoid(eps z) + eps b / 4 
 
 Known limits: engines overlook tied embeddings, so the head is written; transformers wants two experts at least; the
 shared expert's width is a multiple of an expert's, and a model without one gets one of zeros. Paired routing was run in
-transformers only.
+transformers, llama.cpp and vLLM, on CPUs.
 
 Axes: E experts, X experts as written, D model width.
 """

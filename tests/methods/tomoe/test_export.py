@@ -64,17 +64,19 @@ def test_export_of_other_forms_equals_the_hard_mask_model(options: dict[str, Any
     assert float((found - expected).abs().max()) <= 1e-4
 
 
-def test_the_sampled_model_without_noise_is_the_exported_one() -> None:
+@pytest.mark.parametrize("options", [{}, {"attention": "both"}, {"attention": "both", "masks": "random"}])
+def test_the_sampled_model_without_noise_is_the_exported_one(options: dict[str, Any]) -> None:
     """What held-out text is judged with while training is what is exported."""
-    task = trained()
+    task = tiny_task(**options) if "masks" in options else trained(**options)
     decoded, shift = task.decode()
     gates = task.hard_gates(decoded, shift, torch.arange(2))
     logits = task.run(gates, tokens())
     plan = export(task, tokens())
     torch.testing.assert_close(logits, hard_logits(task, plan))
-    hard = HardGates(list(plan.sites.values()))
+    hard = HardGates(list(plan.sites.values()), list(plan.attention.values()) or None)
     task.run(hard, tokens())
     assert all(torch.equal(gates.choices[place], hard.routes[place]) for place in range(2))
+    assert plan.report["active"] <= task.config.active
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,8 @@ def test_export_is_deterministic_and_survives_the_disk(tmp_path: Path) -> None:
 
 def test_caps_of_the_value_dims() -> None:
     """O24: at most K, at least one; K = h changes nothing; tokens under the cap are as they were."""
-    plan = export(trained("llama", attention="values"), tokens()).attention["model.layers.0.self_attn"]
+    task = trained("llama", attention="values", cap="quantile")
+    plan = export(task, tokens()).attention["model.layers.0.self_attn"]
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     free = value_mask(replace(plan, cap=None), x)
     assert torch.equal(value_mask(replace(plan, cap=8), x), free)
@@ -138,13 +141,13 @@ def test_caps_of_the_value_dims() -> None:
     assert torch.equal(capped[below], free[below])
     assert bool((capped <= free).all())
     never = value_mask(replace(plan, threshold=1e6), x)
-    assert torch.equal(never.sum(-1), torch.ones(50, dtype=torch.int64))
+    assert torch.equal(never.sum(-1), torch.ones(50))
 
 
 def test_caps_come_from_a_quantile_of_held_out_tokens() -> None:
     caps = {}
     for quantile in (0.3, 1.0):
-        plan = export(trained("llama", attention="values", cap_quantile=quantile), tokens())
+        plan = export(trained("llama", attention="values", cap="quantile", cap_quantile=quantile), tokens())
         caps[quantile] = [attention.cap for attention in plan.attention.values()]
     assert all(small < large for small, large in zip(caps[0.3], caps[1.0], strict=True))  # type: ignore[operator]
 
@@ -168,6 +171,16 @@ def test_the_reported_ratio_is_that_of_the_exported_shapes(attention: str, width
     assert plan.report["active_mean"] <= plan.report["active"] + 1e-9
     loads = plan.report["layers"]["model.layers.0.mlp"]["loads"]
     assert sum(loads) == pytest.approx(1, abs=1e-3)
+
+
+def test_random_attention_masks_are_constant_and_of_the_wanted_size() -> None:
+    plans = export(tiny_task("llama", attention="both", masks="random", active=0.75), tokens()).attention
+    x = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
+    for plan in plans.values():
+        assert len(plan.kept) == 6
+        masks = value_mask(plan, x)
+        assert masks.sum(-1).tolist() == [6.0] * 20
+        assert torch.equal(masks, masks[:1].expand(20, -1))
 
 
 def test_what_cannot_be_exported_is_refused() -> None:

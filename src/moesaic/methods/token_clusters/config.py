@@ -106,11 +106,17 @@ def sizes(config: Config, d_ff: int) -> Sizes:
 
 def _disjoint(config: Config, d_ff: int, active: int, experts: int) -> Sizes:
     """S and K with S + K (F - S) / E = active, S near the wanted share of it."""
-    shared = config.shared * active
-    top_k = max(1, round((active - shared) * experts / (d_ff - shared)))
-    if top_k >= experts:
+    if active == d_ff:
         return Sizes(d_ff, (), 0)
-    shared = max(0, round((active * experts - top_k * d_ff) / (experts - top_k)))
+    wanted = config.shared * active
+    top_k = min(experts - 1, active * experts // d_ff, round((active - wanted) * experts / (d_ff - wanted)))
+    top_k = max(1, top_k)
+    shared = round((active * experts - top_k * d_ff) / (experts - top_k))
+    if shared < 0:
+        raise InputError(
+            f"one of {experts} disjoint experts has more than the {active} of {d_ff} neurons that one token uses",
+            "choose more experts",
+        )
     size, longer = divmod(d_ff - shared, experts)
     if size == 0:
         raise InputError(

@@ -77,6 +77,10 @@ class Budget:
             active = active + cost.neuron * neuron + cost.dim * pair + cost.dim * value
         return active
 
+    def value_cap(self) -> int:
+        """Value dims of a head that the target allows, at least one."""
+        return max(1, int(self.target * min(cost.head_dim for cost in self.costs)))
+
     def value_cost(self) -> int:
         """Parameters of values and output of the masked layers."""
         return sum(cost.dim * cost.head_dim for cost in self.costs)

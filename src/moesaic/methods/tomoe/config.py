@@ -45,6 +45,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "width": "mean",
         "offset": True,
         "start": "clusters",
+        "attention_rate": 4e-3,
+        "cap": "budget",
         "train": {
             "steps": 300,
             "batch": 2,
@@ -98,7 +100,8 @@ class Config(MethodConfig):
     start: Literal["noise", "clusters"] | str = Field(
         default="noise",
         description="Where masks and router begin. noise: all on, as in the paper. clusters (the preset cpu): token "
-        "clusters and the neurons of largest energy on each. Else the path of a blueprint folder whose FFNs have as many experts.",
+        "clusters and the neurons of largest energy on each. Else the folder of a "
+        "blueprint whose FFNs have as many experts.",
     )
     start_margin: float = Field(
         default=1.5,
@@ -118,6 +121,9 @@ class Config(MethodConfig):
     offset_rate: float = Field(default=0.05, gt=0, description="Learning rate of these logits.")
     router_rate: float | None = Field(
         default=None, gt=0, description="Learning rate of the routers; null takes that of the rest."
+    )
+    attention_rate: float | None = Field(
+        default=None, gt=0, description="Learning rate of the attention heads; null takes that of the rest."
     )
     kd_weight: float = Field(default=1.0, ge=0, description="Weight of the distillation loss, KL(dense || masked).")
     budget_weight: float = Field(default=8.0, ge=0, description="Weight of the budget loss R_P (alpha).")
@@ -152,11 +158,13 @@ class Config(MethodConfig):
         description="free: every expert its own width, the widest of each FFN counts. layer: equal within an FFN. "
         "equal: the same in all FFNs, which wastes no padding in stock architectures.",
     )
+    cap: Literal["budget", "quantile"] = Field(
+        default="quantile",
+        description="Most value dims that a token may use (K). budget: `active` of a head. quantile: `cap_quantile` of "
+        "what held-out training text asks for.",
+    )
     cap_quantile: float = Field(
-        default=0.99,
-        gt=0,
-        le=1,
-        description="Value dims per token are capped at this quantile of their number on held-out training text (K).",
+        default=0.99, gt=0, le=1, description="Which quantile; 1 is the largest number asked for, as in the reference."
     )
     union: bool = Field(
         default=False,
@@ -192,8 +200,8 @@ class Config(MethodConfig):
             raise InputError("a union of experts holds each at weight 1, which top_k > 1 does not", "set union: false")
         if self.masks == "random" and self.experts == 1:
             raise InputError("random masks with one expert leave nothing to train", "use 2 experts or more")
-        if self.masks == "random" and (self.start != "noise" or self.attention != "none"):
-            raise InputError("random masks take no start and no attention masks", "leave start and attention out")
+        if self.masks == "random" and (self.start != "noise" or self.attention == "dynamic"):
+            raise InputError("random masks take no start and are fixed", "leave start and attention: dynamic out")
         if self.reference and (self.budget_control == "exact" or self.offset or self.top_k > 1):
             raise InputError("reference mode is the published code alone", "add preset: reference and top_k: 1")
         return self

@@ -16,6 +16,9 @@ from moesaic.methods.tomoe.attention import AttentionSite
 from moesaic.methods.tomoe.config import Config
 from moesaic.methods.tomoe.heads import AttentionHead, FFNHead
 from moesaic.methods.tomoe.hypernetwork import Hypernetwork
+from moesaic.methods.tomoe.samplers import MEDIAN
+
+_FAR = 6.0  # a logit so far from the median is hardly ever flipped by the noise
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,18 @@ class Controller(nn.Module):
         )
         self.attention = nn.ModuleList(_attention_head(config, d_model, site) for site in attention)
         if config.masks == "random":
-            self._freeze_random()
+            self._freeze_random(config)
 
-    def _freeze_random(self) -> None:
-        """Random logits in place of the decoded ones, and nothing but the routers left to train."""
+    def _freeze_random(self, config: Config) -> None:
+        """Random masks in place of the decoded ones, and nothing but the routers left to train."""
         self.requires_grad_(False)
         for head in self.ffn_heads:
             head.offset_NF = nn.Parameter(torch.randn(len(head.router.weight), head.d_ff), requires_grad=False)
             head.random = True
             head.router.requires_grad_(True)
+        for head in self.attention_heads:
+            logits = [_random_logits(count, config) for count in (head.values, head.pairs)]
+            head.make_constant(torch.cat(logits))
 
     @property
     def ffn_heads(self) -> list[FFNHead]:
@@ -83,22 +89,30 @@ class Controller(nn.Module):
         return Decoded(embeddings, neurons, pairs)
 
     def groups(self, config: Config) -> list[dict[str, Any]]:
-        """Parameter groups of the optimiser: offsets and routers with their own rates, and the rest."""
+        """Parameter groups of the optimiser: offsets, routers and attention with their own rates, and the rest."""
         offsets = [head.offset_NF for head in self.ffn_heads if head.offset_NF is not None]
         routers = [head.router.weight for head in self.ffn_heads]
-        apart = {id(parameter) for parameter in (*offsets, *routers)}
+        attention = list(self.attention.parameters())
+        apart = {id(parameter) for parameter in (*offsets, *routers, *attention)}
         rest = [parameter for parameter in self.parameters() if id(parameter) not in apart]
         rate = config.train.learning_rate
         groups = [
             {"params": _trained(rest), "lr": rate},
             {"params": _trained(routers), "lr": config.router_rate or rate},
+            {"params": _trained(attention), "lr": config.attention_rate or rate},
             {"params": _trained(offsets), "lr": config.offset_rate, "weight_decay": 0.0},
         ]
         return [group for group in groups if group["params"]]
 
 
-def _trained(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+def _trained(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [parameter for parameter in parameters if parameter.requires_grad]
+
+
+def _random_logits(count: int, config: Config) -> Tensor:
+    """``active`` of them far above the threshold and the others far below, at random places."""
+    on = torch.randperm(count) < max(1, int(config.active * count))
+    return MEDIAN - config.bias + torch.where(on, _FAR, -_FAR)
 
 
 def _attention_head(config: Config, d_model: int, site: AttentionSite) -> AttentionHead:

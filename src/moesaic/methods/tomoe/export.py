@@ -45,7 +45,7 @@ def export(task: ToMoETask, windows_HW: Tensor) -> ModelPlan:
         )
     decoded, shift = task.decode()
     attention = _attention_plans(task, decoded, shift)
-    if config.attention in ("values", "both"):
+    if attention is not None and task.budget.values:
         attention = _capped(task, decoded, shift, attention, windows_HW)
     widths = _attention_widths(task, attention)
     costs = [cost.neuron for cost in task.budget.costs]
@@ -66,7 +66,7 @@ def export(task: ToMoETask, windows_HW: Tensor) -> ModelPlan:
     usage = _usage(task, gates, windows_HW)
     report = _report(task, masks, widths, usage)
     sites = {site.path: plan for site, plan in zip(task.ffns, plans, strict=True)}
-    blocks = {site.path: plan for site, plan in zip(task.attention, attention or [], strict=True) if plan is not None}
+    blocks = {site.path: plan for site, plan in zip(task.attention, attention or [], strict=True)}
     return ModelPlan(sites, blocks, report)
 
 
@@ -90,11 +90,11 @@ def layer_plan(mask_NF: Tensor, router_ND: Tensor, top_k: int = 1, union: bool =
     )
 
 
-def _attention_plans(task: ToMoETask, decoded: Decoded, shift: float) -> list[AttentionPlan | None] | None:
+def _attention_plans(task: ToMoETask, decoded: Decoded, shift: float) -> list[AttentionPlan] | None:
     """Plans of the masked attention blocks, uncapped; a block always keeps its likeliest pair."""
     if not task.attention:
         return None
-    plans: list[AttentionPlan | None] = []
+    plans: list[AttentionPlan] = []
     for place, (site, head) in enumerate(zip(task.attention, task.controller.attention_heads, strict=True)):
         values: dict[str, Any] = {}
         if head.values and head.encoder is not None:
@@ -117,42 +117,35 @@ def _attention_plans(task: ToMoETask, decoded: Decoded, shift: float) -> list[At
 
 
 def _capped(
-    task: ToMoETask,
-    decoded: Decoded,
-    shift: float,
-    attention: list[AttentionPlan | None] | None,
-    windows_HW: Tensor,
-) -> list[AttentionPlan | None]:
-    """The same plans with caps K: a quantile of the dims that held-out training tokens want, uncapped."""
-    assert attention is not None
-    router = [head.router.weight for head in task.controller.ffn_heads]
+    task: ToMoETask, decoded: Decoded, shift: float, attention: list[AttentionPlan], windows_HW: Tensor
+) -> list[AttentionPlan]:
+    """The same plans with caps K: what the budget allows, or a quantile of what held-out training tokens ask for."""
+    if task.config.cap == "budget":
+        return [replace(plan, cap=task.budget.value_cap()) for plan in attention]
+    routers = [head.router.weight for head in task.controller.ffn_heads]
     masks = task.chosen_masks(decoded, shift)
-    plans = [layer_plan(mask_NF, weight, task.config.top_k) for mask_NF, weight in zip(masks, router, strict=True)]
+    plans = [layer_plan(mask_NF, weight, task.config.top_k) for mask_NF, weight in zip(masks, routers, strict=True)]
     gates = HardGates(plans, attention)
-    wanted: dict[int, list[Tensor]] = {}
+    wanted: list[list[Tensor]] = [[] for _ in attention]
     for ids_BW in windows_HW.split(1):
         task.run(gates, ids_BW)
         for place, mask in gates.value_masks.items():
-            wanted.setdefault(place, []).append(mask.sum(-1).flatten())
+            wanted[place].append(mask.sum(-1).flatten())
+    quantiles = [torch.cat(dims).quantile(task.config.cap_quantile) for dims in wanted]
     return [
-        None if plan is None else _with_cap(plan, torch.cat(wanted[place]).quantile(task.config.cap_quantile))
-        for place, plan in enumerate(attention)
+        replace(plan, cap=min(plan.head_dim, max(1, int(dims.ceil()))))
+        for plan, dims in zip(attention, quantiles, strict=True)
     ]
 
 
-def _with_cap(plan: AttentionPlan, dims: Tensor) -> AttentionPlan:
-    return replace(plan, cap=min(plan.head_dim, max(1, int(dims.ceil()))))
-
-
 def _attention_widths(
-    task: ToMoETask, attention: list[AttentionPlan | None] | None
+    task: ToMoETask, attention: list[AttentionPlan] | None
 ) -> tuple[list[float] | None, list[float] | None]:
     """Query and key dims, and value dims at most, per layer; None where whole."""
     if attention is None:
         return None, None
-    plans = [plan for plan in attention if plan is not None]
-    pairs = [float(len(plan.kept)) for plan in plans] if task.budget.pairs else None
-    values = [float(plan.cap or plan.head_dim) for plan in plans] if task.budget.values else None
+    pairs = [float(len(plan.kept)) for plan in attention] if task.budget.pairs else None
+    values = [float(plan.cap or plan.head_dim) for plan in attention] if task.budget.values else None
     return pairs, values
 
 

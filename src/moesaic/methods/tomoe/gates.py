@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from moesaic.methods.tomoe.config import Config
 from moesaic.methods.tomoe.controller import Controller, Decoded
-from moesaic.methods.tomoe.samplers import gumbel, sample_mask, sample_route
+from moesaic.methods.tomoe.samplers import MEDIAN, capped_mask, gumbel, sample_mask, sample_route
 from moesaic.train.noise import generator
 
 _NEURONS, _PAIRS, _ROUTES, _VALUES, _DYNAMIC, _SECOND = range(6)
@@ -59,6 +59,8 @@ class SampledGates:
         shift: Bias b of the static logits.
         noise: Of this micro-batch.
         config: ToMoE's options.
+        cap: Most value dims of a token when attention is masked as exported: what is on more often than off, at least
+            one. None samples.
 
     Attributes:
         masks: FFN masks [N, F] per layer.
@@ -76,12 +78,13 @@ class SampledGates:
         shift: float,
         noise: Noise,
         config: Config,
+        cap: int | None = None,
     ) -> None:
         self._controller, self._decoded, self._config = controller, decoded, config
-        self._shift, self._noise = shift, noise
+        self._shift, self._noise, self._cap = shift, noise, cap
         self.masks = masks if masks is not None else self._sample_masks(_NEURONS)
         self.pair_masks: dict[int, Tensor] = {
-            place: self._mask(logits_P, noise.shared(_PAIRS, place, tuple(logits_P.shape)), shift)
+            place: self._attend(logits_P, noise.shared(_PAIRS, place, tuple(logits_P.shape)), shift, logits_P.numel())
             for place, logits_P in enumerate(decoded.pairs)
             if logits_P is not None
         }
@@ -114,7 +117,7 @@ class SampledGates:
             with torch.autocast(x.device.type, enabled=False):
                 logits_TP = head.dynamic_pair_logits(self._decoded.embeddings[2 * place], x.float())
                 noise_TP = self._noise.tokens(_DYNAMIC, place, logits_TP)
-                self.pair_masks[place] = self._mask(logits_TP, noise_TP, self._config.bias)
+                self.pair_masks[place] = self._attend(logits_TP, noise_TP, self._config.bias, head.pairs)
         mask = self.pair_masks.get(place)
         return None if mask is None else torch.cat([mask, mask], dim=-1)
 
@@ -126,9 +129,15 @@ class SampledGates:
         with torch.autocast(x.device.type, enabled=False):
             logits_TH = head.value_logits(self._decoded.embeddings[2 * place], x.float())
             noise_TH = self._noise.tokens(_VALUES, place, logits_TH)
-            mask_TH = self._mask(logits_TH, noise_TH, self._config.bias)
+            mask_TH = self._attend(logits_TH, noise_TH, self._config.bias, self._cap)
         self.value_masks[place] = mask_TH
         return mask_TH, None if self._config.reference else mask_TH
+
+    def _attend(self, logits: Tensor, noise: Tensor | None, shift: float, cap: int | None) -> Tensor:
+        """A mask of attention: sampled, or as exported with at most ``cap`` on."""
+        if self._cap is None or cap is None:
+            return self._mask(logits, noise, shift)
+        return capped_mask(logits, MEDIAN - shift, cap)
 
     def _mask(self, logits: Tensor, noise: Tensor | None, shift: float) -> Tensor:
         return sample_mask(logits, noise, shift, self._config.temperature)

@@ -5,7 +5,7 @@ Axes: D model width, F neurons, N experts, K active experts, H dims of an attent
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,7 @@ from moesaic.blueprint import LayerPlan
 from moesaic.methods.base import ModelPlan
 from moesaic.methods.tomoe.attention import block
 from moesaic.methods.tomoe.masking import Masker
-from moesaic.methods.tomoe.samplers import top_k_of
+from moesaic.methods.tomoe.samplers import capped_mask, top_k_of
 
 
 @contextmanager
@@ -52,7 +52,7 @@ class HardGates:
         value_masks: Value dims on in the last forward pass, [..., H], by place.
     """
 
-    def __init__(self, plans: list[LayerPlan], attention: list[AttentionPlan | None] | None = None) -> None:
+    def __init__(self, plans: Sequence[LayerPlan], attention: Sequence[AttentionPlan | None] | None = None) -> None:
         self._plans, self._attention = plans, attention
         self._factors = [expert_masks(plan) for plan in plans]
         self.routes: dict[int, Tensor] = {}
@@ -83,7 +83,7 @@ class HardGates:
         plan = self._plan(place)
         if plan is None or not plan.masks_values:
             return None, None
-        mask = value_mask(plan, x).float()
+        mask = value_mask(plan, x)
         self.value_masks[place] = mask
         return mask, mask
 
@@ -102,12 +102,9 @@ def expert_masks(plan: LayerPlan) -> Tensor:
 
 
 def value_mask(plan: AttentionPlan, x: Tensor) -> Tensor:
-    """Value dims that each token uses, bool [..., H]: above the threshold; capped at the largest; never none."""
+    """Value dims that each token uses, ones and zeros [..., H]: above the threshold, at most K, never none."""
     tensors = {name: tensor.to(x.device) for name, tensor in plan.tensors().items()}
     total = tensors["embedding"] + F.linear(x.float(), tensors["encoder"])
     normed = F.layer_norm(total, (plan.rank,), tensors["norm_weight"], tensors["norm_bias"])
     logits = F.linear(F.gelu(normed), tensors["decoder"])
-    order = logits.argsort(dim=-1, descending=True, stable=True)
-    count = (logits > plan.threshold).sum(-1, keepdim=True).clamp(1, plan.cap or plan.head_dim)
-    kept = torch.arange(plan.head_dim, device=x.device) < count
-    return torch.zeros_like(kept).expand(logits.shape).clone().scatter_(-1, order, kept.expand(logits.shape))
+    return capped_mask(logits, plan.threshold, plan.cap or plan.head_dim)

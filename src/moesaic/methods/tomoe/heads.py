@@ -80,6 +80,16 @@ class AttentionHead(nn.Module):
         hidden_R = F.gelu(self.decoder.norm(embedding_NR.mean(0)))
         return self.decoder.projection.weight[self.values :] @ hidden_R
 
+    @torch.no_grad()
+    def make_constant(self, logits: Tensor) -> None:
+        """Make every logit what is given, whatever the token and the embedding: [H + P]."""
+        if self.encoder is not None:
+            self.encoder.weight.zero_()
+        self.decoder.norm.weight.zero_()
+        self.decoder.norm.bias.fill_(1.0)
+        hidden = F.gelu(self.decoder.norm.bias)
+        self.decoder.projection.weight.copy_(logits[:, None] / hidden.sum() * torch.ones_like(hidden))
+
     def _dynamic(self, embedding_NR: Tensor, x_TD: Tensor, rows: slice) -> Tensor:
         assert self.encoder is not None
         hidden_TR = F.gelu(self.decoder.norm(embedding_NR.mean(0) + self.encoder(x_TD)))

@@ -24,7 +24,7 @@ from moesaic.methods.tomoe.export import export
 from moesaic.methods.tomoe.start import begin
 from moesaic.methods.tomoe.task import ToMoETask
 from moesaic.train.data import TrainData
-from moesaic.train.loop import train
+from moesaic.train.loop import STATE_NAME, train
 
 _EXPORT_WINDOWS = 8  # held-out windows that set caps and give loads
 
@@ -50,7 +50,7 @@ def plan_model(context: ModelContext, config: Config) -> ModelPlan:
     base = load_base(context, train_config.resolved_dtype())
     task = ToMoETask(config, context.anatomy, base, context.dense_layers, context.seed)
     held_out_HW, ids_NW = context.ids_NW[:held_out], context.ids_NW[held_out:]
-    if config.start != "noise":
+    if config.start != "noise" and not (context.folder / STATE_NAME).exists():
         context.progress.note(f"masks and routers start from {config.start}")
         begin(task, context.checkpoint, ids_NW)
     key = {"method": "tomoe", "options": config.model_dump(mode="json"), "dense_layers": list(context.dense_layers)}

@@ -54,6 +54,17 @@ def sample_route(
     return _straight_through(top_k_of(total_TN, top_k), top_k * soft_TN), soft_TN
 
 
+def capped_mask(logits: Tensor, threshold: float, cap: int) -> Tensor:
+    """Where logits [..., H] lie above the threshold: at least one and at most ``cap``, the largest; ties by index.
+
+    float [..., H], ones and zeros.
+    """
+    count = (logits > threshold).sum(-1, keepdim=True).clamp(1, cap)
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    kept = (torch.arange(logits.shape[-1], device=logits.device) < count).to(logits.dtype)
+    return torch.zeros_like(logits).scatter_(-1, order, kept)
+
+
 def top_k_of(scores_TN: Tensor, top_k: int) -> Tensor:
     """Ones at the K largest scores of each row, else zeros."""
     chosen_TK = scores_TN.argmax(-1, keepdim=True) if top_k == 1 else scores_TN.topk(top_k, dim=-1).indices

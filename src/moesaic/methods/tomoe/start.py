@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,12 +47,12 @@ def begin(task: ToMoETask, checkpoint: Checkpoint, ids_NW: Tensor) -> None:
     start, config = task.config.start, task.config
     plans = None if start == "clusters" else _plans_of(Path(start).expanduser(), task)
     width = task.budget.neuron_budget(*_expected_attention(task)) / sum(c.neuron * c.neurons for c in task.budget.costs)
-    inputs = ffn_inputs(task, ids_NW[: max(1, _TOKENS // ids_NW.shape[1])])
+    some_NW = ids_NW[: max(1, _TOKENS // ids_NW.shape[1])]
+    inputs = ffn_inputs(task, some_NW)
     embeddings = task.controller.hypernetwork()
     for place, (site, head) in enumerate(zip(task.ffns, task.controller.ffn_heads, strict=True)):
-        weights = load_ffn(checkpoint, site, task.anatomy.activation).to(torch.float32)
+        share_TF = energy_shares(load_ffn(checkpoint, site, task.anatomy.activation), inputs[place])
         x_TD = inputs[place].float()
-        share_TF = energy_shares(weights, x_TD)
         if plans is None:
             seed = derived_seed(task.seed, place)
             logits_NF, router_ND = token_clusters(x_TD, share_TF, config.experts, width / config.top_k, seed)
@@ -61,6 +62,7 @@ def begin(task: ToMoETask, checkpoint: Checkpoint, ids_NW: Tensor) -> None:
         assert head.offset_NF is not None
         head.offset_NF.copy_(wanted_NF - head.decoder(embeddings[2 * place + 1]))
         head.router.weight.copy_(router_ND)
+    begin_attention(task, some_NW, embeddings)
 
 
 def token_clusters(x_TD: Tensor, share_TF: Tensor, experts: int, width: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -82,6 +84,7 @@ def token_clusters(x_TD: Tensor, share_TF: Tensor, experts: int, width: float, s
     """
     labels_T = _kmeans(x_TD, experts, seed)
     kept = max(1, round(width * share_TF.shape[1]))
+    factor_DD = ridge_factor(x_TD)
     router_ND = torch.zeros(experts, x_TD.shape[1])
     energy_NF = torch.zeros(experts, share_TF.shape[1])
     for _ in range(_ROUNDS):
@@ -90,20 +93,29 @@ def token_clusters(x_TD: Tensor, share_TF: Tensor, experts: int, width: float, s
         empty_N = torch.bincount(labels_T, minlength=experts) == 0
         energy_NF = torch.where(empty_N[:, None], share_TF.mean(0), means_NF)
         sets_NF = torch.zeros_like(energy_NF).scatter_(1, energy_NF.topk(kept, dim=1).indices, 1.0)
-        router_ND = fit_router(x_TD, share_TF @ sets_NF.T)
+        router_ND = fit_router(x_TD, share_TF @ sets_NF.T, factor_DD)
         labels_T = (x_TD @ router_ND.T).argmax(1)
+    return standardised(energy_NF, kept), router_ND
+
+
+def standardised(energy_NF: Tensor, kept: int) -> Tensor:
+    """Log energies in standard deviations of their row, 0 at the last of the ``kept`` largest."""
     log_NF = energy_NF.clamp(min=1e-12).log()
-    threshold_N1 = log_NF.sort(dim=1, descending=True).values[:, kept - 1 : kept]
-    return ((log_NF - threshold_N1) / log_NF.std(dim=1, keepdim=True)).clamp(-_REACH, _REACH), router_ND
+    threshold_N1 = log_NF.sort(dim=-1, descending=True).values[:, kept - 1 : kept]
+    return ((log_NF - threshold_N1) / log_NF.std(dim=-1, keepdim=True)).clamp(-_REACH, _REACH)
 
 
-def fit_router(x_TD: Tensor, gain_TN: Tensor) -> Tensor:
-    """Ridge regression of what each expert is worth to a token, relative to the others, scaled to logits; [N, D]."""
-    target_TN = gain_TN - gain_TN.mean(1, keepdim=True)
+def ridge_factor(x_TD: Tensor) -> Tensor:
+    """Cholesky factor of x^T x plus the ridge."""
     gram_DD = x_TD.T @ x_TD
     gram_DD.diagonal().add_(_RIDGE * float(gram_DD.diagonal().mean()))
-    weight_ND = torch.linalg.solve(gram_DD, x_TD.T @ target_TN).T
-    return scaled_router(weight_ND, x_TD)
+    return torch.linalg.cholesky(gram_DD)
+
+
+def fit_router(x_TD: Tensor, gain_TN: Tensor, factor_DD: Tensor) -> Tensor:
+    """Ridge regression of what each expert is worth to a token, relative to the others, scaled to logits; [N, D]."""
+    target_TN = gain_TN - gain_TN.mean(1, keepdim=True)
+    return scaled_router(torch.cholesky_solve(x_TD.T @ target_TN, factor_DD).T, x_TD)
 
 
 def scaled_router(weight_ND: Tensor, x_TD: Tensor) -> Tensor:
@@ -115,7 +127,8 @@ def scaled_router(weight_ND: Tensor, x_TD: Tensor) -> Tensor:
 
 def energy_shares(weights: FFNWeights, x_TD: Tensor) -> Tensor:
     """(h_i |down_i|)^2 over its sum: what each neuron has in each token's energy, so that all tokens count alike."""
-    energy_TF = (weights.hidden(x_TD) * weights.down_DF.norm(dim=0)).square()
+    hidden_TF = weights.to(x_TD.dtype).hidden(x_TD).float()
+    energy_TF = (hidden_TF * weights.down_DF.float().norm(dim=0)).square()
     return energy_TF / energy_TF.sum(1, keepdim=True).clamp(min=1e-30)
 
 
@@ -130,11 +143,74 @@ def ffn_inputs(task: ToMoETask, ids_BW: Tensor) -> list[Tensor]:
         task.base.get_submodule(site.path).register_forward_pre_hook(remember(place))  # type: ignore[arg-type]
         for place, site in enumerate(task.ffns)
     ]
+    _run_dense(task, ids_BW, handles)
+    return [torch.cat(parts).cpu() for parts in found]
+
+
+def begin_attention(task: ToMoETask, ids_BW: Tensor, embeddings: Tensor) -> None:
+    """Start the masks of attention at the pairs and value dims of largest energy, the same for all tokens at first.
+
+    A pair's energy is that of queries times that of keys, a value dim's what it adds to the output projection's result;
+    both as shares of each token's, summed over the heads. The decoder's rows are moved along the hidden state of the
+    mean embedding, so that they give the wanted logits there.
+    """
+    if not task.attention:
+        return
+    config = task.config
+    shares = _projection_shares(task, ids_BW)
+    for place, (site, head) in enumerate(zip(task.attention, task.controller.attention_heads, strict=True)):
+        q_HC, k_HC, v_HC = (
+            shares[place, name].unflatten(0, (-1, site.head_dim)) for name in ("q_proj", "k_proj", "v_proj")
+        )
+        group = site.heads // site.key_heads
+        energy = [v_HC.repeat_interleave(group, 0) * _column_energies(task, place)] if head.values else []
+        if head.pairs:
+            q_HP, k_HP = (x_HC[:, : head.pairs] + x_HC[:, head.pairs :] for x_HC in (q_HC, k_HC))
+            energy.append(q_HP * k_HP.repeat_interleave(group, 0))
+        wanted = [
+            standardised(e_HC.sum(0, keepdim=True), max(1, round(config.active * e_HC.shape[1])))[0] for e_HC in energy
+        ]
+        decoder = head.decoder
+        hidden_R = nn.functional.gelu(decoder.norm(embeddings[2 * place].mean(0)))
+        missing = MEDIAN - config.bias + config.start_margin * torch.cat(wanted) - decoder.projection(hidden_R)
+        decoder.projection.weight += torch.outer(missing, hidden_R / hidden_R.square().sum())
+
+
+def _column_energies(task: ToMoETask, place: int) -> Tensor:
+    """Squared norms of the output projection's columns, [heads, H]."""
+    site = task.attention[place]
+    weight = task.base.get_submodule(f"{site.path}.o_proj").weight
+    assert isinstance(weight, Tensor)
+    return weight.float().square().sum(0).unflatten(0, (site.heads, site.head_dim))
+
+
+def _projection_shares(task: ToMoETask, ids_BW: Tensor) -> dict[tuple[int, str], Tensor]:
+    """Mean over tokens of each output coordinate's share in the energy of its projection."""
+    sums: dict[tuple[int, str], Tensor] = {}
+
+    def remember(place: int, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            energy = output.float().square().flatten(0, -2)
+            share = (energy / energy.sum(1, keepdim=True).clamp(min=1e-30)).sum(0)
+            sums[place, name] = sums.get((place, name), torch.zeros(())) + share
+
+        return hook
+
+    handles = [
+        task.base.get_submodule(f"{site.path}.{name}").register_forward_hook(remember(place, name))
+        for place, site in enumerate(task.attention)
+        for name in ("q_proj", "k_proj", "v_proj")
+    ]
+    _run_dense(task, ids_BW[: max(1, len(ids_BW) // 4)], handles)
+    return sums
+
+
+def _run_dense(task: ToMoETask, ids_BW: Tensor, handles: Sequence[Any]) -> None:
+    """The dense model on each window; then the hooks come off."""
     for ids in ids_BW.split(1):
         task.base(input_ids=ids.to(task.device), use_cache=False)
     for handle in handles:
         handle.remove()
-    return [torch.cat(parts).cpu() for parts in found]
 
 
 def _from_plan(plan: LayerPlan, x_TD: Tensor, share_TF: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +220,7 @@ def _from_plan(plan: LayerPlan, x_TD: Tensor, share_TF: Tensor) -> tuple[Tensor,
     if router.kind == "linear" and not router.normalise_input and "bias" not in router.tensors:
         router_ND = scaled_router(router.tensors["weight"].float(), x_TD)
     else:  # of another form: what the experts are worth decides
-        router_ND = fit_router(x_TD, share_TF @ held_NF.T)
+        router_ND = fit_router(x_TD, share_TF @ held_NF.T, ridge_factor(x_TD))
     return 2 * held_NF - 1, router_ND
 
 

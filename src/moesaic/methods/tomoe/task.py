@@ -107,11 +107,13 @@ class ToMoETask(TrainTask):
         return {"loss": kd + self.config.budget_weight * over} | figures
 
     def hard_gates(self, decoded: Decoded, shift: float, index_B: Tensor) -> SampledGates:
-        """Gates without noise: chosen masks, argmax routes, value dims on where they are on more often than off."""
-        masks = self.chosen_masks(decoded, shift)
-        unbiased = self.config.model_copy(update={"bias": self.config.bias - MEDIAN, "reference": False})
+        """Gates without noise: chosen masks, argmax routes, what is on more often than off in attention, capped."""
+        config, masks = self.config, self.chosen_masks(decoded, shift)
+        plain = config.model_copy(update={"reference": False})
         noise = Noise(self.seed, None, index_B, self.device)
-        return SampledGates(self.controller, decoded, masks, shift - MEDIAN, noise, unbiased)
+        heads = max(cost.head_dim for cost in self.budget.costs)
+        cap = self.budget.value_cap() if self.budget.values and config.cap == "budget" else heads
+        return SampledGates(self.controller, decoded, masks, shift, noise, plain, cap)
 
     @torch.no_grad()
     def decode(self) -> tuple[Decoded, float]:
@@ -130,7 +132,7 @@ class ToMoETask(TrainTask):
         """FFN masks within the budget, float [N, F] per layer, attention taken as it is expected to end."""
         config, costs = self.config, [cost.neuron for cost in self.budget.costs]
         pairs = self.pair_widths(decoded, shift)
-        values = [config.active * cost.head_dim for cost in self.budget.costs] if self.budget.values else None
+        values = [float(self.budget.value_cap())] * len(costs) if self.budget.values else None
         budget = max(self.budget.neuron_budget(pairs, values), config.top_k * sum(costs))
         logits = [logits_NF + shift for logits_NF in decoded.neurons]
         masks = choose_masks(logits, costs, budget, rule=config.rule, widths=config.widths, top_k=config.top_k)
@@ -174,7 +176,8 @@ class ToMoETask(TrainTask):
         if config.budget_control == "penalty":
             return loss + config.budget_weight * budget_loss(ratio, target)
         if gates.value_masks:  # the neurons' share is exact; only the values are pulled
-            used = sum(cost.dim * w for cost, w in zip(self.budget.costs, self._value_widths(gates), strict=True))
+            widths = self._value_widths(gates)
+            used = torch.stack([cost.dim * w for cost, w in zip(self.budget.costs, widths, strict=True)]).sum()
             loss = loss + config.budget_weight * budget_loss(used / self.budget.value_cost(), target)
         return loss
 

@@ -1,0 +1,201 @@
+"""Token clusters: sizes and storage, what routing and refitting gain, determinism, small and odd FFNs.
+
+Axes: T tokens, D model width, F neurons.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor
+
+import moesaic
+from moesaic.blueprint import LayerPlan
+from moesaic.errors import InputError
+from moesaic.materialise import build_ffn
+from moesaic.methods.base import SiteInputs
+from moesaic.methods.token_clusters.config import Config, check, needs_calibration, sizes
+from moesaic.methods.token_clusters.method import plan_site
+from moesaic.nn.ffn import FFNWeights
+from tests.ffns import random_ffn, random_inputs
+
+SPLITS: dict[str, dict[str, Any]] = {
+    "overlapping": {"experts": 4},
+    "free": {"experts": 4, "max_params": None},
+    "disjoint": {"split": "disjoint", "experts": 8, "shared": 0.5},
+    "static": {"experts": 1},
+}
+
+
+def plan_of(weights: FFNWeights, x_TD: Tensor | None, seed: int = 0, **options: Any) -> LayerPlan:
+    return plan_site(weights, None if x_TD is None else SiteInputs(x_TD), Config(**options), seed)
+
+
+def clustered(tokens: int = 600, d_ff: int = 48) -> tuple[FFNWeights, Tensor]:
+    """An FFN in whose four token groups other neurons are loud, so that routing pays."""
+    weights = random_ffn(d_ff)
+    generator = torch.Generator().manual_seed(2)
+    group_T = torch.randint(4, (tokens,), generator=generator)
+    x_TD = random_inputs(tokens, seed=3) * 0.3
+    x_TD += 3 * torch.eye(16, dtype=torch.float64)[group_T]
+    return weights, x_TD
+
+
+@torch.no_grad()
+def error(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor) -> float:
+    """Mean over tokens of |y' - y|^2 / |y|^2."""
+    weights, x_TD = weights.to(torch.float32), x_TD.float()
+    y_TD = weights(x_TD)
+    return float(((build_ffn(weights, plan)(x_TD) - y_TD).square().sum(1) / y_TD.square().sum(1)).mean())
+
+
+@pytest.mark.parametrize("options", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize(("gated", "biases"), [(True, False), (False, True)])
+@pytest.mark.parametrize("active", [0.75, 0.4])
+def test_one_token_uses_what_was_asked_and_storage_is_within_its_bound(
+    options: dict[str, Any], gated: bool, biases: bool, active: float
+) -> None:
+    weights, x_TD = random_ffn(40, gated=gated, biases=biases), random_inputs(300)
+    plan = plan_of(weights, x_TD, active=active, **options)
+    assert abs(plan.active_neurons - active * 40) <= 0.5
+    assert len(plan.packed) == sizes(Config(active=active, **options), 40).stored
+    if "split" in options:
+        real = plan.packed[plan.packed >= 0]
+        assert real.sort().values.tolist() == list(range(40))
+    elif "max_params" not in options:
+        assert len(plan.packed) <= 2.5 * 40
+    assert torch.isfinite(build_ffn(weights.to(torch.float32), plan)(x_TD.float())).all()
+
+
+@given(
+    st.integers(30, 400),
+    st.floats(0.05, 1.0),
+    st.integers(1, 30),
+    st.sampled_from(["overlapping", "disjoint"]),
+    st.floats(1.2, 5.0),
+    st.floats(0.0, 0.99),
+)
+@settings(max_examples=200, deadline=None)
+def test_sizes_add_up(d_ff: int, active: float, experts: int, split: Any, max_params: float, shared: float) -> None:
+    config = Config(active=active, experts=experts, split=split, max_params=max_params, shared=shared)
+    try:
+        parts = sizes(config, d_ff)
+    except InputError:
+        assume(False)
+        raise
+    used = parts.shared + (sum(parts.own) * parts.top_k / len(parts.own) if parts.own else 0)
+    assert parts.shared >= 0
+    assert abs(used - max(1, round(active * d_ff))) <= 0.5
+    if parts.own and split == "overlapping":
+        assert parts.stored <= max_params * d_ff
+    elif parts.own:
+        assert parts.shared + sum(parts.own) == d_ff
+        assert 1 <= parts.top_k < experts
+
+
+def test_the_shared_part_is_nearly_a_multiple_of_an_expert() -> None:
+    parts = sizes(Config(active=0.722, experts=16), 1536)
+    assert -parts.shared % parts.own[0] <= parts.shared // parts.own[0] + 1
+
+
+@pytest.mark.parametrize("options", [SPLITS["overlapping"], SPLITS["disjoint"]], ids=["overlapping", "disjoint"])
+@pytest.mark.parametrize("refit", ["none", "global", "expert"])
+def test_routing_pays_where_token_groups_differ(options: dict[str, Any], refit: str) -> None:
+    weights, x_TD = clustered()
+    fit_TD, held_TD = x_TD[:400], x_TD[400:]
+    routed = error(weights, plan_of(weights, fit_TD, active=0.5, refit=refit, **options), held_TD)
+    static = error(weights, plan_of(weights, fit_TD, active=0.5, refit=refit, experts=1), held_TD)
+    assert routed < 0.9 * static
+
+
+@pytest.mark.parametrize("options", SPLITS.values(), ids=SPLITS)
+def test_each_refit_lowers_the_error(options: dict[str, Any]) -> None:
+    weights, x_TD = clustered()
+    plans = [plan_of(weights, x_TD, active=0.5, refit=refit, **options) for refit in ("none", "global", "expert")]
+    none, common, own = (error(weights, plan, x_TD) for plan in plans)
+    assert common < 0.95 * none
+    if "split" in options or options["experts"] == 1:
+        assert own == common
+    else:
+        assert own < common
+
+
+def test_one_expert_keeps_the_neurons_of_largest_share() -> None:
+    weights, x_TD = random_ffn(40), random_inputs(300)
+    energy_TF = (weights.hidden(x_TD) * weights.down_DF.norm(dim=0)).square()
+    share_F = (energy_TF / energy_TF.sum(dim=1, keepdim=True)).mean(dim=0)
+    plan = plan_of(weights, x_TD, experts=1)
+    assert plan.router.kind == "static"
+    assert plan.shared.tolist() == sorted(share_F.argsort(descending=True)[:30].tolist())
+
+
+@pytest.mark.parametrize("options", SPLITS.values(), ids=SPLITS)
+def test_the_same_inputs_and_seed_give_the_same_bytes(options: dict[str, Any]) -> None:
+    weights, x_TD = clustered(200)
+    one, two = (plan_of(weights, x_TD.bfloat16(), seed=7, **options) for _ in range(2))
+    assert torch.equal(one.packed, two.packed)
+    assert one.readout is not None
+    assert two.readout is not None
+    assert torch.equal(one.readout, two.readout)
+    for name, tensor in one.router.tensors.items():
+        assert torch.equal(tensor, two.router.tensors[name])
+
+
+@pytest.mark.parametrize("options", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_few_tokens_and_silent_ones(options: dict[str, Any], tokens: int) -> None:
+    weights, x_TD = random_ffn(40), random_inputs(tokens)
+    for inputs in (x_TD, x_TD * 0):
+        plan = plan_of(weights, inputs, **options)
+        assert plan.readout is not None
+        assert torch.isfinite(plan.readout).all()
+        assert all(torch.isfinite(tensor).all() for tensor in plan.router.tensors.values())
+
+
+def test_padding_neurons_read_out_nothing() -> None:
+    plan = plan_of(random_ffn(40), random_inputs(200), split="disjoint", experts=8, shared=0.5)
+    assert bool((plan.packed < 0).any())
+    assert plan.readout is not None
+    assert not plan.readout[:, plan.packed < 0].any()
+
+
+def test_refusals() -> None:
+    assert needs_calibration(Config())
+    for inputs in (None, random_inputs(0)):
+        with pytest.raises(InputError, match="need calibration inputs"):
+            plan_of(random_ffn(), inputs, experts=4)
+    with pytest.raises(InputError, match="no neuron of their own"):
+        check(Config(max_params=0.5), 40)
+    with pytest.raises(InputError, match="no neuron of their own"):
+        check(Config(experts=64, max_params=1.0), 40)
+    with pytest.raises(InputError, match="96 disjoint experts are more than"):
+        check(Config(split="disjoint"), 100)
+    with pytest.raises(InputError, match="one of 2 disjoint experts has more"):
+        check(Config(split="disjoint", experts=2, active=0.25), 40)
+    with pytest.raises(ValidationError):
+        Config(active=0.0)
+
+
+@pytest.mark.parametrize(("options", "target"), [(SPLITS["overlapping"], "glm4_moe"), (SPLITS["disjoint"], "moesaic")])
+def test_it_becomes_a_stock_model_and_one_of_ours(
+    options: dict[str, Any], target: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    made = moesaic.convert(
+        tiny("llama"),
+        tmp_path / "out",
+        method="token_clusters",
+        options=options,
+        target=target,
+        calibration={"tokens": 256, "window": 64},
+    )
+    assert made.target == target
+    parity = json.loads((made.output / "results.json").read_text())
+    assert "native_parity" in parity or "parity" in parity

@@ -1,0 +1,80 @@
+"""Least-squares refits of a down projection.
+
+Axes: T tokens, D model width, F neurons.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moesaic.solvers import refit as module
+from moesaic.solvers.refit import refit, refit_few, token_weights
+
+
+def problem(tokens: int, d_ff: int = 12, d_model: int = 5, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(down_DF, h_TF with a quarter of zeros, y_TD, w_T), float64."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    h_TF = draw(tokens, d_ff) * (torch.rand(tokens, d_ff, generator=generator) > 0.25)
+    return draw(d_model, d_ff), h_TF, draw(tokens, d_model), draw(tokens).abs() + 0.1
+
+
+def closed_form(down_DF: Tensor, h_TF: Tensor, y_TD: Tensor, w_T: Tensor, ridge: float) -> np.ndarray:
+    """The minimiser by stacked least squares on the change, [D, F]."""
+    root = w_T.sqrt().unsqueeze(1)
+    strength = ridge * float((root * h_TF).square().sum()) / h_TF.shape[1]
+    stacked = np.vstack([(root * h_TF).numpy(), np.sqrt(strength) * np.eye(h_TF.shape[1])])
+    wanted = np.vstack([(root * (y_TD - h_TF @ down_DF.T)).numpy(), np.zeros((h_TF.shape[1], len(down_DF)))])
+    return down_DF.numpy() + np.linalg.lstsq(stacked, wanted, rcond=None)[0].T
+
+
+@given(st.integers(1, 40), st.sampled_from([1e-3, 0.1, 1.0]), st.integers(0, 5), st.sampled_from([5, 1024]))
+@settings(max_examples=20, deadline=None)
+def test_both_forms_are_the_closed_form_for_any_batches_and_blocks(
+    tokens: int, ridge: float, seed: int, block: int
+) -> None:
+    down_DF, h_TF, y_TD, w_T = problem(tokens, seed=seed)
+    expected = closed_form(down_DF, h_TF, y_TD, w_T, ridge)
+    batches = list(zip(h_TF.split(7), y_TD.split(7), w_T.split(7), strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BLOCK", block)
+        many = refit(down_DF, batches, ridge)
+    np.testing.assert_allclose(many.numpy(), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(refit_few(down_DF, h_TF, y_TD, w_T, ridge).numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_another_readout_is_found() -> None:
+    down_DF, h_TF, _, w_T = problem(200)
+    other_DF = down_DF.flip(1)
+    found_DF = refit(down_DF, [(h_TF, h_TF @ other_DF.T, w_T)], 1e-9)
+    torch.testing.assert_close(found_DF.double(), other_DF, rtol=1e-5, atol=1e-5)
+
+
+def test_a_strong_ridge_and_silence_leave_the_projection() -> None:
+    down_DF, h_TF, y_TD, w_T = problem(9)
+    for function in (lambda *a: refit(down_DF, [a[:3]], a[3]), lambda *a: refit_few(down_DF, *a)):
+        torch.testing.assert_close(function(h_TF, y_TD, w_T, 1e12).double(), down_DF, rtol=1e-5, atol=1e-5)
+        assert torch.equal(function(h_TF * 0, y_TD, w_T, 0.1).double(), down_DF)
+
+
+def test_no_tokens_leave_the_projection() -> None:
+    down_DF, h_TF, y_TD, w_T = problem(3)
+    assert torch.equal(refit_few(down_DF, h_TF[:0], y_TD[:0], w_T[:0], 1.0).double(), down_DF)
+
+
+def test_weights_make_tokens_count_alike_whatever_their_size() -> None:
+    down_DF, h_TF, y_TD, _ = problem(30)
+    size_T1 = torch.logspace(-2, 3, 30, dtype=torch.float64).unsqueeze(1)
+    unit_T1 = y_TD.norm(dim=1, keepdim=True)
+    plain = refit(down_DF, [(h_TF / unit_T1, y_TD / unit_T1, torch.ones(30, dtype=torch.float64))], 0.1)
+    y_TD, h_TF = y_TD * size_T1, h_TF * size_T1
+    torch.testing.assert_close(refit(down_DF, [(h_TF, y_TD, token_weights(y_TD))], 0.1), plain)
+
+
+def test_tokens_without_output_weigh_nothing() -> None:
+    assert token_weights(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist() == [0.0, pytest.approx(1 / 25)]
