@@ -95,7 +95,7 @@ def in_engine(engine: str, folder: Path, made: dict[str, Any], python: Path | No
         if engine == "llama.cpp":
             file = export_gguf(folder, folder.with_suffix(".gguf"), "f32").output
             return llama_cpp_parity(file, ids_NW, stock_logits(folder), candidates=tiny_models.VOCAB).to_dict()
-        if reason := otherwise_in_vllm(Checkpoint(folder).config):
+        if reason := otherwise_in_vllm(Checkpoint(folder)):
             return {"refused": [reason]}
         return vllm_parity(folder, ids_NW, stock_logits(folder), python=python).to_dict()
     except MoesaicError as error:

@@ -20,7 +20,7 @@ Tiny = Callable[[str], Path]
 
 
 def write_gguf(folder: Path, file: Path, about: Callable[[gguf.GGUFWriter], None] | None = None) -> Path:
-    """A tiny Llama as GGUF: FFN matrices in Q8_0 where their width allows it, the rest in F32; ``about``: more fields."""
+    """A tiny Llama as GGUF: FFN matrices in Q8_0 where the width allows, the rest F32; ``about``: more fields."""
     checkpoint, tokenizer = Checkpoint(folder), AutoTokenizer.from_pretrained(folder)
     config = checkpoint.config
     writer = gguf.GGUFWriter(file, "llama")

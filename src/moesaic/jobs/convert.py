@@ -23,13 +23,15 @@ from moesaic.checkpoint.output import read_split, write_layer, write_rest
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import StagedOutput
 from moesaic.jobs import forecast
-from moesaic.jobs.decide import Decisions, blueprint_of, decide_layers, step_of
+from moesaic.jobs.decide import Decisions, blueprint_of, decide_layers, step_of, trains_whole_model
 from moesaic.jobs.job import Job, prepare
 from moesaic.progress import Progress, Silent
 from moesaic.report.card import model_card
 from moesaic.settings import ConvertSettings, build
 from moesaic.targets import AUTO, Choice, choose_target, get_target
 from moesaic.targets.base import Split, TargetOptions
+
+_CURVES = ("active_mean", "coverage", "load_max")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ def convert(
         split = read_split(job.checkpoint, job.anatomy, made.plans, blueprint_made.attention)
         choice = choose(split, settings.target, settings.target_options, progress)
         _write(job, staged, blueprint_made, choice, progress)
+        if trains_whole_model(job):
+            from moesaic.jobs.training_record import write_record
+
+            write_record(staged, _CURVES)
         results: dict[str, Any] = {"conversion": {"method": blueprint_made.method, "target": choice.name}}
         if made.router_fits:
             results["router_fit"] = _summary(made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,8 @@ def _check_whole_model(settings: ConvertSettings) -> None:
         raise InputError(f"method {settings.method} learns its own linear router", "leave --router out")
     if settings.hierarchical:
         raise InputError(f"method {settings.method} starts from a dense model", "leave --hierarchical out")
+    if importlib.util.find_spec("accelerate") is None:
+        raise InputError("training needs accelerate", "pip install 'moesaic[tune]'")
 
 
 def _check_sources(calibration: CalibrationConfig) -> None:

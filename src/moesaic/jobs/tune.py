@@ -7,7 +7,6 @@ Axes: N windows, W tokens per window.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,12 +24,13 @@ from moesaic.checkpoint.output import output_names, read_split, write_side_files
 from moesaic.checkpoint.placement import absolute, partial_of
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import RESULTS_NAME, StagedOutput
-from moesaic.errors import InputError, VerificationError
+from moesaic.errors import VerificationError
 from moesaic.evaluate.native_parity import native_parity, parity_ids
 from moesaic.evaluate.parity import TOLERANCE, relative_difference
 from moesaic.evaluate.runtime import Runtime
 from moesaic.jobs.decide import step_of
 from moesaic.jobs.job import load_tokenizer
+from moesaic.jobs.training_record import write_record
 from moesaic.jobs.verify import check_tensors
 from moesaic.materialise import TENSOR_NAMES
 from moesaic.nn.modeling_moesaic import MoesaicForCausalLM
@@ -40,8 +40,7 @@ from moesaic.settings import build
 from moesaic.targets import choose_target, get_target
 from moesaic.targets.base import Split
 from moesaic.train.data import TrainData, read_data
-from moesaic.train.loop import BEST_NAME, LOG_NAME, STATE_NAME, TrainReport, read_log, train
-from moesaic.train.plots import plot_curves
+from moesaic.train.loop import BEST_NAME, STATE_NAME, TrainReport, train
 from moesaic.train.state import load_into, read
 from moesaic.tune.config import DEFAULT_PRESET, TuneConfig, preset
 from moesaic.tune.mark import KEY
@@ -49,7 +48,6 @@ from moesaic.tune.model import load_dense, make_student, merge_adapters, tuned_b
 from moesaic.tune.request import TuneRequest, check_tune, is_worker
 from moesaic.tune.task import TuneTask
 
-CURVES = "train.png"
 _PARITY_WINDOW = 256
 _ROUTING = ("gate", "selection_bias", "router_tensors")
 """Keys of an FFN's spec that training can change."""
@@ -262,10 +260,7 @@ def _write(
         KEY: json.loads(json.dumps(about)),
     }
     write_side_files(request.source, staged, split, blueprint, provenance, target, request.options)
-    lines = [{name: value for name, value in line.items() if name != "seconds"} for line in read_log(staged.training)]
-    staged.write_text(LOG_NAME, "".join(f"{json.dumps(line)}\n" for line in lines))
-    with contextlib.suppress(InputError):  # without matplotlib there is the log
-        plot_curves(staged.training, staged.folder / CURVES)
+    write_record(staged)
 
 
 class _Stored:

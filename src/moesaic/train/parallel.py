@@ -91,3 +91,33 @@ def _accelerator() -> Accelerator:
     # that no token chose have no gradient, which DDP must be told to expect.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """``value`` averaged over the processes, for losses that are not means over tokens.
+
+    The gradient is this process's share: averaged over the processes, as DDP and FSDP do, it is the gradient that one
+    process would have with the whole batch.
+    """
+    if not _several():
+        return value
+    everywhere = value.detach().clone()
+    torch.distributed.all_reduce(everywhere)
+    return value + (everywhere / torch.distributed.get_world_size() - value).detach()
+
+
+def max_over_processes(values_T: Tensor) -> Tensor:
+    """The largest of all processes' values; the gradient is shared evenly by those that equal it, see above."""
+    if not _several():
+        return values_T.max()
+    largest = values_T.detach().max()
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    equal_T = (values_T == largest).to(values_T.dtype)
+    count = equal_T.sum()
+    torch.distributed.all_reduce(count)
+    share_T = equal_T * torch.distributed.get_world_size() / count
+    return largest + (share_T * (values_T - values_T.detach())).sum()
+
+
+def _several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

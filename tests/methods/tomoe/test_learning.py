@@ -49,6 +49,7 @@ def planted(**options: Any) -> ToMoETask:
         gate[:, :CLASSES] = (2 * torch.eye(CLASSES) - 1).repeat_interleave(GROUP, dim=0) * 3
         parameters["model.layers.0.mlp.gate_proj.weight"].copy_(gate)
     options = {
+        "start": "noise",
         "experts": CLASSES,
         "active": 1 / CLASSES,
         "counted": "ffn",

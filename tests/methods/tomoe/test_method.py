@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from moesaic.anatomy import read_anatomy
 from moesaic.blueprint import Blueprint, LayerPlan, Router
@@ -90,8 +91,6 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
 
 
 def started(folder: Path, **options: Any) -> ToMoETask:
-    from transformers import AutoModelForCausalLM
-
     here = context(folder)
     task = ToMoETask(config(**options), here.anatomy, AutoModelForCausalLM.from_pretrained(here.checkpoint.folder))
     if options["start"] != "noise":
@@ -189,3 +188,24 @@ def test_small_ffns_and_calibration() -> None:
     assert needs_calibration(Config())
     with pytest.raises(InputError, match="no neuron"):
         check(Config(active=0.1), 5)
+
+
+def test_attention_starts_at_what_carries_most_energy(tmp_path: Path) -> None:
+    """The pairs and value dims that the weights were made to favour are the ones that start on."""
+    here = context(tmp_path, "granite")
+    base = AutoModelForCausalLM.from_pretrained(here.checkpoint.folder)
+    task = ToMoETask(config(start="clusters", attention="both", active=0.75), here.anatomy, base)
+    loud_pairs, loud_dims = [0, 2, 3], [1, 2, 4, 5, 6, 7]
+    for site in task.attention:
+        for name, dims in (("q", [1, 5]), ("k", [1, 5]), ("v", [0, 3])):
+            weight = base.get_submodule(f"{site.path}.{name}_proj").weight
+            assert isinstance(weight, torch.Tensor)
+            weight.data.unflatten(0, (-1, site.head_dim))[:, dims] *= 0.01
+    begin(task, here.checkpoint, tokens(40, 16))
+    decoded, _ = task.decode()
+    for place, head in enumerate(task.controller.attention_heads):
+        logits_P = decoded.pairs[place]
+        assert logits_P is not None
+        assert sorted(logits_P.topk(3).indices.tolist()) == loud_pairs
+        still = head.value_logits(decoded.embeddings[2 * place], torch.zeros(32))
+        assert sorted(still.topk(6).indices.tolist()) == loud_dims

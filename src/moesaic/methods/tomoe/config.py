@@ -186,6 +186,8 @@ class Config(MethodConfig):
             train = {**preset["train"], **train}
         if values.get("masks") == "random" or values.get("offset") is False:
             preset = {**preset, "start": "noise"}
+        if {**preset, **values}.get("start", "noise") != "noise":  # it begins at the budget: nothing to descend
+            preset = {**preset, "descent": 0.0}
         return {**preset, **values, "train": train}
 
     @model_validator(mode="after")

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moesaic.train.parallel import mean_over_processes
+
 _C = 0.001
 
 
@@ -49,6 +51,7 @@ def balance_loss(choices: Sequence[Tensor], probabilities: Sequence[Tensor]) -> 
     """
     terms = []
     for choice_TN, probability_TN in zip(choices, probabilities, strict=True):
-        load_N = choice_TN.detach().flatten(0, -2).mean(0)
-        terms.append((load_N / load_N.sum() * probability_TN.flatten(0, -2).mean(0)).sum())
+        load_N = mean_over_processes(choice_TN.detach().flatten(0, -2).mean(0))
+        mean_N = mean_over_processes(probability_TN.flatten(0, -2).mean(0))
+        terms.append((load_N / load_N.sum() * mean_N).sum())
     return torch.stack(terms).mean()

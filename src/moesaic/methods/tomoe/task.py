@@ -24,7 +24,11 @@ from moesaic.methods.tomoe.samplers import MEDIAN
 from moesaic.methods.tomoe.selection import choose_masks, expected_shift
 from moesaic.train.data import derived_seed
 from moesaic.train.losses import kl_divergence
+from moesaic.train.parallel import max_over_processes, mean_over_processes
 from moesaic.train.task import TrainTask
+
+_LIFT = 12.0
+"""How far above b the common shift may go: logits that have all drifted down must still meet the budget."""
 
 
 class ToMoETask(TrainTask):
@@ -164,7 +168,7 @@ class ToMoETask(TrainTask):
         weights = [config.top_k * cost.neuron / config.experts for cost in self.budget.costs]
         weights += [2.0 * cost.dim for cost, p in zip(self.budget.costs, decoded.pairs, strict=True) if p is not None]
         plain = [logit.detach() for logit in logits]
-        shift = expected_shift(plain, weights, self.budget.static_budget(target), config.bias)
+        shift = expected_shift(plain, weights, self.budget.static_budget(target), config.bias + _LIFT)
         projected = iter(tangential(logits, weights, shift))
         neurons = [next(projected) for _ in decoded.neurons]
         pairs = [None if pair is None else next(projected) for pair in decoded.pairs]
@@ -215,7 +219,7 @@ class ToMoETask(TrainTask):
 
 
 def _over_tokens(widths_T: Tensor, width: str) -> Tensor:
-    return widths_T.max() if width == "max" else widths_T.mean()
+    return max_over_processes(widths_T) if width == "max" else mean_over_processes(widths_T.mean())
 
 
 def _entropy(logits: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""The distillation laboratory: is there a sparse mixture of experts inside this FFN?"""
