@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"m {args.m}, k {args.k}, batch {args.batch}, d {args.d}, fp32, {args.threads} threads, torch {torch.__version__}")
+    print(f"m {args.m}, k {args.k}, batch {args.batch}, d {args.d}, fp32, {args.threads} threads")
     rows = []
     for router in ("product", "low_rank", "full"):
         row = measure(router, args)

@@ -159,3 +159,20 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
     with pytest.raises(CheckpointError, match="format 99"):
         Blueprint.load(tmp_path)
+
+
+def test_trained_neurons_and_low_rank_routers_are_saved_digested_and_diffed(tmp_path: Path) -> None:
+    router = Router("low_rank", {"reduce": torch.randn(3, 8), "weight": torch.randn(2, 3)})
+    experts = (torch.tensor([2, 3]), torch.tensor([4, -1]))
+    plan = LayerPlan(5, torch.tensor([0, 1]), experts, 1, router, projections={"up_FD": torch.randn(6, 8)})
+    plain = replace(plan, projections={})
+    made = [Blueprint("llama", "f" * 64, "secret_moe", {}, {"model.layers.0.mlp": p}) for p in (plan, plain)]
+    made[0].save(tmp_path)
+    again = Blueprint.load(tmp_path)
+    assert again.digest() == made[0].digest() != made[1].digest()
+    assert again.diff(made[0]) == []
+    assert torch.equal(again.sites["model.layers.0.mlp"].projections["up_FD"], plan.projections["up_FD"])
+    assert plan.spec()["router_rank"] == 3
+    assert not plan.keeps_all
+    assert plain.keeps_all
+    torch.testing.assert_close(router.rows(), router.tensors["weight"] @ router.tensors["reduce"])

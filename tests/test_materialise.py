@@ -279,3 +279,18 @@ def test_blueprint_of_another_model_is_refused(tiny: Callable[[str], Path]) -> N
     wrong = random_partition(38, 5, 4)
     with pytest.raises(InputError, match="38 neurons, this one has 37"):
         apply_blueprint(model, Blueprint("llama", "", "", {}, {"model.layers.0.mlp": wrong}), anatomy)
+
+
+@pytest.mark.parametrize(
+    ("projections", "message"),
+    [
+        ({"up_FD": torch.zeros(3, 16)}, r"up_FD has shape \[3, 16\], this FFN needs \[37, 16\]"),
+        ({"gate_bias_F": torch.zeros(37)}, "gate_bias_F, which this FFN does not have"),
+        ({"down_DF": torch.zeros(16, 37)}, "down_DF"),
+    ],
+)
+def test_trained_neurons_of_another_form_are_refused(projections: dict[str, torch.Tensor], message: str) -> None:
+    weights = FFNWeights(torch.ones(37, 16), torch.ones(16, 37), "silu")
+    plan = LayerPlan(37, torch.arange(37), projections=projections)
+    with pytest.raises(InputError, match=message):
+        pack(weights, plan)

@@ -27,7 +27,7 @@ FORMAT = 1
 JSON_NAME = "blueprint.json"
 TENSORS_NAME = "blueprint.safetensors"
 
-RouterKind = Literal["static", "linear", "gated"]
+RouterKind = Literal["static", "linear", "low_rank", "gated"]
 GateKind = Literal["uniform", "scaled", "softmax_topk", "sigmoid"]
 
 
@@ -37,6 +37,8 @@ class Router:
 
     ``static``: every expert, always; no tensors.
     ``linear``: scores ``z = W x + b``; tensors ``weight`` [E, D], optional ``bias`` [E].
+    ``low_rank``: scores ``z = K (P x) + b`` (arXiv 2512.18452); tensors ``reduce`` P [p, D], ``weight`` K [E, p],
+    optional ``bias`` [E].
     ``gated``: scores ``|(W_u x + b_u) * act(W_g x + b_g)|`` (CMoE section 5); tensors ``up`` [E, D], optional ``gate``
     [E, D], ``up_bias`` [E], ``gate_bias`` [E]. Without ``gate`` the score is ``|act(W_u x + b_u)|`` (ungated FFN).
 
@@ -46,6 +48,16 @@ class Router:
     kind: RouterKind
     tensors: dict[str, Tensor] = field(default_factory=dict)
     normalise_input: bool = False
+
+    @property
+    def affine(self) -> bool:
+        """Whether scores are ``W x + b`` with the W of :meth:`rows`."""
+        return self.kind in ("linear", "low_rank")
+
+    def rows(self) -> Tensor:
+        """W of an affine router, float32 [E, D]; that of ``low_rank`` is multiplied out."""
+        weight = self.tensors["weight"].float()
+        return weight @ self.tensors["reduce"].float() if self.kind == "low_rank" else weight
 
 
 STATIC = Router("static")
@@ -83,8 +95,12 @@ class LayerPlan:
         expert_scale: Factor folded into each expert's down projection: float [E] or per output coordinate [E, D].
         readout: Replacement down projection of the packed neurons [shared; expert 0; ...], float [D, S + sum M].
         bias: Replacement output bias, float [D].
+        projections: Replacements of what the packed neurons read, by field of :class:`FFNWeights`: ``gate_FD`` and
+            ``up_FD`` [S + sum M, D], ``gate_bias_F`` and ``up_bias_F`` [S + sum M]; of the FFN's own form. The indices
+            then say where each neuron started.
         union: Experts that overlap are stored once, as index sets over the U neurons that are in any of them; what
-            they share cannot be changed for one of them, so ``fade``, ``expert_scale`` and ``readout`` are out.
+            they share cannot be changed for one of them, so ``fade``, ``expert_scale``, ``readout`` and ``projections``
+            are out.
     """
 
     d_ff: int
@@ -100,6 +116,7 @@ class LayerPlan:
     readout: Tensor | None = None
     bias: Tensor | None = None
     union: bool = False
+    projections: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         widths = {len(expert) for expert in self.experts}
@@ -121,9 +138,10 @@ class LayerPlan:
                 )
         if self.union and static:
             raise InputError("experts stored as a union under a static router", "what is always on is the shared part")
-        if self.union and any(v is not None for v in (self.fade, self.expert_scale, self.readout)):
+        own = self.projections or any(v is not None for v in (self.fade, self.expert_scale, self.readout))
+        if self.union and own:
             raise InputError(
-                "experts stored as a union cannot have weights of their own (fade, expert_scale, readout)",
+                "experts stored as a union cannot have weights of their own (fade, expert_scale, readout, projections)",
                 "store them packed: union=False",
             )
 
@@ -173,7 +191,8 @@ class LayerPlan:
     def keeps_all(self) -> bool:
         """Whether each of the ``d_ff`` neurons is stored exactly once, unmodified: then dense can be had back."""
         real = self.packed[self.packed >= 0]
-        unchanged = all(v is None for v in (self.fade, self.expert_scale, self.readout, self.bias))
+        changes = (self.fade, self.expert_scale, self.readout, self.bias)
+        unchanged = not self.projections and all(v is None for v in changes)
         return unchanged and len(real) == self.d_ff and len(torch.unique(real)) == self.d_ff
 
     @property
@@ -187,20 +206,26 @@ class LayerPlan:
 
     def spec(self) -> dict[str, Any]:
         """What the runtime must know to build this FFN, as it stands in ``config.json``: shapes and switches."""
-        union = {"union": True} if self.union else {}  # absent otherwise: specs of earlier versions lack it
-        return union | {
-            "neurons": len(self.packed),
-            "shared": len(self.shared),
-            "experts": len(self.experts),
-            "expert_width": self.expert_width,
-            "top_k": self.top_k,
-            "router": self.router.kind,
-            "router_tensors": sorted(self.router.tensors),
-            "normalise_input": self.router.normalise_input,
-            "gate": self.gate,
-            "selection_bias": self.selection_bias is not None,
-            "down_bias": self.bias is not None,  # the materialiser adds: or the dense FFN has one
-        }
+        # Absent where they do not apply: specs of earlier versions lack them.
+        union = {"union": True} if self.union else {}
+        rank = {"router_rank": len(self.router.tensors["reduce"])} if self.router.kind == "low_rank" else {}
+        return (
+            union
+            | rank
+            | {
+                "neurons": len(self.packed),
+                "shared": len(self.shared),
+                "experts": len(self.experts),
+                "expert_width": self.expert_width,
+                "top_k": self.top_k,
+                "router": self.router.kind,
+                "router_tensors": sorted(self.router.tensors),
+                "normalise_input": self.router.normalise_input,
+                "gate": self.gate,
+                "selection_bias": self.selection_bias is not None,
+                "down_bias": self.bias is not None,  # the materialiser adds: or the dense FFN has one
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -282,7 +307,7 @@ class Blueprint:
 
 
 def _plan_diff(a: LayerPlan, b: LayerPlan) -> list[str]:
-    old, new = ({"union": False} | plan.spec() for plan in (a, b))
+    old, new = ({"union": False, "router_rank": None} | plan.spec() for plan in (a, b))
     changed = [f"{key} {value!r} -> {new[key]!r}" for key, value in old.items() if value != new[key]]
     if not torch.equal(torch.unique(a.shared), torch.unique(b.shared)):
         kept = len(set(a.shared.tolist()) & set(b.shared.tolist()))
@@ -309,6 +334,7 @@ def _plan_tensors(plan: LayerPlan) -> dict[str, Tensor]:
     for name in ("selection_bias", "gate_scale", "expert_scale", "readout", "bias"):
         if (tensor := getattr(plan, name)) is not None:
             tensors[name] = tensor
+    tensors |= {f"projection.{name}": tensor for name, tensor in plan.projections.items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -341,6 +367,10 @@ def _encode(blueprint: Blueprint) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return structure, tensors
 
 
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def _decode(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Blueprint:
     owned: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -360,12 +390,13 @@ def _decode(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Blue
             top_k=entry["top_k"],
             router=Router(
                 entry["router"],
-                {name.removeprefix("router."): t for name, t in own.items() if name.startswith("router.")},
+                _under("router.", own),
                 entry["normalise_input"],
             ),
             gate=entry["gate"],
             fade=None if fade is None else WeightFade(tuple(fade["fractions"]), fade["scope"]),
             union=entry.get("union", False),
+            projections=_under("projection.", own),
             **{name: own.get(name) for name in ("selection_bias", "gate_scale", "expert_scale", "readout", "bias")},
         )
     attention = {

@@ -44,15 +44,17 @@ def pack(weights: FFNWeights, plan: LayerPlan) -> dict[str, Tensor]:
     """The tensors of the converted FFN, by name relative to its module path; new memory, contiguous.
 
     Projections and biases keep the dtype of ``weights``; router, ``selection_bias`` and ``gate_scale`` are fp32. Order:
-    neurons are picked (-1 gives zeros), ``readout`` replaces the down projection, ``fade`` zeroes the smallest weights
-    of each expert, ``expert_scale`` multiplies each expert's down projection, ``bias`` replaces the output bias. A
-    union has its table ``membership`` as well, bool.
+    neurons are picked (-1 gives zeros), ``projections`` replace what they read, ``readout`` replaces the down
+    projection, ``fade`` zeroes the smallest weights of each expert, ``expert_scale`` multiplies each expert's down
+    projection, ``bias`` replaces the output bias. A union has its table ``membership`` as well, bool.
 
     Raises:
-        InputError: the plan is for an FFN of another size.
+        InputError: the plan is for an FFN of another size or form.
     """
     _check_fits(weights, plan)
     packed = weights.take(plan.packed, keep_down_bias=True)
+    if plan.projections:
+        packed = _reprojected(packed, plan)
     if plan.readout is not None:
         readout_DP = plan.readout * (plan.packed >= 0)
         packed = replace(packed, down_DF=readout_DP.to(packed.down_DF.dtype))
@@ -234,6 +236,23 @@ def _check_fits(weights: FFNWeights, plan: LayerPlan) -> None:
             f"the plan is for an FFN of {plan.d_ff} neurons, this one has {weights.d_ff}",
             "use the blueprint with the model that it was made from",
         )
+
+
+def _reprojected(packed: FFNWeights, plan: LayerPlan) -> FFNWeights:
+    """``plan.projections`` in place; padding neurons stay zero. InputError where they are not of the FFN's form."""
+    own = packed.tensors()
+    real_P = plan.packed >= 0
+    made = {}
+    for name, tensor in plan.projections.items():
+        if name not in ("gate_FD", "up_FD", "gate_bias_F", "up_bias_F") or name not in own:
+            raise InputError(f"the plan replaces {name}, which this FFN does not have", "use the blueprint's own model")
+        if tensor.shape != own[name].shape:
+            raise InputError(
+                f"the plan's {name} has shape {list(tensor.shape)}, this FFN needs {list(own[name].shape)}",
+                "use the blueprint with the model that it was made from",
+            )
+        made[name] = (tensor * real_P.view(-1, *[1] * (tensor.dim() - 1))).to(own[name].dtype)
+    return replace(packed, **made)
 
 
 def _expert_slices(plan: LayerPlan) -> list[slice]:

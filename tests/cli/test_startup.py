@@ -31,7 +31,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("convert", "--help"), ("methods",), ("methods", "cmoe"), ("eval", "--help"), ("targets",)],
+    [
+        ("--help",),
+        ("convert", "--help"),
+        ("methods",),
+        ("methods", "cmoe"),
+        ("eval", "--help"),
+        ("distill", "--help"),
+        ("targets",),
+    ],
 )
 def test_help_and_lists_import_nothing_heavy(arguments: tuple[str, ...]) -> None:
     done = run(*arguments)

@@ -12,7 +12,7 @@ from moesaic.blueprint import LayerPlan, Router, WeightFade
 from moesaic.layout import Layout
 from moesaic.nn.ffn import FFNWeights
 
-ROUTERS = ("static", "linear", "linear_bias_normalised", "gated", "gated_biases", "gated_ungated")
+ROUTERS = ("static", "linear", "linear_bias_normalised", "low_rank", "gated", "gated_biases", "gated_ungated")
 EXTRAS = ("plain", "selection_bias", "changed_weights")
 
 
@@ -36,6 +36,8 @@ def random_router(kind: str, experts: int, d_model: int, seed: int = 0) -> Route
     matrices = {name: draw(experts, d_model) for name in ("weight", "gate", "up")}
     biases = {name: draw(experts) for name in ("bias", "gate_bias", "up_bias")}
     every = matrices | biases
+    if kind == "low_rank":
+        return Router("low_rank", {"reduce": draw(3, d_model), "weight": draw(experts, 3), "bias": draw(experts)})
     names = {
         "static": (),
         "linear": ("weight",),
@@ -60,6 +62,9 @@ def random_plan(
     count, d_model = len(experts), weights.d_model
     generator = torch.Generator().manual_seed(seed + 2000)
     changed = extra == "changed_weights"
+    rows = len(shared) + sum(map(len, experts))
+    read = {name: t for name, t in weights.tensors().items() if not name.startswith("down")} if changed else {}
+    projections = {name: torch.randn(rows, *t.shape[1:], generator=generator) for name, t in read.items()}
     return LayerPlan(
         d_ff=weights.d_ff,
         shared=shared,
@@ -73,4 +78,5 @@ def random_plan(
         expert_scale=1 + 0.1 * torch.randn(count, d_model, generator=generator) if changed else None,
         readout=torch.randn(d_model, len(shared) + sum(map(len, experts)), generator=generator) if changed else None,
         bias=torch.randn(d_model, generator=generator) if changed else None,
+        projections=projections,
     )

@@ -8,7 +8,21 @@ import sys
 
 import typer
 
-from moesaic.cli import convert, demo, doctor, eval, export, inspect, methods, plan, targets, tune, undo, verify
+from moesaic.cli import (
+    convert,
+    demo,
+    distill,
+    doctor,
+    eval,
+    export,
+    inspect,
+    methods,
+    plan,
+    targets,
+    tune,
+    undo,
+    verify,
+)
 from moesaic.cli.console import fail
 from moesaic.errors import MoesaicError
 
@@ -20,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _verb in (demo, plan, convert, eval, export, inspect, tune, verify, undo, methods, targets, doctor):
+for _verb in (demo, plan, convert, eval, export, inspect, tune, distill, verify, undo, methods, targets, doctor):
     _verb.attach(app)
 
 

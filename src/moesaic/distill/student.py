@@ -61,7 +61,7 @@ class FullRouter(nn.Module):
 
     def choose(self, x_TD: Tensor, k: int) -> tuple[Incidence, Tensor]:
         """The chosen experts and their logits [T, K], with gradient for the chosen rows alone."""
-        incidence = _search(self.logits, x_TD, k, len(self.bias_E))
+        incidence = search(self.logits, x_TD, k, len(self.bias_E))
         return incidence, dots(incidence, self.weight_ED, x_TD) + self.bias_E[incidence.index_TK]
 
 
@@ -81,7 +81,7 @@ class LowRankRouter(nn.Module):
     def choose(self, x_TD: Tensor, k: int) -> tuple[Incidence, Tensor]:
         """See :meth:`FullRouter.choose`."""
         query_TP = x_TD @ self.reduce_PD.T
-        incidence = _search(lambda q_TP: F.linear(q_TP, self.weight_EP, self.bias_E), query_TP, k, len(self.bias_E))
+        incidence = search(lambda q_TP: F.linear(q_TP, self.weight_EP, self.bias_E), query_TP, k, len(self.bias_E))
         return incidence, dots(incidence, self.weight_EP, query_TP) + self.bias_E[incidence.index_TK]
 
 
@@ -200,7 +200,7 @@ def _router(spec: StudentSpec, d_model: int, generator: torch.Generator) -> Rout
 
 
 @torch.no_grad()
-def _search(score: Callable[[Tensor], Tensor], x_TD: Tensor, k: int, experts: int) -> Incidence:
+def search(score: Callable[[Tensor], Tensor], x_TD: Tensor, k: int, experts: int) -> Incidence:
     """The k best experts of each token, a block of tokens at a time, so that all logits are never held at once."""
     block = max(1, math.floor(_SEARCH_BYTES / (experts * x_TD.element_size())))
     chosen = [top_k(score(x_BD), k) for x_BD in x_TD.split(block)]

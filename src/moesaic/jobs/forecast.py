@@ -125,7 +125,8 @@ def shape_of(settings: ConvertSettings, d_ff: int, gated: bool = True) -> Shape:
 
 def shape_of_plan(plan: LayerPlan, fitted: bool = False) -> Shape:
     """The shape that a plan has; ``fitted``: its router will be replaced by a linear one."""
-    kind: RouterKind = "linear" if fitted and plan.router.kind != "static" else plan.router.kind
+    own = "linear" if plan.router.kind == "low_rank" else plan.router.kind
+    kind: RouterKind = "linear" if fitted and own != "static" else own
     width = max((len(expert) for expert in plan.experts), default=0)
     return Shape(plan.d_ff, len(plan.shared), len(plan.experts), width, plan.top_k, kind, "gate" in plan.router.tensors)
 

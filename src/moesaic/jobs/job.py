@@ -102,7 +102,9 @@ def _check_blueprint(given: Blueprint, anatomy: Anatomy) -> None:
             raise InputError(
                 f"the blueprint's {path} has {plan.d_ff} neurons, this model's {sites[path].d_ff}", "use its own model"
             )
-        widths = {tensor.shape[1] for tensor in plan.router.tensors.values() if tensor.dim() == 2}
+        low_rank = plan.router.kind == "low_rank"
+        reads = [plan.router.tensors["reduce"]] if low_rank else plan.router.tensors.values()
+        widths = {tensor.shape[1] for tensor in reads if tensor.dim() == 2}
         if widths - {anatomy.d_model}:
             raise InputError(
                 f"the blueprint's router of {path} reads width {max(widths)}, this model has {anatomy.d_model}",

@@ -45,9 +45,9 @@ def check_request(model: str | Path, settings: ConvertSettings, output: str | Pa
     config = method_config(settings)
     _check_whole_model(settings)
     if settings.router is not None or get_config(settings.method).needs_calibration(config):
-        _check_sources(settings.calibration)
+        check_sources(settings.calibration)
     if output is not None:  # before a model is fetched for it
-        check_output(absolute(output), _local_folder(model))
+        check_output(absolute(output), local_folder(model))
     checkpoint = Checkpoint(resolve_model(str(model)))
     anatomy = read_anatomy(checkpoint.config, hierarchical=settings.hierarchical)
     dense_layers = check_fits(settings.method, config, anatomy, settings.dense_layers)
@@ -68,7 +68,7 @@ def _check_whole_model(settings: ConvertSettings) -> None:
         raise InputError("training needs accelerate", "pip install 'moesaic[tune]'")
 
 
-def _check_sources(calibration: CalibrationConfig) -> None:
+def check_sources(calibration: CalibrationConfig) -> None:
     """Refuse calibration texts that are not there; what is in them is seen when they are read."""
     for source in calibration.expanded():
         if not source.builtin and not Path(source.name).expanduser().exists():
@@ -78,7 +78,8 @@ def _check_sources(calibration: CalibrationConfig) -> None:
             )
 
 
-def _local_folder(model: str | Path) -> Path | None:
+def local_folder(model: str | Path) -> Path | None:
+    """The model's folder when it is a local one."""
     try:
         path = Path(model).expanduser()
         return path if str(model) and path.is_dir() else None

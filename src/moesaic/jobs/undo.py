@@ -80,6 +80,7 @@ def what_is_lost(plan: LayerPlan) -> str | None:
         "has scaled down projections": plan.expert_scale,
         "has a refitted down projection": plan.readout,
         "has a refitted output bias": plan.bias,
+        "has trained neurons": plan.projections or None,
     }
     for reason, change in changes.items():
         if change is not None:

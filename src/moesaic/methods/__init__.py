@@ -17,6 +17,7 @@ METHODS: dict[str, str] = {
     "llama_moe": "random or contiguous disjoint experts (LLaMA-MoE, arXiv 2406.16554), without its training",
     "tomoe": "overlapping experts and attention pruning learned with frozen weights (ToMoE, arXiv 2501.15316)",
     "token_clusters": "overlapping experts for predictable token groups, top-1, refitted; our own, no training",
+    "secret_moe": "shared network and small routed experts, distilled layer by layer (arXiv 2512.18452)",
     "static": "control: keep the neurons of largest mean output energy, no routing",
     "random": "control: random balanced partition with a random linear router",
 }

@@ -66,8 +66,8 @@ class MoEFeedForward(KeptInFloat32):
     """A feed-forward network of one shared and E routed experts, of which each token uses K.
 
     Args:
-        spec: `neurons` P, `shared` S, `experts` E, `expert_width`, `top_k` K, `router` (static, linear, gated),
-            `router_tensors`, `normalise_input`, `gate` (uniform, scaled, softmax_topk, sigmoid), `selection_bias`,
+        spec: `neurons` P, `shared` S, `experts` E, `expert_width`, `top_k` K, `router` (static, linear, low_rank,
+            gated), `router_rank`, `router_tensors`, `normalise_input`, `gate` (uniform, scaled, softmax_topk, sigmoid), `selection_bias`,
             `gated`, `gate_bias`, `up_bias`, `down_bias`.
         d_model: D.
         activation: Name as in transformers.

@@ -33,7 +33,8 @@ class KeptInFloat32(nn.Module):
 class Router(KeptInFloat32):
     """Scores experts in fp32.
 
-    `linear`: W x + b. `gated`: |(W_u x + b_u) act(W_g x + b_g)|, or |act(W_u x + b_u)| where there is no W_g.
+    `linear`: W x + b. `low_rank`: W (R x) + b with R of `router_rank` rows. `gated`: |(W_u x + b_u) act(W_g x + b_g)|,
+    or |act(W_u x + b_u)| where there is no W_g.
     """
 
     def __init__(self, spec: dict[str, Any], d_model: int, activation: str) -> None:
@@ -42,13 +43,16 @@ class Router(KeptInFloat32):
         self.normalise_input = spec["normalise_input"]
         self.act = ACT2FN[activation]
         self.weight: Tensor
+        self.reduce: Tensor
         self.bias: Tensor | None
         self.up: Tensor
         self.gate: Tensor | None
         self.up_bias: Tensor | None
         self.gate_bias: Tensor | None
-        for name in ("weight", "bias", "up", "gate", "up_bias", "gate_bias"):
-            shape = (spec["experts"],) if name.endswith("bias") else (spec["experts"], d_model)
+        rank = spec.get("router_rank", d_model)
+        for name in ("weight", "reduce", "bias", "up", "gate", "up_bias", "gate_bias"):
+            rows = rank if name == "reduce" else spec["experts"]
+            shape = (rows,) if name.endswith("bias") else (rows, rank if name == "weight" else d_model)
             present = name in spec["router_tensors"]
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=torch.float32)) if present else None)
 
@@ -60,7 +64,9 @@ class Router(KeptInFloat32):
         x_TD = x_TD.float()
         if self.normalise_input:
             x_TD = F.normalize(x_TD, dim=-1)
-        if self.kind == "linear":
+        if self.kind == "low_rank":
+            x_TD = F.linear(x_TD, self.reduce)
+        if self.kind in ("linear", "low_rank"):
             return F.linear(x_TD, self.weight, self.bias)
         up_TE = F.linear(x_TD, self.up, self.up_bias)
         if self.gate is None:

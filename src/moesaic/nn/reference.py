@@ -50,6 +50,8 @@ def reference_scores(weights: FFNWeights, plan: LayerPlan, x_D: Tensor) -> Tenso
     if router.kind == "static":
         return torch.zeros(len(plan.experts))
     t = {name: tensor.float() for name, tensor in router.tensors.items()}
+    if router.kind == "low_rank":
+        return t["weight"] @ (t["reduce"] @ x_D) + t.get("bias", 0)
     if router.kind == "linear":
         return t["weight"] @ x_D + t.get("bias", 0)
     act = activation_function(weights.activation)
@@ -84,6 +86,10 @@ def _parts(weights: FFNWeights, plan: LayerPlan) -> list[FFNWeights]:
     for e, index in enumerate((plan.shared, *plan.experts), start=-1):
         part = weights.take(index.long())
         dtype = part.down_DF.dtype
+        for name, tensor in plan.projections.items():
+            rows = tensor[start : start + len(index)].clone()
+            rows[index < 0] = 0
+            part = replace(part, **{name: rows.to(dtype)})
         if plan.readout is not None:
             columns = slice(start, start + len(index))
             part = replace(part, down_DF=(plan.readout[:, columns] * (index >= 0)).to(dtype))

@@ -169,7 +169,7 @@ def _router_reason(plan: LayerPlan, limits: Limits) -> str | None:
     router = plan.router
     if router.kind == "gated":
         return "router of kind 'gated': only linear ones exist there; convert with --router oracle"
-    if router.kind == "linear" and "bias" in router.tensors and not all_on(plan):
+    if router.affine and "bias" in router.tensors and not all_on(plan):
         if not (limits.router_bias and weighs_one(plan)):
             return (
                 "the router has a bias: glm4_moe holds one where weights are 1; elsewhere fit the router without bias"
@@ -196,7 +196,7 @@ def _selection_reason(plan: LayerPlan, limits: Limits) -> str | None:
         return None
     if plan.gate == "sigmoid":
         return "a selection bias on the sigmoid of the scores: glm4_moe has one"
-    as_softmax = plan.router.kind == "linear" and "bias" not in plan.router.tensors and not plan.router.normalise_input
+    as_softmax = plan.router.affine and "bias" not in plan.router.tensors and not plan.router.normalise_input
     if limits.selection_bias and as_softmax and (plan.top_k == 1 or plan.gate == "softmax_topk"):
         return None
     return (

@@ -106,7 +106,7 @@ def router_rows(plan: LayerPlan, d_model: int, gamma_D: Tensor | None, eps: floa
     own, and a static router has rows of zeros: equal weights.
 
     Args:
-        plan: Of an FFN with experts, linear or static router.
+        plan: Of an FFN with experts, linear, low-rank (multiplied out) or static router.
         d_model: D.
         gamma_D: Weight of the norm in front of the FFN, from which the size of the scores is estimated: its output has
             independent coordinates of standard deviation gamma, about. None: the input has standard deviation 1.
@@ -115,7 +115,7 @@ def router_rows(plan: LayerPlan, d_model: int, gamma_D: Tensor | None, eps: floa
     """
     if plan.router.kind == "static":
         return RouterRows(torch.zeros(len(plan.experts), d_model), torch.zeros(len(plan.experts)))
-    weight_ED = plan.router.tensors["weight"].float()
+    weight_ED = plan.router.rows()
     bias_E = plan.router.tensors.get("bias", torch.zeros(len(weight_ED))).float()
     if biased_selection(plan) or not weighs_one(plan):
         return RouterRows(weight_ED, bias_E)

@@ -1,0 +1,163 @@
+"""The laboratory's job: capture one FFN's inputs, train all students of a sweep, compare, draw. Resumable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesaic.anatomy.weights import load_ffn
+from moesaic.calibration.stream import LayerStream
+from moesaic.calibration.text import build_windows
+from moesaic.checkpoint import durable
+from moesaic.distill.analyse import best_students, probe_rows
+from moesaic.distill.baselines import baselines, output_spectrum
+from moesaic.distill.config import DistillConfig, trials
+from moesaic.distill.data import SPLITS, capture, read_about, read_pairs, write_data
+from moesaic.distill.page import page
+from moesaic.distill.plots import figures
+from moesaic.distill.sweep import sweep
+from moesaic.distill.theory import pca_floor
+from moesaic.errors import InputError, MoesaicError
+from moesaic.jobs.distill_request import KEY_NAME, DistillRequest, check_distill
+from moesaic.jobs.job import load_tokenizer
+from moesaic.nn.ffn import FFNWeights
+from moesaic.progress import Progress, Silent
+
+RESULTS_NAME = "results.json"
+PAGE_NAME = "report.html"
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What :func:`distill` made: the folder and what its results.json says."""
+
+    output: Path
+    results: dict[str, Any]
+
+
+def distill(
+    model: str | Path,
+    layer: int,
+    output: str | Path,
+    *,
+    config: DistillConfig | None = None,
+    processes: int = 1,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Distilled:
+    """Look for a sparse mixture of experts inside one FFN.
+
+    Writes results.json (every training, the best students, baselines), figures (.svg, where matplotlib is installed)
+    and report.html into ``output``, which appears when all is done; until then ``output``.partial holds the
+    activations and every finished training, and the same call goes on there.
+
+    Args:
+        model: Local folder, .gguf file or hub id of a dense model.
+        layer: Decoder layer, counted from 0; negative from the end.
+        output: Folder to create.
+        config: The sweep.
+        processes: Students trained at a time.
+        restart: Throw away an unfinished sweep.
+        progress: Receives steps and notes.
+
+    Raises:
+        InputError, UnsupportedModelError, CheckpointError: what cannot work, before anything is written.
+        ResourceError: disk or memory.
+    """
+    config = config or DistillConfig()
+    progress = progress or Silent()
+    request = check_distill(model, layer, config, output, processes, restart)
+    windows = _windows(request)
+    partial = request.partial
+    with durable.disk_errors(partial):
+        if restart:
+            durable.remove_tree(partial)
+        partial.mkdir(exist_ok=True)
+        try:
+            durable.replace_text(partial / KEY_NAME, json.dumps(request.key(), indent=1) + "\n")
+            teacher = load_ffn(request.checkpoint, request.site, request.anatomy.activation)
+            about = _data(request, teacher, windows, progress)
+        except MoesaicError:
+            if read_about(partial / "data") is None:  # nothing worth resuming
+                durable.remove_tree(partial)
+            raise
+        d_model = request.anatomy.d_model
+        done = sweep(trials(config, d_model), partial / "data", partial / "trials", config, processes, progress)
+        widths = sorted({*config.dense_widths, *(s + k * config.width for s, k in config.pairs)})
+        results = {
+            "model": str(model),
+            "layer": request.site.layer,
+            "site": request.site.path,
+            "d_model": d_model,
+            "d_ff": request.site.d_ff,
+            "config": config.model_dump(mode="json"),
+            "text": windows.fingerprint,
+            "data": about,
+            "baselines": {law: _baselines(partial / "data", law, teacher, widths, config) for law in config.laws},
+            "students": best_students(done, d_model),
+            "probe": probe_rows(done),
+            "trials": done,
+        }
+        _finish(request, results, progress)
+    return Distilled(request.output, results)
+
+
+def _windows(request: DistillRequest) -> Any:
+    from transformers import AutoTokenizer
+
+    dense = request.checkpoint.config
+    limit = dense.get("max_position_embeddings") or dense.get("n_positions")
+    return build_windows(request.config.data, load_tokenizer(AutoTokenizer, request.checkpoint.folder), limit)
+
+
+def _data(request: DistillRequest, teacher: FFNWeights, windows: Any, progress: Progress) -> dict[str, Any]:
+    """Figures of the activations in the working folder, captured if they are not there."""
+    folder, config = request.partial / "data", request.config
+    kept = read_about(folder)
+    if kept is not None:
+        return kept[1]
+    for note in windows.notes:
+        progress.note(note)
+    dtype = config.data.resolved_dtype()
+    stream = LayerStream(
+        request.checkpoint, request.anatomy, windows.ids_NW, compute_dtype=dtype, spill=request.partial
+    )
+    x_TD = capture(stream, request.site.layer, request.site.path, progress)
+    window = windows.ids_NW.shape[1]
+    return write_data(
+        folder, x_TD, teacher, window=window, max_norm=config.max_norm, seed=config.seed, key=request.key()
+    )
+
+
+def _baselines(
+    data: Path, law: str, teacher: FFNWeights, widths: Iterable[int], config: DistillConfig
+) -> dict[str, Any]:
+    train, validation, test = (read_pairs(data, law, split) for split in SPLITS)
+    found: dict[str, Any] = dict(baselines(teacher, train, validation, test, list(widths)))
+    spectrum = output_spectrum(test.x_TD)
+    ks = () if config.probe is None else config.probe.top_k
+    found["input_pca_floor"] = {str(k): pca_floor(spectrum, k) for k in sorted(set(ks)) if k <= len(spectrum)}
+    return found
+
+
+def _finish(request: DistillRequest, results: dict[str, Any], progress: Progress) -> None:
+    """Write findings, drop what was needed only on the way, and let the output appear."""
+    partial = request.partial
+    drawn: dict[str, str] = {}
+    try:
+        drawn = figures(results)
+    except InputError as missing:
+        progress.note(f"no figures: {missing.message} ({missing.hint})")
+    for place, svg in enumerate(drawn.values(), start=1):
+        durable.replace_text(partial / f"figure-{place}.svg", svg)
+    durable.replace_text(partial / RESULTS_NAME, json.dumps(results, indent=1) + "\n")
+    durable.replace_text(partial / PAGE_NAME, page(results, drawn))
+    shutil.rmtree(partial / "data")
+    shutil.rmtree(partial / "trials")
+    (partial / KEY_NAME).unlink()
+    partial.rename(request.output)
+    durable.sync(request.output.parent)

@@ -1,0 +1,71 @@
+"""Options of Secret MoE. No torch here."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from moesaic.errors import InputError
+from moesaic.methods.base import MethodConfig
+from moesaic.methods.token_clusters.config import Config as ClusterConfig
+from moesaic.methods.token_clusters.config import Sizes, sizes
+
+MIN_TOKENS_PER_NEURON = 4.0  # experts of an existing MoE that got less stay whole
+
+
+class Config(MethodConfig):
+    """Options of Secret MoE."""
+
+    active: float = Field(default=0.75, gt=0, le=1, description="Fraction of the neurons that one token uses.")
+    shared: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Fraction of the active neurons that every token uses (h_s / A); the paper's students have a half. "
+        "1: no routing, static pruning with the same training, the control.",
+    )
+    width: int = Field(default=32, ge=1, description="Neurons per expert (w); the paper's are of 1.")
+    rank: int | None = Field(
+        default=16, ge=1, description="Rank of the router (p), at most the number of experts; null: a full one."
+    )
+    spread: float = Field(
+        default=0.25,
+        gt=0,
+        allow_inf_nan=False,
+        description="Standard deviation of the router's scores at the start: small, so that weights start near 1.",
+    )
+    steps: int = Field(default=400, ge=0, description="Steps of Adam per FFN; 0 only rebuilds the start.")
+    batch: int = Field(default=512, ge=1, description="Tokens per step.")
+    rate: float = Field(
+        default=3e-4, gt=0, allow_inf_nan=False, description="Peak learning rate of neurons, cosine to zero."
+    )
+    router_rate: float = Field(
+        default=1e-3, ge=0, allow_inf_nan=False, description="Peak learning rate of the router; 0 leaves it as it is."
+    )
+    held_out: float = Field(
+        default=0.1, gt=0, le=0.5, description="Share of the tokens on which the best state is chosen."
+    )
+
+    def start(self, d_ff: int) -> ClusterConfig:
+        """The split of an FFN of ``d_ff`` neurons that training starts from: disjoint token clusters."""
+        if self.shared == 1 or round(self.active * d_ff) >= d_ff:
+            return ClusterConfig(active=self.active, experts=1, refit="global")
+        active = max(1, round(self.active * d_ff))
+        experts = max(2, round((d_ff - self.shared * active) / self.width))
+        if experts > 1024:
+            raise InputError(f"{experts} experts of {self.width} neurons", "choose wider experts, at most 1024")
+        return ClusterConfig(active=self.active, split="disjoint", experts=experts, shared=self.shared, refit="global")
+
+
+def needs_calibration(config: Config) -> bool:
+    """Whether this config reads calibration inputs: always."""
+    return True
+
+
+def split_sizes(config: Config, d_ff: int) -> Sizes:
+    """Neurons of the parts. Raises InputError when they do not fit."""
+    return sizes(config.start(d_ff), d_ff)
+
+
+def check(config: Config, d_ff: int) -> None:
+    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
+    split_sizes(config, d_ff)

@@ -1,0 +1,156 @@
+"""The specification's oracle numbers and bounds. Axes: T tokens, D model width, M atoms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.distill.baselines import output_spectrum
+from moesaic.distill.data import Pairs
+from moesaic.distill.fit import fit, learning_rate
+from moesaic.distill.measure import fvu
+from moesaic.distill.spec import StudentSpec
+from moesaic.distill.student import make_student
+from moesaic.distill.theory import (
+    coherence,
+    dictionary_error,
+    gaussian_bound,
+    hand_built,
+    pca_floor,
+    selects_exactly,
+    sufficient_rank,
+)
+
+
+def white(tokens: int, d: int, seed: int = 0) -> Tensor:
+    return torch.randn(tokens, d, generator=torch.Generator().manual_seed(seed))
+
+
+def largest_coordinates(x_TD: Tensor, k: int) -> Tensor:
+    index_TK = x_TD.abs().topk(k, dim=1).indices
+    return torch.zeros_like(x_TD).scatter(1, index_TK, x_TD.gather(1, index_TK))
+
+
+@pytest.mark.parametrize(
+    ("d", "k", "expected"),
+    [(256, 8, 0.802), (256, 32, 0.500), (1024, 16, 0.881), (1024, 64, 0.676), (1024, 128, 0.499)],
+)
+def test_largest_coordinates_of_white_inputs_leave_what_order_statistics_say(d: int, k: int, expected: float) -> None:
+    x_TD = white(2000, d)
+    found = fvu(lambda x: largest_coordinates(x, k), x_TD, x_TD)
+    assert found == pytest.approx(expected, abs=0.01)
+    assert found >= gaussian_bound(torch.ones(d, dtype=torch.float64), 0, k, 2 * d)
+
+
+@pytest.mark.parametrize(("k", "expected"), [(8, 0.678), (16, 0.412), (32, 0.0)])
+def test_gaussian_bound_has_the_specified_values(k: int, expected: float) -> None:
+    assert gaussian_bound(torch.ones(1024, dtype=torch.float64), k, k, 100_000) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("router", ["full", "low_rank", "product"])
+def test_trained_students_obey_the_gaussian_bound(router: str) -> None:
+    x_TD = white(8192, 128)
+    spec = StudentSpec.model_validate({"shared": 1, "experts": 64, "top_k": 1, "router": router, "rank": 16})
+    pairs = Pairs(x_TD, x_TD)
+    found = fit(spec, pairs, pairs, pairs, rate=1e-2, epochs=8, batch=256, seed=0)
+    bound = gaussian_bound(output_spectrum(x_TD), 1, 1, 64)
+    assert found.fvu is not None
+    assert bound > 0.5
+    assert bound <= found.fvu < 0.999
+
+
+def dictionary(tokens: int = 400, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Atoms [4096, 1024], inputs of eight atoms each, and their supports 0/1."""
+    generator = torch.Generator().manual_seed(seed)
+    atoms_MD = torch.nn.functional.normalize(torch.randn(4096, 1024, generator=generator), dim=1)
+    support_TS = torch.rand(tokens, 4096, generator=generator).topk(8, dim=1).indices
+    z_TS = 1 + torch.rand(tokens, 8, generator=generator)
+    on_TM = torch.zeros(tokens, 4096).scatter(1, support_TS, z_TS)
+    return atoms_MD, on_TM @ atoms_MD, (on_TM > 0).float()
+
+
+@pytest.mark.parametrize(("rank", "recall", "unexplained"), [(None, 1.0, 0.007), (256, 0.87, 0.09), (128, 0.67, 0.26)])
+def test_hand_built_student_finds_the_dictionary(rank: int | None, recall: float, unexplained: float) -> None:
+    atoms_MD, x_TD, on_TM = dictionary()
+    projection = None if rank is None else white(rank, 1024, seed=5) / rank**0.5
+    keys_MP = atoms_MD if projection is None else atoms_MD @ projection.T
+    query_TP = x_TD if projection is None else x_TD @ projection.T
+    found_TS = (query_TP @ keys_MP.T).topk(8, dim=1).indices
+    assert float(on_TM.gather(1, found_TS).mean()) == pytest.approx(recall, abs=0.03)
+    # Normalised by the power, as the relative error of T2 is; the coefficients' mean is no constant output.
+    error = float((hand_built(atoms_MD, x_TD, 8, projection) - x_TD).square().sum() / x_TD.square().sum())
+    assert error == pytest.approx(unexplained, abs=0.03 if rank else 0.004)
+
+
+def test_the_same_student_fails_on_gaussian_inputs_of_the_same_second_moments() -> None:
+    atoms_MD, x_TD, _ = dictionary()
+    gaussian_TD = white(400, 1024, seed=9) * x_TD.square().mean().sqrt()
+    assert fvu(lambda x: hand_built(atoms_MD, x, 8), gaussian_TD, gaussian_TD) > 0.5
+
+
+def test_orthonormal_atoms_satisfy_the_conditions_and_the_error_bound() -> None:
+    atoms_MD = torch.eye(16)
+    assert coherence(atoms_MD) == 0
+    assert selects_exactly(0.0, 4, 1.0, 2.0)
+    assert not selects_exactly(0.1, 4, 1.0, 2.0)
+    assert not selects_exactly(0.0, 4, 1.0, 2.0, slack=0.1)
+    assert dictionary_error(0.0, 4) == 0
+    assert dictionary_error(0.5, 4) == float("inf")
+
+
+def test_selection_is_exact_and_the_error_bounded_where_the_conditions_hold() -> None:
+    generator = torch.Generator().manual_seed(0)
+    atoms_MD = torch.nn.functional.normalize(torch.randn(64, 4096, generator=generator), dim=1)
+    mu = coherence(atoms_MD)
+    assert selects_exactly(mu, 2, 1.0, 1.5)
+    support_TS = torch.rand(200, 64, generator=generator).topk(2, dim=1).indices
+    on_TM = torch.zeros(200, 64).scatter(1, support_TS, 1 + torch.rand(200, 2, generator=generator) / 2)
+    x_TD = on_TM @ atoms_MD
+    found_TS = (x_TD @ atoms_MD.T).topk(2, dim=1).indices
+    assert torch.equal(found_TS.sort(1).values, support_TS.sort(1).values)
+    error_T = (hand_built(atoms_MD, x_TD, 2) - x_TD).square().sum(1) / x_TD.square().sum(1)
+    assert float(error_T.max()) <= dictionary_error(mu, 2) + 1e-6
+
+
+def test_a_projection_of_sufficient_rank_keeps_inner_products() -> None:
+    atoms_MD = torch.nn.functional.normalize(white(60, 512), dim=1)
+    rank = sufficient_rank(60, 0.4)
+    projection = white(rank, 512, seed=1) / rank**0.5
+    low_MP = atoms_MD @ projection.T
+    assert float((low_MP @ low_MP.T - atoms_MD @ atoms_MD.T).abs().max()) <= 0.4
+
+
+def test_dense_students_stay_above_the_pca_floor_of_their_own_sample() -> None:
+    x_TD = white(3000, 24)
+    y_TD = torch.nn.functional.gelu(x_TD @ white(64, 24, seed=1).T) @ white(64, 24, seed=2)
+    pairs = Pairs(x_TD, y_TD)
+    for width in (2, 6):
+        found = fit(StudentSpec(shared=width), pairs, pairs, pairs, rate=3e-2, epochs=12, batch=100, seed=0)
+        assert found.fvu is not None
+        assert pca_floor(output_spectrum(y_TD), width) <= found.fvu < 1
+
+
+def test_fvu_is_one_for_the_mean_and_zero_for_the_teacher_and_blind_to_scale() -> None:
+    x_TD = white(5000, 8)
+    y_TD = x_TD.square() + 3
+    mean_D = y_TD.mean(0)
+    assert fvu(lambda x: mean_D.expand_as(x), x_TD, y_TD) == pytest.approx(1, abs=1e-3)
+    assert fvu(lambda x: x.square() + 3, x_TD, y_TD) == 0
+    half = fvu(lambda x: x.abs(), x_TD, y_TD)
+    assert fvu(lambda x: 7 * x.abs(), x_TD, 7 * y_TD) == pytest.approx(half, rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_dense_student_with_the_teachers_weights_is_the_teacher() -> None:
+    teacher, copy = (make_student(StudentSpec(shared=20), 8, seed=seed) for seed in (0, 1))
+    x_TD = white(500, 8)
+    assert fvu(copy, x_TD, teacher(x_TD)) > 0.1
+    copy.load_state_dict(teacher.state_dict())
+    assert fvu(copy, x_TD, teacher(x_TD)) == 0
+
+
+def test_learning_rate_is_a_cosine_to_zero() -> None:
+    assert learning_rate(2.0, 0, 10) == 2
+    assert learning_rate(2.0, 5, 10) == pytest.approx(1)
+    assert learning_rate(2.0, 10, 10) == 0
