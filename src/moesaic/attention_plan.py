@@ -70,7 +70,7 @@ class AttentionPlan:
             raise InputError(f"the predictor of the value mask lacks {', '.join(missing)}", "give all five or none")
         if self.encoder is not None and self.decoder is not None:
             rank = self.encoder.shape[0]
-            wanted = {"norm_weight": (rank,), "norm_bias": (rank,), "embedding": (rank,)}
+            wanted: dict[str, tuple[int, ...]] = {"norm_weight": (rank,), "norm_bias": (rank,), "embedding": (rank,)}
             wanted["decoder"] = (self.head_dim, rank)
             for name, shape in wanted.items():
                 if tuple(getattr(self, name).shape) != shape:

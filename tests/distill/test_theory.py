@@ -9,6 +9,7 @@ from torch import Tensor
 from moesaic.distill.baselines import output_spectrum
 from moesaic.distill.data import Pairs
 from moesaic.distill.fit import fit, learning_rate
+from moesaic.distill.gaussian import Twin, moments
 from moesaic.distill.measure import fvu
 from moesaic.distill.spec import StudentSpec
 from moesaic.distill.student import make_student
@@ -154,3 +155,37 @@ def test_learning_rate_is_a_cosine_to_zero() -> None:
     assert learning_rate(2.0, 0, 10) == 2
     assert learning_rate(2.0, 5, 10) == pytest.approx(1)
     assert learning_rate(2.0, 10, 10) == 0
+
+
+def test_training_finds_experts_in_dictionary_inputs_and_none_in_their_gaussian_twin() -> None:
+    generator = torch.Generator().manual_seed(0)
+    atoms_MD = torch.nn.functional.normalize(torch.randn(64, 32, generator=generator), dim=1)
+    on_TM = torch.zeros(9216, 64).scatter(1, torch.rand(9216, 64, generator=generator).topk(2, dim=1).indices, 1.0)
+    real_TD = on_TM * (1 + torch.rand(9216, 64, generator=generator)) @ atoms_MD
+    twin_TD = Twin(moments(real_TD)).draw(9216, generator)
+    ratio = {}
+    for law, x_TD in {"real": real_TD, "gaussian": twin_TD}.items():
+        train, held = (Pairs(x, x) for x in x_TD.split([8192, 1024]))
+        routed = StudentSpec(shared=2, experts=128, top_k=4, rank=32)
+        found = [
+            fit(spec, train, held, held, rate=1e-2, epochs=12, batch=256, seed=0).fvu
+            for spec in (routed, StudentSpec(shared=routed.active))
+        ]
+        assert found[0] is not None
+        assert found[1] is not None
+        ratio[law] = found[0] / found[1]
+    assert ratio["real"] < 0.75
+    assert ratio["gaussian"] > 0.85
+
+
+def test_incomplete_batches_are_dropped() -> None:
+    pairs = Pairs(white(107, 4), white(107, 4))
+    found = fit(StudentSpec(shared=2), pairs, pairs, pairs, rate=1e-3, epochs=3, batch=25, seed=0)
+    assert found.steps == 3 * (107 // 25)
+    assert [row[0] for row in found.curve] == [0, 1, 2, 3]
+
+
+def test_a_diverging_student_is_reported_and_not_chosen() -> None:
+    pairs = Pairs(white(100, 4), white(100, 4))
+    found = fit(StudentSpec(shared=2), pairs, pairs, pairs, rate=1e30, epochs=2, batch=25, seed=0)
+    assert found.fvu is None

@@ -54,6 +54,7 @@ def error(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor) -> float:
         ({"gated": False, "biases": True, "activation": "gelu"}, {}),
         ({"gated": True}, {"shared": 1.0}),
         ({"gated": True}, {"shared": 0.0}),
+        ({"gated": True}, {"split": "overlapping", "max_params": 5.0}),
     ],
 )
 @torch.no_grad()
@@ -98,7 +99,7 @@ def test_a_full_router_starts_with_the_choices_of_the_clusters() -> None:
     assert float((chosen == again).all(1).float().mean()) > 0.99
     assert float(student.scores(x_TD).std().detach()) == pytest.approx(0.25, rel=1e-3)
     weight_TP = student.weights(x_TD)
-    assert float(weight_TP[weight_TP > 0].min()) > 0.5
+    assert float(weight_TP[weight_TP > 0].min().detach()) > 0.5
 
 
 @pytest.mark.parametrize(

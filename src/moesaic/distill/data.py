@@ -10,6 +10,7 @@ Axes: T tokens, D model width, N windows, W tokens per window.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,10 +166,18 @@ def _write_pairs(
                 shape = (tokens, value.shape[1])
                 path = folder / f"{split}.{name}.npy"
                 files[name] = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+                _reserve(path)
             files[name][start:stop] = value.numpy()
         start = stop
     for file in files.values():
         file.flush()
+
+
+def _reserve(path: Path) -> None:
+    """Give a new, sparse file its blocks: a full disk must fail here and not as a bus error on some later write."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _load(path: Path) -> Tensor:

@@ -73,7 +73,7 @@ def distill(
     request = check_distill(model, layer, config, output, processes, restart)
     windows = _windows(request)
     partial = request.partial
-    with durable.disk_errors(partial):
+    with durable.full_disk_errors(partial):
         if restart:
             durable.remove_tree(partial)
         partial.mkdir(exist_ok=True)
@@ -117,8 +117,11 @@ def _windows(request: DistillRequest) -> Any:
 def _data(request: DistillRequest, teacher: FFNWeights, windows: Any, progress: Progress) -> dict[str, Any]:
     """Figures of the activations in the working folder, captured if they are not there."""
     folder, config = request.partial / "data", request.config
+    key = request.key() | {"text": windows.fingerprint}
     kept = read_about(folder)
     if kept is not None:
+        if kept[0] != key:
+            raise InputError(f"{folder} holds activations of another text", "use --restart, or another output")
         return kept[1]
     for note in windows.notes:
         progress.note(note)
@@ -128,9 +131,7 @@ def _data(request: DistillRequest, teacher: FFNWeights, windows: Any, progress: 
     )
     x_TD = capture(stream, request.site.layer, request.site.path, progress)
     window = windows.ids_NW.shape[1]
-    return write_data(
-        folder, x_TD, teacher, window=window, max_norm=config.max_norm, seed=config.seed, key=request.key()
-    )
+    return write_data(folder, x_TD, teacher, window=window, max_norm=config.max_norm, seed=config.seed, key=key)
 
 
 def _baselines(

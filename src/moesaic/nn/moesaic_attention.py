@@ -74,6 +74,11 @@ class PrunedAttention(nn.Module):
 
     pairs: Tensor | None
 
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+
     def __init__(self, dense: nn.Module, spec: dict[str, Any]) -> None:
         super().__init__()
         family: Any = dense

@@ -67,8 +67,8 @@ class MoEFeedForward(KeptInFloat32):
 
     Args:
         spec: `neurons` P, `shared` S, `experts` E, `expert_width`, `top_k` K, `router` (static, linear, low_rank,
-            gated), `router_rank`, `router_tensors`, `normalise_input`, `gate` (uniform, scaled, softmax_topk, sigmoid), `selection_bias`,
-            `gated`, `gate_bias`, `up_bias`, `down_bias`.
+            gated), `router_rank`, `router_tensors`, `normalise_input`, `gate` (uniform, scaled, softmax_topk,
+            sigmoid), `selection_bias`, `gated`, `gate_bias`, `up_bias`, `down_bias`.
         d_model: D.
         activation: Name as in transformers.
 

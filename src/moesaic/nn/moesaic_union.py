@@ -83,7 +83,8 @@ class UnionFeedForward(MoEFeedForward):
         return y_TD
 
     def _expert(self, matrices: Matrices, e: int, x_TD: Tensor) -> Tensor:
-        rows, runs = (place[e] for place in self.places())
+        all_rows, all_runs = self.places()
+        rows, runs = all_rows[e], all_runs[e]
         if sum(stop - start for start, stop in runs) <= (1 + SPARE_ROWS) * len(rows):
             member_TU = self.membership[e].to(x_TD.dtype).expand(len(x_TD), -1)
             return self._weighed(matrices, x_TD, runs, member_TU)

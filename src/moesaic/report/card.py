@@ -68,6 +68,7 @@ def _metadata(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     base = str(made.get("base_model") or "")
     licence = made.get("license") or {}
     found = _eval_results(results)
+    relation: dict[str, Any] = {"base_model_relation": "finetune"} if is_hub_id(base) else {}
     data = ModelCardData(
         base_model=base if is_hub_id(base) else None,
         language=made.get("language") or None,
@@ -81,7 +82,7 @@ def _metadata(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         metrics=["perplexity"] if found else None,
         eval_results=found or None,
         model_name=_title(made) if found else None,
-        **({"base_model_relation": "finetune"} if is_hub_id(base) else {}),
+        **relation,
     )
     return f"---\n{data.to_yaml()}\n---\n"
 
@@ -110,7 +111,13 @@ def _eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
         if ratio := row.get("ratio_to_dense"):
             metrics.append(("perplexity-ratio", f"{protocol}, ratio to the dense model", ratio["ratio"]))
         found += [
-            EvalResult("text-generation", metric_type=kind, metric_name=name, metric_value=round(value, 4), **dataset)
+            EvalResult(
+                "text-generation",
+                metric_type=kind,
+                metric_name=name,
+                metric_value=round(value, 4),
+                **dataset,  # type: ignore[arg-type]
+            )
             for kind, name, value in metrics
         ]
     return found

@@ -211,7 +211,7 @@ class _Run:
     def _evaluate(self) -> dict[str, float]:
         """Means over the held-out windows, shared among the processes."""
         ids_HW, size = self.data.held_out_HW, self.micro
-        parts = [
+        parts: list[tuple[slice, int]] = [
             (slice(start, start + size), len(ids_HW[start : start + size])) for start in range(0, len(ids_HW), size)
         ]
         parallel, count = self.parallel, self.parallel.count
@@ -220,7 +220,7 @@ class _Run:
         parallel.module.eval()
         for rows, weight in parts[parallel.rank :: count]:
             index_B = torch.arange(len(ids_HW))[rows]
-            figures = parallel.module(parallel.here(ids_HW[rows]), parallel.here(index_B), None)
+            figures: dict[str, Tensor] = parallel.module(parallel.here(ids_HW[rows]), parallel.here(index_B), None)
             for name, value in figures.items():
                 totals[name] = totals.get(name, 0) + value.float() * (weight * count / len(ids_HW))
         parallel.module.train()

@@ -42,7 +42,8 @@ class Parallel:
             module.to(self.device)
             for part in blocks:
                 fully_shard(part)
-            self.module: nn.Module = fully_shard(module)
+            fully_shard(module)
+            self.module: nn.Module = module
         else:
             self.module = self.accelerator.prepare(module)
         self.optimiser = make_optimiser()

@@ -147,7 +147,7 @@ def add_adapters(
         raise InputError("no matrix to train: none of the targets is there", "set lora.targets, or lora to null")
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=names,
         bias="none",  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from moesaic.errors import InputError
@@ -16,14 +18,22 @@ class Config(MethodConfig):
     """Options of Secret MoE."""
 
     active: float = Field(default=0.75, gt=0, le=1, description="Fraction of the neurons that one token uses.")
+    split: Literal["disjoint", "overlapping"] = Field(
+        default="disjoint",
+        description="What training starts from. disjoint: top-k of small experts, the model does not grow. "
+        "overlapping: top-1 of 16 token clusters that hold copies of neurons, which then go their own ways.",
+    )
     shared: float = Field(
-        default=0.5,
+        default=0.8,
         ge=0,
         le=1,
-        description="Fraction of the active neurons that every token uses (h_s / A); the paper's students have a half. "
-        "1: no routing, static pruning with the same training, the control.",
+        description="disjoint: fraction of the active neurons that every token uses (h_s / A); the paper's students "
+        "have a half. 1: no routing, static pruning with the same training, the control.",
     )
-    width: int = Field(default=32, ge=1, description="Neurons per expert (w); the paper's are of 1.")
+    width: int = Field(default=32, ge=1, description="disjoint: neurons per expert (w); the paper's are of 1.")
+    max_params: float = Field(
+        default=2.5, gt=0, description="overlapping: most neurons stored, as a multiple of the dense FFN's."
+    )
     rank: int | None = Field(
         default=16, ge=1, description="Rank of the router (p), at most the number of experts; null: a full one."
     )
@@ -36,7 +46,7 @@ class Config(MethodConfig):
     steps: int = Field(default=400, ge=0, description="Steps of Adam per FFN; 0 only rebuilds the start.")
     batch: int = Field(default=512, ge=1, description="Tokens per step.")
     rate: float = Field(
-        default=3e-4, gt=0, allow_inf_nan=False, description="Peak learning rate of neurons, cosine to zero."
+        default=1e-3, gt=0, allow_inf_nan=False, description="Peak learning rate of neurons, cosine to zero."
     )
     router_rate: float = Field(
         default=1e-3, ge=0, allow_inf_nan=False, description="Peak learning rate of the router; 0 leaves it as it is."
@@ -46,9 +56,11 @@ class Config(MethodConfig):
     )
 
     def start(self, d_ff: int) -> ClusterConfig:
-        """The split of an FFN of ``d_ff`` neurons that training starts from: disjoint token clusters."""
+        """The split of an FFN of ``d_ff`` neurons that training starts from: token clusters."""
         if self.shared == 1 or round(self.active * d_ff) >= d_ff:
             return ClusterConfig(active=self.active, experts=1, refit="global")
+        if self.split == "overlapping":
+            return ClusterConfig(active=self.active, max_params=self.max_params)
         active = max(1, round(self.active * d_ff))
         experts = max(2, round((d_ff - self.shared * active) / self.width))
         if experts > 1024:
