@@ -43,10 +43,10 @@ ENGINES = ("transformers", "llama.cpp", "vLLM")
 LAYOUT = "S2A2E6"
 INTRODUCTION = f"""\
 Tiny random models, {LAYOUT} random experts, fp32. A cell is the largest difference of logits (transformers: 256 tokens,
-against our runtime) or of log-probabilities (llama.cpp, vLLM: 32 tokens, against transformers on the same folder), and
-how often the likeliest next token is the same. [n] is the reason why there is no figure. ~ marks a target that only
-approaches weights of 1. Experts count with weight 1 in glm4_moe and qwen2_moe, elsewhere with the softmax over the
-chosen."""
+against our runtime) or of log-probabilities (llama.cpp, vLLM: 24 or 32 tokens, against transformers on the same
+folder), and how often the likeliest next token is the same. [n] is the reason why there is no figure. ~ marks a target
+that only approaches weights of 1. Experts count with weight 1 in glm4_moe and qwen2_moe, elsewhere with the softmax
+over the chosen."""
 OTHERS = [
     name
     for name in [

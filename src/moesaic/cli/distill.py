@@ -28,7 +28,7 @@ def run(
     experts: Annotated[str | None, typer.Option("--experts", help="Numbers of experts, e.g. 1000,10000.")] = None,
     routers: Annotated[str | None, typer.Option("--routers", help="Of low_rank, full, product; comma between.")] = None,
     inits: Annotated[str | None, typer.Option("--inits", help="Of active, fan_in; comma between.")] = None,
-    rates: Annotated[str | None, typer.Option("--rates", help="Learning rates, e.g. 3e-4,1e-3.")] = None,
+    rates: Annotated[str | None, typer.Option("--rates", help="Learning rates, e.g. 3e-3,1e-2.")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training tokens.")] = None,
     data: Annotated[
         list[str] | None,

@@ -57,7 +57,10 @@ class DistillConfig(BaseModel):
         description="Widths of the dense students, between which the curve is interpolated.",
     )
     rates: tuple[float, ...] = Field(
-        default=(3e-4, 1e-3, 3e-3), min_length=1, description="Peak learning rates; the validation split chooses."
+        default=(1e-3, 3e-3, 1e-2),
+        min_length=1,
+        description="Peak learning rates; the validation split chooses. The paper's are 1e-4 to 1e-3, for hundreds of "
+        "times as many steps.",
     )
     laws: tuple[Law, ...] = Field(
         default=("real", "gaussian"), min_length=1, description="Inputs: real, and their Gaussian twin (the control)."

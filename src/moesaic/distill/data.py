@@ -14,18 +14,20 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.calibration.stream import LayerStream
 from moesaic.checkpoint import durable
 from moesaic.distill.gaussian import Twin, moments
 from moesaic.errors import InputError
 from moesaic.nn.ffn import FFNWeights
 from moesaic.progress import Progress
+
+if TYPE_CHECKING:  # it imports transformers, which the processes of a sweep do not need
+    from moesaic.calibration.stream import LayerStream
 
 SPLITS = ("train", "validation", "test")
 LAWS = ("real", "gaussian")

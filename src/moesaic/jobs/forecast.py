@@ -108,6 +108,10 @@ def shape_of(settings: ConvertSettings, d_ff: int, gated: bool = True) -> Shape:
     module: Any = get_config(settings.method)
     if settings.method == "static":
         return Shape(d_ff, module.kept_neurons(config, d_ff), 0, 0, 0, "static")
+    if hasattr(module, "sizes"):
+        parts = module.sizes(config, d_ff)
+        kind: RouterKind = "linear" if parts.own else "static"
+        return Shape(d_ff, parts.shared, len(parts.own), max(parts.own, default=0), parts.top_k, kind, gated)
     if hasattr(module, "resolve_layout"):
         layout = module.resolve_layout(config, d_ff)
     elif isinstance(text := getattr(config, "layout", None), str):

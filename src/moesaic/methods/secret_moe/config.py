@@ -9,7 +9,8 @@ from pydantic import Field
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.token_clusters.config import Config as ClusterConfig
-from moesaic.methods.token_clusters.config import Sizes, sizes
+from moesaic.methods.token_clusters.config import Sizes
+from moesaic.methods.token_clusters.config import sizes as cluster_sizes
 
 MIN_TOKENS_PER_NEURON = 4.0  # experts of an existing MoE that got less stay whole
 
@@ -73,11 +74,11 @@ def needs_calibration(config: Config) -> bool:
     return True
 
 
-def split_sizes(config: Config, d_ff: int) -> Sizes:
+def sizes(config: Config, d_ff: int) -> Sizes:
     """Neurons of the parts. Raises InputError when they do not fit."""
-    return sizes(config.start(d_ff), d_ff)
+    return cluster_sizes(config.start(d_ff), d_ff)
 
 
 def check(config: Config, d_ff: int) -> None:
     """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
-    split_sizes(config, d_ff)
+    sizes(config, d_ff)

@@ -1,0 +1,79 @@
+"""``convert --method tomoe``: a training inside the main job, written, proven, and taken up again after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.blueprint import Blueprint
+from moesaic.errors import InputError
+from moesaic.jobs.convert import convert
+from moesaic.progress import Silent
+
+TRAIN = {"steps": 6, "batch": 2, "held_out": 2, "eval_every": 3, "save_every": 2, "precision": "fp32"}
+CALIBRATION = {"sources": ["tiny"], "tokens": 768, "window": 32}
+
+
+class Interrupted(Silent):
+    """Ends the run in the middle of the training."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def advance(self, detail: str = "") -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def settings(**values: Any) -> dict[str, Any]:
+    options = {"active": 0.7, "experts": 3, "embedding": 16, "attention": "none", "counted": "ffn", "train": TRAIN}
+    return {"method": "tomoe", "options": options | values, "calibration": CALIBRATION}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything but what holds times."""
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.name not in ("results.json", "README.md", "manifest.json")
+    }
+
+
+def test_experts_become_a_stock_architecture(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    made = convert(tiny("qwen2"), tmp_path / "out", settings=settings(widths="equal"))
+    assert made.target == "glm4_moe"
+    assert made.results["native_parity"]["max_delta"] < 1e-4
+    assert made.results["training"]["active_ffn"] <= 0.7
+    assert all(plan.top_k == 1 and len(plan.experts) == 3 for plan in made.blueprint.sites.values())
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_killed_training_goes_on_to_the_same_bytes(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    chosen = settings(attention="both", counted="model", union=True)
+    whole = convert(tiny("llama"), tmp_path / "whole", settings=chosen)
+    assert whole.target == "moesaic"
+    assert whole.results["parity"]["oracle"] < 1e-5
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny("llama"), tmp_path / "killed", settings=chosen, progress=Interrupted(4))
+    assert not (tmp_path / "killed").exists()
+    convert(tiny("llama"), tmp_path / "killed", settings=chosen)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert Blueprint.load(tmp_path / "killed").attention.keys() == whole.blueprint.attention.keys() != set()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"router": "oracle"}, "its own linear router"), ({"hierarchical": True}, "starts from a dense model")],
+)
+def test_what_leaves_it_no_room_is_refused(
+    values: dict[str, Any], message: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        convert(tiny("llama"), tmp_path / "out", settings=settings() | values)
+    assert not (tmp_path / "out.partial").exists()
