@@ -215,7 +215,8 @@ class _Run:
             (slice(start, start + size), len(ids_HW[start : start + size])) for start in range(0, len(ids_HW), size)
         ]
         parallel, count = self.parallel, self.parallel.count
-        parts += [(parts[0][0], 0)] * (-len(parts) % count)  # processes go in step: the rest repeats a part, unweighed
+        while len(parts) % count:  # processes go in step: the rest repeats a part, unweighed
+            parts.append((parts[0][0], 0))
         totals: dict[str, Tensor] = {}
         parallel.module.eval()
         for rows, weight in parts[parallel.rank :: count]:
