@@ -99,7 +99,8 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
     dense_layers = check_fits(settings.method, config, anatomy, settings.dense_layers)
     sites = [site for site in anatomy.sites if site.layer not in dense_layers]
     text = getattr(config, "layout", None)
-    layout = Layout.parse(text) if isinstance(text, str) else None
+    fixed = getattr(config, "active", None) is not None  # an active fraction goes before a layout
+    layout = Layout.parse(text) if isinstance(text, str) and not fixed else None
     source = forecast.guess_source(Path(model).expanduser(), anatomy)
     memory = forecast.memory(settings, anatomy, source)
     space = forecast.disk(settings, anatomy, dense_layers, source)
@@ -107,10 +108,11 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
     matrices = 3 if anatomy.gated else 2
     per_neuron = matrices * anatomy.d_model
     total = sum(site.d_ff for site in anatomy.sites) * per_neuron
-    fraction = 1.0 if layout is None else layout.active_fraction
+    shape = forecast.shape_of(settings, d_ff, anatomy.gated)
+    computed = min(1.0, (shape.shared + shape.top_k * shape.width) / d_ff)
+    fraction = computed if layout is None else layout.active_fraction  # of a layout without padding
     converted = sum(site.d_ff for site in sites) * per_neuron
-    experts = 0 if layout is None else layout.routed
-    width = max(layout.expert_sizes(d_ff), default=0) if layout is not None else 0
+    experts, width = shape.experts, shape.width
     padding = sum(width - size for size in layout.expert_sizes(d_ff)) if layout is not None else 0
     return PlanReport(
         family=anatomy.family.name,
@@ -122,15 +124,15 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
         gated=anatomy.gated,
         method=settings.method,
         layout=None if layout is None else str(layout),
-        shared_width=0 if layout is None else layout.shared_size(d_ff),
+        shared_width=shape.shared,
         expert_width=width,
         experts=experts,
-        top_k=0 if layout is None else layout.active,
+        top_k=shape.top_k,
         padding_per_layer=padding,
         active_ffn_fraction=fraction,
         ffn_parameters=total,
         active_ffn_parameters=round(total - converted * (1 - fraction)),
-        router_parameters=len(sites) * experts * anatomy.d_model * (2 if _own_gated_router(settings) else 1),
+        router_parameters=len(sites) * shape.router_rows * anatomy.d_model,
         seconds=_seconds(settings, anatomy, total, fraction),
         peak_bytes=memory.private,
         mapped_bytes=memory.mapped,
@@ -146,11 +148,20 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
 
 
 def _seconds(settings: ConvertSettings, anatomy: Anatomy, ffn_parameters: int, fraction: float) -> float:
-    """Two passes over the FFNs (statistics, then the converted forward) and one over attention, at a nominal speed."""
+    """Two passes over the FFNs (statistics, then the converted forward) and one over attention, at a nominal speed.
+
+    Training is three passes over what is trained: of the teacher, forward and backward.
+    """
     attention = 4 * anatomy.d_model**2 * anatomy.num_layers
-    method = get_config(settings.method)
-    needs_data = settings.router is not None or method.needs_calibration(method_config(settings))
+    config: Any = method_config(settings)
+    needs_data = settings.router is not None or get_config(settings.method).needs_calibration(config)
     operations = 2 * settings.calibration.tokens * (ffn_parameters * (1 + fraction) + attention) if needs_data else 0
+    if (train := getattr(config, "train", None)) is not None:
+        head = anatomy.d_model * int(anatomy.config.get("vocab_size") or 0)
+        tokens = train.steps * train.batch * settings.calibration.window
+        operations += 6 * tokens * (ffn_parameters + attention + head)
+    elif hasattr(config, "steps"):  # each FFN on its own
+        operations += 6 * config.steps * config.batch * ffn_parameters
     copying = 3 * 4 * ffn_parameters / 1e9  # read, pack, write, at about 1 GB/s
     return round(operations / (GFLOPS_PER_CORE * 1e9 * (os.cpu_count() or 1)) + copying, 1)
 

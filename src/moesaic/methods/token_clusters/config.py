@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
 
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
+from moesaic.methods.sizes import Sizes
 
 MIN_TOKENS_PER_NEURON = 1.0  # experts of an existing MoE that got less stay whole
 _EXPERTS = {"overlapping": 16, "disjoint": 96}
@@ -65,20 +65,6 @@ class Config(MethodConfig):
         allow_inf_nan=False,
         description="Shrinkage of an expert's refit to the global one, relative to its mean square activation.",
     )
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Neurons of the parts: ``shared`` for every token, ``own`` per routed expert, ``top_k`` of them per token."""
-
-    shared: int
-    own: tuple[int, ...]
-    top_k: int
-
-    @property
-    def stored(self) -> int:
-        """Neurons in memory, the padding of shorter experts included."""
-        return self.shared + len(self.own) * max(self.own, default=0)
 
 
 def sizes(config: Config, d_ff: int) -> Sizes:

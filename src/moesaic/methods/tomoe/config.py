@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
+from moesaic.methods.sizes import Sizes
 from moesaic.train.config import TrainConfig
 
 WHOLE_MODEL = True
@@ -212,6 +213,13 @@ class Config(MethodConfig):
 def needs_calibration(config: Config) -> bool:
     """Always: the calibration text is what it is trained on."""
     return True
+
+
+def sizes(config: Config, d_ff: int) -> Sizes:
+    """What an FFN becomes on average, packed; training decides each one's widths. With attention counted but not pruned
+    the FFNs get less than this."""
+    neurons = max(1, round(config.active * d_ff))
+    return Sizes(neurons, (), 0) if config.experts == 1 else Sizes(0, (neurons,) * config.experts, config.top_k)
 
 
 def check(config: Config, d_ff: int) -> None:
