@@ -1,0 +1,179 @@
+"""One case, from the dense checkpoint to its figures. Everything measured comes from moesaic.evaluate and lm-eval.
+
+Axes: N windows, W tokens per window.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import shutil
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.compare.cases import Case
+from benchmarks.compare.tasks import task_accuracy
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moesaic.anatomy import read_anatomy
+from moesaic.blueprint import Blueprint
+from moesaic.calibration.samples import evaluation_text, sample_text
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.cli.console import quiet_libraries
+from moesaic.evaluate.differences import join, logit_differences
+from moesaic.evaluate.fidelity import router_fidelity, summarise
+from moesaic.evaluate.perplexity import perplexity, protocol_name, token_windows
+from moesaic.jobs.convert import convert
+
+TEXTS = {"WikiText-2": "wikitext2-raw/test", "C4": "c4 sample"}
+CLOSE_WINDOWS = 2
+"""Windows of WikiText-2 for the comparison of logits and of router choices, the first ones."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all cases have in common: equal protocols make comparable figures.
+
+    ``windows``: of WikiText-2 test, and as many of C4 as ``c4_windows`` says, of ``window`` tokens; ``threads``: of
+    torch; ``limit``: questions per task, None for all; ``leading``: layers that some recipes keep dense.
+    """
+
+    model: str
+    calibration: dict[str, Any]
+    seed: int = 0
+    window: int = 1024
+    windows: int = 16
+    c4_windows: int = 8
+    leading: int = 3
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    threads: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """For protocol.json."""
+        return asdict(self) | {"tasks": list(self.tasks)}
+
+
+def measure(case: Case, protocol: Protocol, work: Path, keep: bool = False) -> dict[str, Any]:
+    """Convert (unless ``case`` is the dense model), evaluate, delete the conversion unless ``keep``.
+
+    What an interrupted run of the case left in ``work`` is thrown away. Meant for a process of its own: the peak memory
+    is that of the process up to the end of the conversion.
+    """
+    quiet_libraries()
+    torch.set_num_threads(protocol.threads)
+    dense = Path(protocol.model)
+    record: dict[str, Any] = {"case": case.name, "label": case.label, "fraction": float(case.fraction)}
+    folder = dense
+    if case.settings is not None:
+        folder = work / case.key
+        record |= {"settings": case.settings, "conversion": _convert(case.settings, protocol, dense, folder)}
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    started = time.monotonic()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    record["size"] = _size(model, folder, dense, converted=case.settings is not None)
+    record |= _texts(model, tokenizer, protocol, None if case.settings is None else dense)
+    record["seconds"] = {"texts": round(time.monotonic() - started, 1)}
+    if protocol.tasks:
+        started = time.monotonic()
+        record["tasks"] = task_accuracy(model, tokenizer, list(protocol.tasks), protocol.limit, work)
+        record["seconds"]["tasks"] = round(time.monotonic() - started, 1)
+    if case.settings is not None and not keep:
+        shutil.rmtree(folder)
+    return record
+
+
+def in_child(case: Case, protocol: Protocol, work: Path, keep: bool) -> dict[str, Any]:
+    """:func:`measure` in a process of its own: its peak memory is that of the case. Libraries write to WORK/log.txt."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_log_to, initargs=(work / "log.txt",)) as pool:
+        return pool.submit(measure, case, protocol, work, keep).result()
+
+
+def _log_to(file: Path) -> None:
+    sys.stderr = file.open("a", encoding="utf-8")
+
+
+def _convert(settings: dict[str, Any], protocol: Protocol, dense: Path, folder: Path) -> dict[str, Any]:
+    """Convert anew, into the architecture of moesaic, which holds every method's result and shows its routers."""
+    shutil.rmtree(folder, ignore_errors=True)
+    started = time.monotonic()
+    done = convert(
+        dense,
+        folder,
+        settings={**settings, "calibration": protocol.calibration, "seed": protocol.seed, "target": "moesaic"},
+        restart=True,
+    )
+    found = {"seconds": round(time.monotonic() - started, 1), "peak_bytes": peak_bytes()}
+    if fit := done.results.get("router_fit"):
+        found["router_fit"] = fit["mean"]
+    return found
+
+
+def peak_bytes() -> int | None:
+    """Peak resident set of this process, mapped pages of files included; None where the system does not tell.
+
+    Linux; unlike getrusage's it does not count the parent's before exec.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def _size(model: Any, folder: Path, dense: Path, converted: bool) -> dict[str, Any]:
+    """Bytes of weights; parameters, and those that one token uses; active and stored neurons over the dense model's.
+
+    Padding counts as stored, not as active. Embeddings count in both, once where the head is tied to them; biases of
+    neurons are not counted as inactive.
+    """
+    config = Checkpoint(dense).config
+    anatomy = read_anatomy(config)
+    neurons = sum(site.d_ff for site in anatomy.sites)
+    plans = Blueprint.load(folder).sites.values() if converted else ()
+    active = neurons - sum(plan.d_ff - plan.active_neurons for plan in plans)
+    stored = neurons - sum(plan.d_ff - len(plan.packed) for plan in plans)
+    parameters = model.num_parameters()
+    per_neuron = (3 if anatomy.gated else 2) * anatomy.d_model
+    return {
+        "disk_bytes": Checkpoint(folder).nbytes,
+        "parameters": parameters,
+        "active_parameters": round(parameters - (stored - active) * per_neuron),
+        "active_ffn": active / neurons,
+        "stored_ffn": stored / neurons,
+    }
+
+
+def _texts(model: Any, tokenizer: Any, protocol: Protocol, dense: Path | None) -> dict[str, Any]:
+    """Perplexity on both texts; on the first windows, distance to the dense model and what the routers choose."""
+    contents = {"WikiText-2": (evaluation_text(), protocol.windows), "C4": (sample_text("c4"), protocol.c4_windows)}
+    found: dict[str, Any] = {"perplexity": {}}
+    for name, (text, limit) in contents.items():
+        ids_NW = token_windows(tokenizer, text, protocol.window, limit)
+        protocol_of = protocol_name(TEXTS[name], protocol.window, limit)
+        found["perplexity"][name] = perplexity(model, ids_NW, protocol_of).to_dict()
+        if dense is not None and name == "WikiText-2":
+            found["to_dense"] = _distance(model, dense, ids_NW[:CLOSE_WINDOWS])
+            found["fidelity"] = summarise(router_fidelity(model, ids_NW[:CLOSE_WINDOWS]))
+    return found
+
+
+@torch.inference_mode()
+def _distance(model: Any, dense: Path, ids_NW: Tensor) -> dict[str, Any]:
+    """KL divergence from the dense model's next-token distributions, and how often the likeliest token is the same."""
+    reference = AutoModelForCausalLM.from_pretrained(dense, dtype="auto").eval()
+    parts = []
+    for ids_W in ids_NW:
+        expected, actual = (m(input_ids=ids_W[None], use_cache=False).logits[0] for m in (reference, model))
+        parts.append(logit_differences(expected.float(), actual.float()))
+    del reference
+    gc.collect()
+    figures = join(parts).figures()
+    return {"mean_kl": figures.mean_kl, "top1": figures.top1, "tokens": figures.tokens}

