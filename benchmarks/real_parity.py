@@ -29,7 +29,7 @@ from moesaic.evaluate.differences import Differences, before_any
 from moesaic.evaluate.llama_cpp import llama_cpp_differences
 from moesaic.evaluate.native_parity import compare_with_stock, parity_ids
 from moesaic.evaluate.runtime import Runtime
-from moesaic.evaluate.vllm import find_python, vllm_differences
+from moesaic.evaluate.vllm import find_python, vllm_differences, vllm_version
 from moesaic.jobs.export_gguf import export_gguf
 from moesaic.jobs.native import blueprint_runtime, read_stock
 
@@ -110,8 +110,10 @@ def in_llama_cpp(folder: Path, runtime: Runtime, ids_NW: Tensor, threads: int) -
 def in_vllm(folder: Path, runtime: Runtime, ids_NW: Tensor, python: Path | None) -> dict[str, Any]:
     """vLLM, in the virtual environment that has it."""
     reference = Margins(runtime)
-    found = vllm_differences(folder, ids_NW, reference, python=find_python(python))
-    return figures(found, torch.stack(reference.margins))
+    interpreter = find_python(python)
+    found = vllm_differences(folder, ids_NW, reference, python=interpreter)
+    made = figures(found, torch.stack(reference.margins))
+    return made | ({"version": vllm_version(interpreter)} if interpreter else {})
 
 
 def compare(dense: Path, folder: Path, given: argparse.Namespace) -> dict[str, Any]:

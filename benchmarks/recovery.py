@@ -23,6 +23,7 @@ import transformers
 import moesaic
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.cli.console import ConsoleProgress, quiet_libraries
+from moesaic.evaluate.perplexity import Perplexity, compare
 from moesaic.evaluate.run import evaluate_model
 from moesaic.jobs.tune import tune
 from moesaic.progress import Silent
@@ -94,35 +95,39 @@ def _case(name: str, how: dict[str, Any], arguments: argparse.Namespace) -> dict
             config={"train": train},
             progress=ConsoleProgress(),
         )
+    dense = _perplexity(arguments.model, arguments)
     before, after = (_perplexity(path, arguments) for path in (folder, out))
     made = json.loads((out / "results.json").read_text())["tune"]
     config = Checkpoint(out).config
     return {
         "case": name,
         "target": config["moesaic"].get("target", config["model_type"]),
-        "dense": before["dense"],
-        "before": before["converted"],
-        "after": after["converted"],
+        "dense": dense.value,
+        "before": _against(before, dense),
+        "after": _against(after, dense),
         "tune": {
             key: made[key] for key in ("preset", "trained", "steps", "best_step", "tokens", "seconds", "held_out")
         },
     }
 
 
-def _perplexity(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Perplexities of the folder and of the dense model on the same windows, and their ratio with its interval."""
-    found = evaluate_model(
-        folder, baseline=arguments.model, window=1024, limit=arguments.windows, fidelity=False, save=False
-    )
-    rows = found["perplexity"]
-    return {
-        "dense": rows["dense"]["value"],
-        "converted": {key: rows["model"][key] for key in ("value", "ratio_to_dense")},
-    }
+def _perplexity(folder: Path, arguments: argparse.Namespace) -> Perplexity:
+    """Of a folder; kept in WORK."""
+    kept = arguments.work / f"{folder.name}.{arguments.windows}.json"
+    if not kept.exists():
+        found = evaluate_model(folder, window=1024, limit=arguments.windows, fidelity=False, save=False)
+        kept.write_text(json.dumps(found["perplexity"]["model"]) + "\n", encoding="utf-8")
+    table = json.loads(kept.read_text(encoding="utf-8"))
+    return Perplexity(**(table | {"window_nll": tuple(table["window_nll"])}))
+
+
+def _against(model: Perplexity, dense: Perplexity) -> dict[str, Any]:
+    ratio = compare(model, dense)
+    return {"value": model.value, "ratio_to_dense": {"ratio": ratio.ratio, "low": ratio.low, "high": ratio.high}}
 
 
 def _time(arguments: argparse.Namespace) -> None:
-    """Seconds per step: from the times of the log, the first step (oneDNN compiles) left out."""
+    """Print the mean time of a step, the first one (slower: oneDNN compiles its kernels) included."""
     name, how = next(iter(CASES.items()))
     folder = _converted(name, how, arguments)
     with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:

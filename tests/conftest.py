@@ -46,9 +46,7 @@ def smollm2() -> Path:
     try:
         gguf = packaged_gguf()
     except InputError as missing:
-        if os.environ.get("CI") == "true":
-            pytest.fail(str(missing))
-        pytest.skip(str(missing))
+        pytest.fail(f"{missing}; or leave these tests out: -m 'not real'")
     _USER_CACHE.mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch, FileLock(_USER_CACHE / ".tests.lock"):
         patch.setenv("MOESAIC_CACHE", str(_USER_CACHE))

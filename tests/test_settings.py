@@ -41,6 +41,19 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
     assert settings.dense_layers == (0, -1)
 
 
+def test_dense_layers_as_a_word_share_the_budget_out_and_replace_what_the_file_says(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("dense_layers: [0, 1]\n")
+    settings = make_settings(**_NONE | {"config": path, "dense_layers": "any"})
+    assert settings.allocation is not None
+    assert settings.allocation.mode == "any"
+    assert settings.dense_layers == ()
+    path.write_text("allocation: auto\n")
+    settings = make_settings(**_NONE | {"config": path, "dense_layers": "0"})
+    assert settings.allocation is None
+    assert settings.dense_layers == (0,)
+
+
 def test_active_picks_the_layout() -> None:
     assert make_settings(**_NONE | {"active": 0.5}).options["layout"] == "S2A2E8"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from moesaic.allocation_config import AllocationConfig
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.errors import InputError
 from moesaic.routing_config import RouterFitConfig
@@ -50,12 +51,23 @@ class ConvertSettings(BaseModel):
     dense_layers: tuple[int, ...] = Field(
         default=(), description="Decoder layers to leave dense; negative counts from the end."
     )
+    allocation: AllocationConfig | None = Field(
+        default=None,
+        description="Share the active neurons out over the layers by what each loses, at the same total: `auto`, "
+        "`leading`, `any`, `widths`, or {mode: any, tokens: 4096}. Null treats all layers alike.",
+    )
     seed: int = Field(default=0, description="Seed of everything random in the method.")
 
-    @field_validator("router", mode="before")
+    @field_validator("router", "allocation", mode="before")
     @classmethod
     def _mode_alone(cls, value: Any) -> Any:
         return {"mode": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> ConvertSettings:
+        if self.allocation is not None and self.dense_layers:
+            raise InputError("both dense_layers and allocation are given", "allocation chooses the dense layers")
+        return self
 
     @field_validator("target")
     @classmethod

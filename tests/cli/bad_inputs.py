@@ -1,7 +1,8 @@
 """The table of bad inputs: what is wrong, the command, and the one line that must come back. See test_bad_inputs.py.
 
 Every command runs in a folder of its own that holds an intact tiny model, ``model``, an intact output of it, ``done``
-(a partition by MLPMoE), and ``pruned`` (a lossy one); ``arrange`` spoils something first.
+(a partition by MLPMoE), and ``pruned`` (a lossy one); ``arrange`` spoils something first. The rows of the
+verbs that train are in bad_training.py.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ def moved_in(work: Path) -> None:
     shutil.move(work / "model", work / "out/model")
 
 
-def _set(name: str, value: float) -> Arrange:
+def put(name: str, value: float) -> Arrange:
+    """Change the last number of a tensor of the model."""
     return tensors(lambda content: content[name].view(-1)[-1:].fill_(value))
 
 
@@ -220,8 +222,8 @@ MODELS = [
     Bad("other wrong shape", _CONVERT, rf"{_ATTENTION} is \[31, 32\]", arrange=_crop(_ATTENTION)),
     Bad("width unlike config", _CONVERT, "config.json asks for", arrange=config(hidden_size=64)),
     Bad("more layers in config", _CONVERT, "no tensor model.layers.2", arrange=config(num_hidden_layers=3)),
-    Bad("NaN in the last layer", _CONVERT, f"{UP} has 1 NaN or infinite", "damaged", _set(UP, float("nan"))),
-    Bad("infinity in the attention", _CONVERT, f"{_ATTENTION} has 1 NaN", "damaged", _set(_ATTENTION, float("-inf"))),
+    Bad("NaN in the last layer", _CONVERT, f"{UP} has 1 NaN or infinite", "damaged", put(UP, float("nan"))),
+    Bad("infinity in the attention", _CONVERT, f"{_ATTENTION} has 1 NaN", "damaged", put(_ATTENTION, float("-inf"))),
     Bad("GGUF garbage", "convert a.gguf out", "not a GGUF file", "again", write("a.gguf", b"GGML" + bytes(64))),
     Bad("GGUF truncated", "convert a.gguf out", "damaged or incomplete", "again", write("a.gguf", b"GGUF\3\0\0\0")),
     Bad(
@@ -370,7 +372,7 @@ VERBS = [
         arrange=flip("done/model-00002-of-00003.safetensors"),
     ),
     Bad("verify: file missing", "verify done", "config.json is missing", code=3, arrange=remove("done/config.json")),
-    Bad("verify: another baseline", "verify done --baseline model", "not the model that", "--baseline", _set(UP, 0.5)),
+    Bad("verify: another baseline", "verify done --baseline model", "not the model that", "--baseline", put(UP, 0.5)),
     Bad("undo: no output", "undo model out", "not an output of moesaic"),
     Bad("undo: pruned", "undo pruned out", "kept only 19 of 37 neurons", "dense model"),
     Bad("undo: onto a folder", "undo done model", "output .*model exists"),
@@ -380,36 +382,6 @@ VERBS = [
         "not the file that was written",
         code=3,
         arrange=flip("done/model-00002-of-00003.safetensors"),
-    ),
-    Bad("distill: wrong path", "distill nowhere out --layer 0", "'nowhere'|nowhere"),
-    Bad("distill: no such layer", "distill model out --layer 2", "layer 2 of a model with 2 layers", "from 0"),
-    Bad("distill: onto a folder", "distill model done --layer 0", "output .*done exists"),
-    Bad("distill: odd", "distill model out --layer 0 --active 16,15", "--active 15 has no two halves", "even"),
-    Bad("distill: no number", "distill model out --layer 0 --rates fast", "cannot read --rates 'fast'", "commas"),
-    Bad("distill: unknown router", "distill model out --layer 0 --routers tree", "distill: routers.0", ""),
-    Bad("distill: unknown setting", "distill model out --layer 0 --set heads=3", "no option 'heads'", "epochs"),
-    Bad(
-        "distill: no grid", "distill model out --layer 0 --routers product --experts 997", "no grid of pairs", "factors"
-    ),
-    Bad("distill: too little text", "distill model out --layer 0 --tokens 2000", "fewer than ten windows", "--tokens"),
-    Bad("distill: text missing", "distill model out --layer 0 --data no.txt", "no.txt' does not exist", "wikitext"),
-    Bad("distill: no process", "distill model out --layer 0 --processes 0", "0 processes", "give 1 to"),
-    Bad("tune: wrong path", "tune nowhere out", "nowhere is not an output of moesaic"),
-    Bad("tune: no output", "tune model out --baseline model", "not an output of moesaic"),
-    Bad("tune: no dense model", "tune done out", "dense model is missing", "--baseline"),
-    Bad("tune: another baseline", "tune done out --baseline model", "not the model that", "--baseline", _set(UP, 0.5)),
-    Bad("tune: onto a folder", "tune done model --baseline model", "output .*model exists"),
-    Bad("tune: unknown preset", "tune done out --preset magic", "unknown preset 'magic'", "distill"),
-    Bad("tune: unknown setting", "tune done out --set epochs=3", "no option 'epochs'", "lora"),
-    Bad("tune: no number", "tune done out --set lora.rank=many", "lora.rank", ""),
-    Bad("tune: no section", "tune done out --set lora=1 --set lora.rank=2", "lora holds no mapping"),
-    Bad("tune: nothing trained", "tune done out --set lora=null --set router_rate=0", "nothing is trained", "lora"),
-    Bad("tune: text missing", "tune done out --baseline model --data no.txt", "no.txt' does not exist", "wikitext"),
-    Bad(
-        "tune: text too short",
-        "tune done out --baseline model --data t.txt",
-        "token",
-        arrange=write("t.txt", "Hello there."),
     ),
     Bad("eval: wrong path", "eval nowhere", "no model at 'nowhere'|there is no folder"),
     Bad("eval: no weights", "eval model", "has no weights", arrange=remove(f"model/{WEIGHTS}")),

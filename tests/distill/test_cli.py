@@ -19,6 +19,14 @@ COMMAND = (
 )
 
 
+def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of ``moesaic COMMAND``."""
+    monkeypatch.setattr(sys, "argv", ["moesaic", *shlex.split(command)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_the_verb_reports_every_student(
     as_json: bool,
@@ -28,11 +36,9 @@ def test_the_verb_reports_every_student(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = COMMAND.format(model=tiny("llama"), out=tmp_path / "out") + (" --json" if as_json else "")
-    monkeypatch.setattr(sys, "argv", ["moesaic", *shlex.split(command)])
-    with pytest.raises(SystemExit) as end:
-        main()
+    code = run(command, monkeypatch)
     printed = capsys.readouterr()
-    assert not end.value.code, printed.err
+    assert not code, printed.err
     if as_json:
         found = json.loads(printed.out)
         assert found["layer"] == 1
@@ -41,6 +47,28 @@ def test_the_verb_reports_every_student(
         assert len(json.loads((tmp_path / "out" / "results.json").read_text())["trials"]) == 12
     else:
         lines = printed.out.splitlines()
-        assert sum("product m=40" in line for line in lines) == 2
-        assert lines[0].split()[:4] == ["student", "A", "FVU", "real"]
+        assert sum(line.startswith("product p=8 m=40") for line in lines) == 2
+        assert lines[0].split()[:8] == ["student", "A", "h_s", "+", "k", "w", "FVU", "real"]
         assert lines[-1].endswith("out/report.html")
+
+
+def test_students_of_equal_active_size_have_a_line_each(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = COMMAND.replace("--active 8,16 ", "").replace("product,full", "low_rank")
+    more = " --set pairs='[[8,8],[0,16]]' --set ranks='[4,8]' --set laws='[real]'"
+    assert run(command.format(model=tiny("llama"), out=tmp_path / "out") + more, monkeypatch) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "low_rank" in line]
+    assert {(line[1], "".join(line[5:8])) for line in lines} == {
+        (rank, split) for rank in ("p=4", "p=8") for split in ("8+8", "0+16")
+    }
+
+
+def test_active_counts_neurons_when_experts_have_several(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = COMMAND.replace("--active 8,16", "--active 16").replace("product,full", "low_rank") + " --json"
+    more = " --set width=4 --set laws='[real]'"
+    assert run(command.format(model=tiny("llama"), out=tmp_path / "out") + more, monkeypatch) == 0
+    routed = [row for row in json.loads(capsys.readouterr().out)["students"] if row["spec"]["experts"]]
+    assert [(row["active"], row["spec"]["shared"], row["spec"]["top_k"]) for row in routed] == [(16, 8, 2)]

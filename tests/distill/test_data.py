@@ -69,9 +69,9 @@ def test_captured_inputs_are_those_that_transformers_gives_the_ffn(tmp_path: Pat
     load_ffn(checkpoint, site, anatomy.activation)
 
 
-def written(folder: Path, x_TD: Tensor, max_norm: float | None = None) -> dict[str, object]:
+def written(folder: Path, x_TD: Tensor, max_norm: float | None = None, batch: int = 1) -> dict[str, object]:
     teacher = random_ffn(d_ff=12, d_model=6, dtype=torch.float32)
-    return write_data(folder, x_TD, teacher, window=10, max_norm=max_norm, seed=0, key={"a": 1})
+    return write_data(folder, x_TD, teacher, window=10, batch=batch, max_norm=max_norm, seed=0, key={"a": 1})
 
 
 def test_splits_are_whole_windows_with_the_teachers_outputs(tmp_path: Path) -> None:
@@ -102,6 +102,15 @@ def test_massive_tokens_are_left_out_and_counted(tmp_path: Path) -> None:
 def test_too_little_text_is_refused_and_nothing_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="9 windows of text make no three splits"):
         written(tmp_path / "data", skewed(90))
+    assert not (tmp_path / "data").exists()
+
+
+def test_less_than_a_batch_left_to_train_on_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    x_TD = skewed(400)
+    assert written(tmp_path / "whole", x_TD, max_norm=20.0, batch=320)["left_out"] == 0
+    x_TD[200] *= 1000
+    with pytest.raises(InputError, match="a batch of 320 with 319 training tokens left"):
+        written(tmp_path / "data", x_TD, max_norm=20.0, batch=320)
     assert not (tmp_path / "data").exists()
 
 

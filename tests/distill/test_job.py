@@ -45,6 +45,7 @@ def test_output_has_every_student_under_both_laws_with_all_costs(swept: Distille
     for row in rows:
         assert 0 < row["fvu"] < 1.5
         assert row["macs"] == row["neuron_macs"] + row["router_macs"]
+        assert row["split"] in ("4 + 4", "0 + 8", "4", "16")
         assert row["parameters"] > 0
         assert ("equal_macs" in row) == bool(row["spec"]["experts"])
     found = swept.results["baselines"]["real"]
@@ -133,6 +134,23 @@ def test_bad_requests_are_refused_and_nothing_written(
     with pytest.raises(MoesaicError, match=message):
         distill(tiny("llama"), layer, tmp_path / output, config=config(**changes))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_folder_that_no_sweep_left_is_neither_used_nor_removed(
+    tiny: Callable[[str], Path], tmp_path: Path, restart: bool
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("x")
+    with pytest.raises(InputError, match="in the way"):
+        distill(tiny("llama"), 0, tmp_path / "out", config=config(), restart=restart)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out.partial", "mine"]
+
+
+def test_what_is_not_said_about_the_text_is_as_in_the_sweeps_own_defaults() -> None:
+    assert DistillConfig.model_validate({"data": {"tokens": 5000}}).data == DistillConfig().data.model_copy(
+        update={"tokens": 5000}
+    )
 
 
 def test_more_processes_than_make_sense_are_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 import sys
+import venv
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,14 @@ from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.engine_parity import EngineParity
 from moesaic.evaluate.llama_cpp import stock_logits
 from moesaic.evaluate.native_parity import parity_ids
-from moesaic.evaluate.vllm import find_python, otherwise_in_vllm, vllm_differences, vllm_parity, vllm_version
+from moesaic.evaluate.vllm import (
+    PYTHON_VARIABLE,
+    find_python,
+    otherwise_in_vllm,
+    vllm_differences,
+    vllm_parity,
+    vllm_version,
+)
 from moesaic.evaluate.vllm_child import fill
 from moesaic.targets.base import TargetOptions
 from tests.targets.helpers import IDS, plan_of, plans_for, write
@@ -49,12 +57,17 @@ def test_the_interpreter_is_the_one_named_then_that_of_the_environment(
         find_python(tmp_path)
 
 
-@pytest.mark.skipif(find_python() is not None, reason="vLLM is installed")
-def test_an_interpreter_without_vllm_is_told_from_one_with_it(tiny: Tiny) -> None:
+def test_an_interpreter_without_vllm_is_told_from_one_with_it(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    venv.create(tmp_path / "bare", symlinks=True)
+    bare = tmp_path / "bare" / "bin" / "python"
     with pytest.raises(InputError, match="has no vLLM"):
-        vllm_version(Path(sys.executable))
-    with pytest.raises(VerificationError, match=r"vLLM cannot run .*No module named 'vllm'"):
-        vllm_differences(tiny("llama"), IDS, stock_logits(tiny("llama")), python=Path(sys.executable))
+        vllm_version(bare)
+    with pytest.raises(VerificationError, match=r"vLLM cannot run .*No module named"):
+        vllm_differences(tiny("llama"), IDS, stock_logits(tiny("llama")), python=bare)
+    monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
+    monkeypatch.setitem(sys.modules, "vllm", None)  # what find_spec sees where it is not installed
     with pytest.raises(InputError, match="vLLM is not installed"):
         vllm_parity(tiny("llama"), IDS, stock_logits(tiny("llama")))
 

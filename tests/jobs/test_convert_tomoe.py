@@ -12,22 +12,10 @@ import pytest
 from moesaic.blueprint import Blueprint
 from moesaic.errors import InputError
 from moesaic.jobs.convert import convert
-from moesaic.progress import Silent
+from tests.train.tasks import Kill
 
 TRAIN = {"steps": 6, "batch": 2, "held_out": 2, "eval_every": 3, "save_every": 2, "precision": "fp32"}
 CALIBRATION = {"sources": ["tiny"], "tokens": 768, "window": 32}
-
-
-class Interrupted(Silent):
-    """Ends the run in the middle of the training."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def advance(self, detail: str = "") -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 def settings(**values: Any) -> dict[str, Any]:
@@ -60,7 +48,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(tiny: Callable[[str], Path]
     assert whole.target == "moesaic"
     assert whole.results["parity"]["oracle"] < 1e-5
     with pytest.raises(KeyboardInterrupt):
-        convert(tiny("llama"), tmp_path / "killed", settings=chosen, progress=Interrupted(4))
+        convert(tiny("llama"), tmp_path / "killed", settings=chosen, progress=Kill(4))
     assert not (tmp_path / "killed").exists()
     convert(tiny("llama"), tmp_path / "killed", settings=chosen)
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
@@ -77,3 +65,16 @@ def test_what_leaves_it_no_room_is_refused(
     with pytest.raises(InputError, match=message):
         convert(tiny("llama"), tmp_path / "out", settings=settings() | values)
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [("dense", {}, "dense"), ("mixtral", {"experts": 1}, "mixtral")],
+)
+def test_a_target_that_cannot_hold_the_experts_is_refused_before_the_training(
+    target: str, options: dict[str, Any], message: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        convert(tiny("llama"), tmp_path / "out", settings=settings(**options) | {"target": target})
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("**/train.jsonl"))

@@ -11,10 +11,12 @@ import pytest
 import moesaic
 from moesaic.anatomy import read_anatomy
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.errors import ResourceError
+from moesaic.errors import InputError, ResourceError
 from moesaic.jobs import forecast, native
 from moesaic.jobs.convert import expected_bytes
+from moesaic.jobs.export import read_converted
 from moesaic.jobs.job import prepare
+from moesaic.jobs.request import check_request
 from moesaic.settings import ConvertSettings
 from moesaic.targets.base import TargetOptions
 from tests.targets.helpers import plans_for, write
@@ -92,6 +94,9 @@ def test_the_forecast_is_within_two_per_cent_of_what_is_written(
         ("mlpmoe", {"branches": 8, "keep": 6}, "moesaic"),
         ("random", {"layout": "S0A1E5"}, "mixtral"),
         ("random", {"layout": "S3A3E8"}, "glm4_moe"),
+        ("token_clusters", {"active": 0.75, "experts": 4, "max_params": 2.0}, "glm4_moe"),
+        ("token_clusters", {"active": 0.5, "experts": 4, "max_params": None}, "mixtral"),
+        ("token_clusters", {"active": 0.5, "split": "disjoint", "experts": 16, "refit": "none"}, "glm4_moe"),
     ],
 )
 def test_conversions_of_every_kind_take_what_was_forecast(
@@ -121,6 +126,43 @@ def test_dense_layers_and_given_blueprints_are_counted(wide: Callable[..., Path]
     settings = ConvertSettings.model_validate({"target": "glm4_moe"})
     given = prepare(dense, settings, blueprint=done.output)
     assert expected_bytes(given) == pytest.approx(part.output + part.staging, rel=0.001)
+
+
+@pytest.mark.usefixtures("no_parity")
+@pytest.mark.parametrize("options", [{"active": 0.75, "experts": 4, "max_params": 2.0}, {"active": 0.75, "experts": 1}])
+def test_an_export_is_counted_from_the_dense_model_behind_it(
+    options: dict[str, Any], wide: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A folder of the moesaic architecture may hold more neurons than the dense model, or fewer."""
+    settings: dict[str, Any] = {"method": "token_clusters", "options": options, "target": "moesaic"}
+    made = moesaic.convert(wide("llama"), tmp_path / "own", settings=settings | {"calibration": {"tokens": 128}})
+    checkpoint, blueprint, split = read_converted(made.output)
+    source = forecast.read_converted_source(checkpoint, split.anatomy, blueprint.sites)
+    assert source.nbytes == pytest.approx(Checkpoint(wide("llama")).nbytes, rel=0.01)
+    dense = forecast.read_source(Checkpoint(wide("llama")), split.anatomy)
+    assert (source.element, source.tied, source.biases) == (dense.element, dense.tied, dense.biases)
+
+
+def test_what_needs_another_architecture_is_forecast_and_refused_as_such(wide: Callable[..., Path]) -> None:
+    dense = wide("llama")
+    options = {"active": 0.6, "attention": "both"}
+    report = moesaic.plan(dense, method="tomoe", options=options)
+    assert (report.target, report.active_ffn_fraction) == ("moesaic", pytest.approx(0.6, abs=0.01))
+    assert any("no stock architecture has pruned attention" in remark for remark in report.remarks)
+    with pytest.raises(InputError, match="has no pruned attention"):
+        check_request(dense, ConvertSettings(method="tomoe", options=options, target="glm4_moe"))
+
+
+@pytest.mark.parametrize(("method", "options"), [("mlpmoe", {"branches": 8}), ("static", {"active": 0.5})])
+def test_a_router_for_what_is_always_on_is_refused(
+    method: str, options: dict[str, Any], wide: Callable[..., Path], tmp_path: Path
+) -> None:
+    values: dict[str, Any] = {"method": method, "options": options, "router": "oracle"}
+    with pytest.raises(InputError, match="routes nothing"):
+        check_request(wide("llama"), ConvertSettings.model_validate(values))
+    made = moesaic.convert(wide("llama"), tmp_path / "out", method="mlpmoe", options={"branches": 8}, target="moesaic")
+    with pytest.raises(InputError, match="the blueprint routes nothing"):
+        prepare(wide("llama"), ConvertSettings.model_validate({"router": "oracle"}), blueprint=made.output)
 
 
 def test_a_disk_that_holds_the_model_but_not_its_twins_is_refused(
@@ -154,3 +196,13 @@ def test_calibration_shows_in_memory_and_staging(wide: Callable[..., Path]) -> N
     assert many.peak_bytes - few.peak_bytes == pytest.approx(4 * more * 2 * (128 + 515), rel=0.01)
     assert many.staging_bytes - few.staging_bytes == 2 * 4 * more * 128
     assert moesaic.plan(dense, method="random").staging_bytes < few.staging_bytes
+
+
+def test_a_batch_of_a_training_shows_in_memory(wide: Callable[..., Path]) -> None:
+    def peak(window: int, **train: Any) -> int:
+        options = {"train": train}
+        return moesaic.plan(wide("llama"), method="tomoe", options=options, calibration={"window": window}).peak_bytes
+
+    one = peak(64, batch=1)
+    assert peak(64, batch=5) - one == pytest.approx(peak(320, batch=1) - one) == 4 * (peak(64, batch=2) - one)
+    assert peak(64, batch=4, accumulate=4) == one < peak(64, batch=1, precision="fp32")

@@ -22,9 +22,9 @@ from moesaic.jobs.native import verify_native
 from moesaic.jobs.tune import tune
 from moesaic.jobs.undo import undo
 from moesaic.jobs.verify import verify_output
-from moesaic.progress import Silent
 from moesaic.targets import glm4_moe
 from tests.tiny_models import build_tiny
+from tests.train.tasks import Kill
 from tests.tune.students import IDS, Converted, convert
 from tests.tune.test_student import as_cmoe
 
@@ -32,18 +32,6 @@ Tiny = Callable[[str], Path]
 DATA = {"sources": ["tiny"], "tokens": 1024, "window": 32}
 TRAIN: dict[str, Any] = {"steps": 12, "batch": 4, "held_out": 8, "eval_every": 6, "save_every": 4, "data": DATA}
 FAST: dict[str, Any] = {"train": {**TRAIN, "learning_rate": 3e-3, "warmup": 0, "precision": "fp32"}}
-
-
-class Kill(Silent):
-    """Ends a run after some steps of the training."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def advance(self, detail: str = "") -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 @torch.inference_mode()
@@ -205,6 +193,7 @@ def test_an_output_that_computes_something_else_does_not_appear(
 BAD: list[tuple[dict[str, Any], Mapping[str, Any], str]] = [
     ({}, {"lora": None, "router_rate": 0}, "nothing is trained"),
     ({}, {"lora": None, "gate": "keep"}, "no router of this model gets a gradient"),
+    ({"WORLD_SIZE": "3"}, {"train": {"batch": 4}}, "cannot be shared by 3 processes"),
     ({}, {"loss": {"kl": 0}}, "every loss has weight 0"),
     ({}, {"lora": {"rank": 0}}, "rank"),
     ({}, {"train": {"batch": 3, "accumulate": 2}}, "cannot be cut"),
@@ -218,9 +207,17 @@ BAD: list[tuple[dict[str, Any], Mapping[str, Any], str]] = [
 
 @pytest.mark.parametrize(("keys", "config", "message"), BAD, ids=[message for *_, message in BAD])
 def test_what_cannot_be_is_refused_before_anything_is_written(
-    keys: dict[str, Any], config: dict[str, Any], message: str, made: Any, tmp_path: Path
+    keys: dict[str, Any],
+    config: dict[str, Any],
+    message: str,
+    made: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     converted = made()
+    if processes := keys.get("WORLD_SIZE"):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        keys = {}
     config = {**config, "train": {"data": DATA, **config.get("train", {})}} if "epochs" not in config else config
     with pytest.raises(InputError, match=message):
         tune(converted.folder, tmp_path / "out", **{"baseline": converted.dense.folder, "config": config, **keys})
@@ -235,6 +232,14 @@ def test_folders_that_are_not_ours_and_other_models_are_refused(made: Any, tiny:
         tune(converted.folder, tmp_path / "out", baseline=tiny("qwen2"), config=settings())
     with pytest.raises(InputError, match="exists"):
         tune(converted.folder, converted.dense.folder, baseline=converted.dense.folder, config=settings())
+
+
+@pytest.mark.parametrize(("layout", "message"), [("S2A2E6", "router is gated"), ("S2A4E6", "no routers")])
+def test_a_sigmoid_gate_that_cannot_be_given_is_refused(layout: str, message: str, made: Any, tmp_path: Path) -> None:
+    converted = made(change=as_cmoe, layout=layout)
+    with pytest.raises(InputError, match=message):
+        tune(converted.folder, tmp_path / "out", baseline=converted.dense.folder, config=settings(gate="sigmoid"))
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_target_that_cannot_hold_the_result_is_refused_before_training(made: Any, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ VOCAB, WIDTH, WINDOW = 24, 16, 12
 
 
 class Kill(Silent):
-    """Ends the run like a signal, after some steps."""
+    """Ends a run like a signal, in the middle of its training, after some steps."""
 
     def __init__(self, after: int) -> None:
         self.left = after

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moesaic.errors import CheckpointError, InputError, VerificationError
+from moesaic.train import state
 from moesaic.train.loop import BEST_NAME, STATE_NAME, read_log, train
 from tests.train.tasks import Kill, TinyTask, config, run, text
 
@@ -35,9 +36,9 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(killed_after: int, tmp_pa
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     first, _ = run(tmp_path / "run")
-    state = (tmp_path / "run" / STATE_NAME).read_bytes()
+    before = (tmp_path / "run" / STATE_NAME).read_bytes()
     second, report = run(tmp_path / "run")
-    assert (tmp_path / "run" / STATE_NAME).read_bytes() == state
+    assert (tmp_path / "run" / STATE_NAME).read_bytes() == before
     assert report.steps == 12
     assert all(torch.equal(tensor, second.trained()[name]) for name, tensor in first.trained().items())
 
@@ -88,6 +89,23 @@ def test_without_held_out_text_the_last_weights_stay(tmp_path: Path) -> None:
     assert (report.best_step, report.before, report.after) == (12, {}, {})
     assert not (tmp_path / "run" / BEST_NAME).exists()
     assert float(task.steps_done) == 12
+
+
+def test_a_best_that_no_state_vouches_for_is_not_taken_up(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    (tmp_path / "run" / STATE_NAME).unlink()
+    task = TinyTask()
+    train(task, text(held_out=0), config(held_out=0), tmp_path / "run", key={})
+    assert not (tmp_path / "run" / BEST_NAME).exists()
+    assert float(task.steps_done) == 12
+
+
+def test_the_optimiser_s_state_lies_where_its_parameter_does() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    optimiser = torch.optim.AdamW([parameter], fused=False)
+    kept = {"w/step": torch.tensor(2.0), "w/exp_avg": torch.ones(3)}
+    state.load_optimiser(optimiser, {parameter: "w"}, kept)
+    assert {tensor.device.type for tensor in optimiser.state[parameter].values()} == {"meta"}
 
 
 @pytest.mark.parametrize(("change", "name"), [({"learning_rate": 2e-2}, "learning_rate"), ({"key": 1}, "caller")])

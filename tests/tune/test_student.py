@@ -137,6 +137,23 @@ def test_opened_gates_choose_the_same_experts_and_weigh_them_nearly_one(bias: bo
     assert all(list(plan.router.tensors) == ["weight"] for plan in blueprint.sites.values())
 
 
+@torch.no_grad()
+def test_scores_with_a_common_offset_still_give_weights_near_one(converted: Any) -> None:
+    def same_sign(plan: LayerPlan) -> LayerPlan:  # as routers have that predict energies, which are positive
+        rows_ED = plan.router.tensors["weight"]
+        return replace(plan, router=Router("linear", {"weight": rows_ED * 0.01 + rows_ED[:1]}))
+
+    made = converted(change=same_sign)
+    opened = made.student(IDS, lora=None, router_rate=1.0, gate_spread=0.1)[0].model
+    found: dict[str, Tensor] = {}
+    for path in made.blueprint.sites:
+        ffn = opened.get_submodule(path)
+        ffn.router.register_forward_hook(lambda module, inputs, z_TE, path=path: found.update({path: z_TE}))
+    opened(input_ids=IDS, use_cache=False)
+    for z_TE in found.values():
+        assert float((2 * z_TE.sigmoid() - 1).square().mean().sqrt()) == pytest.approx(0.05, rel=0.1)
+
+
 def test_routers_train_only_where_a_gradient_can_come(converted: Any) -> None:
     made = converted()
     kept, _ = made.student(router_rate=1e-3)

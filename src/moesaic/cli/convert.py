@@ -81,6 +81,12 @@ def run(
 
 
 def _findings(results: dict[str, Any]) -> Iterator[str]:
+    if allocation := results.get("allocation"):
+        yield (
+            f"budget {allocation['mode']}: {len(allocation['dense_layers'])} layers stay dense, "
+            f"{allocation['active']:.1%} active in all; loss expected of the layers {allocation['expected']:.3f} nats, "
+            f"with equal layers {allocation['uniform']:.3f}"
+        )
     if fit := results.get("router_fit"):
         mean = fit["mean"]
         yield (

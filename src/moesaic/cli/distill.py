@@ -61,7 +61,9 @@ def run(
     values = load_settings(config) if config is not None else {}
     values |= opt.pairs(options)
     if active is not None:
-        values["pairs"] = [_halves(int(a)) for a in _numbers(active, "--active", int)]
+        width = values.get("width", 1)  # of an expert; whether it is one is seen with the other settings
+        neurons = width if isinstance(width, int) and width > 0 else 1
+        values["pairs"] = [_halves(a, neurons) for a in _numbers(active, "--active", int)]
     lists = {"experts": (experts, int), "routers": (routers, str), "inits": (inits, str), "rates": (rates, float)}
     for key, (text, kind) in lists.items():
         if text is not None:
@@ -72,7 +74,7 @@ def run(
         section = values.get("data", {})
         if not isinstance(section, dict):
             raise InputError("distill: data holds no mapping", "write e.g. --tokens 200000")
-        values["data"] = {**DistillConfig().data.model_dump(), **section, **given}
+        values["data"] = {**section, **given}
     settings = build(DistillConfig, values, "distill")
     workers = processes if processes is not None else os.cpu_count() or 1
     check_distill(model, layer, settings, out, workers, restart)  # a slip is answered before torch is imported
@@ -98,19 +100,29 @@ def _numbers(text: str, option: str, kind: type[int] | type[float] | type[str]) 
     return found
 
 
-def _halves(active: int) -> list[int]:
-    if active < 2 or active % 2:
-        raise InputError(f"--active {active} has no two halves", "give even numbers, or --set pairs='[[0,16]]'")
-    return [active // 2, active // 2]
+def _halves(active: int, width: int) -> list[int]:
+    """``[h_s, k]`` with h_s = k w = A / 2, for experts of ``width`` neurons."""
+    if active < 2 or active % (2 * width):
+        what = "even numbers" if width == 1 else f"multiples of {2 * width}, twice the width of an expert"
+        raise InputError(f"--active {active} has no two halves", f"give {what}, or --set pairs='[[0,16]]'")
+    return [active // 2, active // 2 // width]
 
 
 def _summary(results: dict[str, Any]) -> str:
-    headers = ("student", "A", "FVU real", "gain", "FVU Gaussian", "gain", "router MACs", "FVU/dense at equal MACs")
-    found: dict[str, dict[str, Any]] = {}
+    headers = (
+        "student",
+        "A",
+        "h_s + k w",
+        "FVU real",
+        "gain",
+        "FVU Gaussian",
+        "gain",
+        "router MACs",
+        "FVU/dense at equal MACs",
+    )
+    found: dict[tuple[str, int, int], dict[str, Any]] = {}
     for row in results["students"]:
-        spec = row["spec"]
-        name = f"{spec['router']} m={spec['experts']} {spec['init']}" if spec["experts"] else "dense"
-        found.setdefault(f"{name}|{spec['rank']}|{row['active']:08d}", {"name": name})[row["law"]] = row
+        found.setdefault((row["family"], row["active"], row["spec"]["shared"]), {})[row["law"]] = row
 
     def cell(row: dict[str, Any] | None, key: str, form: str) -> str:
         return "-" if row is None or row.get(key) is None else format(row[key], form)
@@ -118,12 +130,13 @@ def _summary(results: dict[str, Any]) -> str:
     rows = []
     for _, entry in sorted(found.items()):
         real, twin = entry.get("real"), entry.get("gaussian")
-        first = real or twin or {}
+        first = next(iter(entry.values()))
         equal = (real or {}).get("equal_macs")
         rows.append(
             [
-                entry["name"],
+                first["family"],
                 str(first["active"]),
+                first["split"],
                 cell(real, "fvu", ".4f"),
                 cell(real, "gain", ".2f"),
                 cell(twin, "fvu", ".4f"),

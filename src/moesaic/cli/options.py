@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesaic.allocation_config import MODES
 from moesaic.errors import InputError
 from moesaic.layout import Layout
 
@@ -37,7 +38,14 @@ Calib = Annotated[
 ]
 CalibTokens = Annotated[int | None, typer.Option("--calib-tokens", help="Calibration tokens.")]
 CalibWindow = Annotated[int | None, typer.Option("--calib-window", help="Tokens per calibration window.")]
-DenseLayers = Annotated[str | None, typer.Option("--dense-layers", help="Layers to leave dense, e.g. 0,1,-1.")]
+DenseLayers = Annotated[
+    str | None,
+    typer.Option(
+        "--dense-layers",
+        help="Layers to leave dense, e.g. 0,1,-1. auto, leading, any or widths: share the active neurons out by what "
+        "each layer loses, at the same total.",
+    ),
+]
 Hierarchical = Annotated[
     bool | None, typer.Option("--hierarchical", help="Convert the experts of a model that is MoE already.")
 ]
@@ -88,8 +96,10 @@ def make_settings(
     if router is not None:  # --router gives the mode, the file may give the rest
         settings = values.get("router")
         flags["router"] = (settings if isinstance(settings, dict) else {}) | {"mode": router}
-    if dense_layers is not None:
-        flags["dense_layers"] = _layers(dense_layers)
+    if dense_layers is not None:  # either form replaces what the file says
+        name, value = ("allocation", dense_layers) if dense_layers in MODES else ("dense_layers", _layers(dense_layers))
+        values = {key: entry for key, entry in values.items() if key not in ("allocation", "dense_layers")}
+        flags[name] = value
     values |= {key: value for key, value in flags.items() if value is not None}
     return build(ConvertSettings, values | {"options": method_options, "calibration": calibration}, "settings")
 
@@ -121,4 +131,4 @@ def _layers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise InputError(f"cannot read --dense-layers {text!r}", "write e.g. --dense-layers 0,1,-1") from error
+        raise InputError(f"cannot read --dense-layers {text!r}", "write e.g. --dense-layers 0,1,-1, or auto") from error

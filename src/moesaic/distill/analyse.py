@@ -21,10 +21,10 @@ _FLOOR = 1e-12
 def best_students(trials: Iterable[dict[str, Any]], d_model: int) -> list[dict[str, Any]]:
     """Of every student and law the rate of least validation FVU, with costs and, for MoE, the dense comparisons.
 
-    Keys of a row: law, spec, rate, fvu, validation, epoch, active, neuron_macs, router_macs, macs, parameters; for MoE
-    students also ``gain`` (width of the dense student of equal FVU over active neurons; None outside the dense curve)
-    and ``equal_macs`` (width of the dense student of as many multiply-accumulates, its FVU, and the ratio of the MoE
-    student's FVU to that; None outside the curve).
+    Keys of a row: law, spec, family and split (of :class:`StudentSpec`), rate, fvu, validation, epoch, active,
+    neuron_macs, router_macs, macs, parameters; for MoE students also ``gain`` (width of the dense student of equal FVU
+    over active neurons; None outside the dense curve) and ``equal_macs`` (width of the dense student of as many
+    multiply-accumulates, its FVU, and the ratio of the MoE student's FVU to that; None outside the curve).
     """
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for trial in trials:
@@ -78,8 +78,11 @@ def _line(start: Point, stop: Point, x: float) -> float:
 
 
 def _row(trial: dict[str, Any], d_model: int) -> dict[str, Any]:
-    cost = costs(StudentSpec.model_validate(trial["spec"]), d_model)
+    spec = StudentSpec.model_validate(trial["spec"])
+    cost = costs(spec, d_model)
     return {key: trial[key] for key in ("law", "spec", "rate", "fvu", "validation", "epoch")} | {
+        "family": spec.family,
+        "split": spec.split,
         "active": cost.active,
         "neuron_macs": cost.neuron_macs,
         "router_macs": cost.router_macs,
@@ -90,7 +93,7 @@ def _row(trial: dict[str, Any], d_model: int) -> dict[str, Any]:
 
 def _comparisons(row: dict[str, Any], curve: Sequence[Point], d_model: int) -> dict[str, Any]:
     same_error = width_of(row["fvu"], curve)
-    width = row["macs"] / (2 * d_model)
+    width = costs(StudentSpec.model_validate(row["spec"]), d_model).equal_dense_width(d_model)
     dense = fvu_at(width, curve)
     equal = None if dense is None else {"width": width, "fvu": dense, "ratio": row["fvu"] / max(dense, _FLOOR)}
     return {"gain": None if same_error is None else same_error / row["active"], "equal_macs": equal}

@@ -83,7 +83,7 @@ def baselines(
 ) -> dict[str, object]:
     """Test FVU of every baseline; those with a width at each of ``widths``.
 
-    The PCA floor is that of the test outputs themselves: no student of so many neurons does better on them.
+    The PCA floor is that of the test outputs themselves: no dense student of so many neurons does better on them.
     """
     fits = AffineFits(train)
     affine, ridge = fits.best_ridge(validation)

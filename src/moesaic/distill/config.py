@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -16,6 +16,8 @@ from moesaic.errors import InputError
 
 Law = Literal["real", "gaussian"]
 
+_DATA = CalibrationConfig(sources=(Source.parse("wikitext"),), tokens=200_000, window=512, compute_dtype="float32")
+
 
 class ProbeConfig(BaseModel):
     """The dictionary probe: a top-k autoencoder of the FFN's inputs."""
@@ -23,7 +25,9 @@ class ProbeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     atoms: int = Field(default=4, ge=1, description="Dictionary atoms, in multiples of the model width.")
-    top_k: tuple[int, ...] = Field(default=(8, 32, 128), description="Active atoms per token; one fit each.")
+    top_k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(8, 32, 128), description="Active atoms per token, one fit each; more than there are atoms: left out."
+    )
     rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False, description="Peak learning rate.")
 
 
@@ -37,7 +41,9 @@ class DistillConfig(BaseModel):
         min_length=1,
         description="Shared width h_s and active experts k of the MoE students; the paper's have h_s = k.",
     )
-    experts: tuple[int, ...] = Field(default=(1000, 10000), description="Numbers of routed experts m.")
+    experts: tuple[int, ...] = Field(
+        default=(1000, 10000), description="Numbers of routed experts m; pairs with k > m are left out."
+    )
     width: int = Field(default=1, ge=1, description="Neurons per expert w.")
     routers: tuple[RouterName, ...] = Field(
         default=("low_rank",), min_length=1, description="Routers: full, low_rank, product (search sub-linear in m)."
@@ -78,11 +84,15 @@ class DistillConfig(BaseModel):
         default=ProbeConfig(), description="Sparsity of the inputs in a learned dictionary; null leaves it out."
     )
     data: CalibrationConfig = Field(
-        default=CalibrationConfig(
-            sources=(Source.parse("wikitext"),), tokens=200_000, window=512, compute_dtype="float32"
-        ),
-        description="Text whose activations are captured: eight tenths to train on, one to select, one to report.",
+        default=_DATA,
+        description="Text whose activations are captured: eight tenths to train on, one to select, one to report. What "
+        "is not given is as here, not as in `convert`.",
     )
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _fill_data(cls, data: Any) -> Any:
+        return {**_DATA.model_dump(), **data} if isinstance(data, dict) else data
 
     @field_validator("rates")
     @classmethod

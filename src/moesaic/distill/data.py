@@ -60,6 +60,7 @@ def write_data(
     teacher: FFNWeights,
     *,
     window: int,
+    batch: int,
     max_norm: float | None,
     seed: int,
     key: Mapping[str, Any],
@@ -71,6 +72,7 @@ def write_data(
         x_TD: Captured inputs, ``window`` rows per window of text, windows in random order.
         teacher: The FFN; runs in float32.
         window: Rows of a window.
+        batch: Least tokens that must be left to train on.
         max_norm: Tokens whose input or output is longer than so many medians are left out; None keeps all. [OURS] A
             handful of tokens with massive activations would else be nearly all of the variance.
         seed: Of the twin.
@@ -80,7 +82,7 @@ def write_data(
         What was written: tokens per split, tokens left out and their share of the output energy.
 
     Raises:
-        InputError: fewer than ten windows, or nothing left of a split.
+        InputError: fewer than ten windows, nothing left of a split, or no whole batch to train on.
         ResourceError: disk full.
     """
     windows = len(x_TD) // window
@@ -99,6 +101,10 @@ def write_data(
             rows_T = keep_T[start:stop].nonzero().flatten() + start
             if not len(rows_T):
                 raise InputError(f"max_norm {max_norm} leaves no token of the {split} split", "raise it, or set null")
+            if split == "train" and len(rows_T) < batch:
+                raise InputError(
+                    f"a batch of {batch} with {len(rows_T)} training tokens left", "more --tokens, or a smaller batch"
+                )
             made[split] = len(rows_T)
             _write_pairs(temporary / "real", split, work, len(rows_T), _rows(x_TD, rows_T))
         twin = Twin(moments(_load(temporary / "real" / "train.x.npy")))
@@ -134,11 +140,11 @@ def _filter(
     x_TD: Tensor, teacher: FFNWeights, train: tuple[int, int], max_norm: float | None
 ) -> tuple[Tensor, dict[str, Any]]:
     """Which tokens stay, and what the others are."""
+    keep_T = torch.ones(len(x_TD), dtype=torch.bool)
+    if max_norm is None:
+        return keep_T, {"left_out": 0, "left_out_energy": 0.0}
     norms = [(x_BD.float().norm(dim=1), teacher(x_BD.float()).norm(dim=1)) for x_BD in x_TD.split(_BATCH)]
     input_T, output_T = (torch.cat(part) for part in zip(*norms, strict=True))
-    if max_norm is None:
-        return torch.ones(len(x_TD), dtype=torch.bool), {"left_out": 0, "left_out_energy": 0.0}
-    keep_T = torch.ones(len(x_TD), dtype=torch.bool)
     for norm_T in (input_T, output_T):
         keep_T &= norm_T <= max_norm * norm_T[slice(*train)].median()
     energy_T = output_T.double().square()

@@ -25,8 +25,14 @@ class Incidence:
         self.rows = rows
         self._by_row: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def dots(self, weight_ND: Tensor, x_TD: Tensor) -> Tensor:
-        """s_TK without gradient: a product sampled where the sparse matrix of incidences has entries."""
+    def product(self, weight_ND: Tensor, operand: Tensor, sampled: bool) -> Tensor:
+        """Without gradient: s_TK of ``operand`` x_TD if ``sampled``, else y_TD of ``operand`` s_TK."""
+        if sampled:
+            return self._dots(weight_ND, operand)
+        return F.embedding_bag(self.index_TK, weight_ND, per_sample_weights=operand.contiguous(), mode="sum")
+
+    def _dots(self, weight_ND: Tensor, x_TD: Tensor) -> Tensor:
+        """s_TK: a product sampled where the sparse matrix of incidences has entries."""
         tokens, k = self.index_TK.shape
         with warnings.catch_warnings():  # torch calls its CSR tensors beta, once per process
             warnings.simplefilter("ignore", UserWarning)
@@ -39,10 +45,6 @@ class Incidence:
             )
         sampled = torch.sparse.sampled_addmm(pattern, x_TD.contiguous(), weight_ND.t(), beta=0.0)
         return sampled.values().view(tokens, k)
-
-    def combine(self, scale_TK: Tensor, weight_ND: Tensor) -> Tensor:
-        """y_TD without gradient."""
-        return F.embedding_bag(self.index_TK, weight_ND, per_sample_weights=scale_TK.contiguous(), mode="sum")
 
     def spread(self, scale_TK: Tensor, x_TD: Tensor) -> Tensor:
         """For each row the combination of the tokens that use it, [N, D]; zero for rows that none uses."""
@@ -59,47 +61,33 @@ class Incidence:
         return self._by_row
 
 
-class _Dots(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, incidence: Incidence, weight_ND: Tensor, x_TD: Tensor) -> Tensor:
-        ctx.incidence = incidence
-        ctx.save_for_backward(weight_ND, x_TD)
-        return incidence.dots(weight_ND, x_TD)
+class _Product(torch.autograd.Function):
+    """``dots`` of the rows with tokens, or ``combine`` with scales: each is the other's derivative by that operand."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
-        weight_ND, x_TD = ctx.saved_tensors
-        _, for_weight, for_x = ctx.needs_input_grad
+    def forward(ctx: Any, incidence: Incidence, weight_ND: Tensor, operand: Tensor, sampled: bool) -> Tensor:
+        ctx.incidence, ctx.sampled = incidence, sampled
+        ctx.save_for_backward(weight_ND, operand)
+        return incidence.product(weight_ND, operand, sampled)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
+        weight_ND, operand = ctx.saved_tensors
+        _, for_weight, for_operand, _ = ctx.needs_input_grad
+        scale_TK, tokens_TD = (grads[0], operand) if ctx.sampled else (operand, grads[0])
         return (
             None,
-            ctx.incidence.spread(grads[0], x_TD) if for_weight else None,
-            ctx.incidence.combine(grads[0], weight_ND) if for_x else None,
-        )
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, incidence: Incidence, scale_TK: Tensor, weight_ND: Tensor) -> Tensor:
-        ctx.incidence = incidence
-        ctx.save_for_backward(scale_TK, weight_ND)
-        return incidence.combine(scale_TK, weight_ND)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
-        scale_TK, weight_ND = ctx.saved_tensors
-        _, for_scale, for_weight = ctx.needs_input_grad
-        return (
+            ctx.incidence.spread(scale_TK, tokens_TD) if for_weight else None,
+            ctx.incidence.product(weight_ND, grads[0], not ctx.sampled) if for_operand else None,
             None,
-            ctx.incidence.dots(weight_ND, grads[0]) if for_scale else None,
-            ctx.incidence.spread(scale_TK, grads[0]) if for_weight else None,
         )
 
 
 def dots(incidence: Incidence, weight_ND: Tensor, x_TD: Tensor) -> Tensor:
     """s_tk = <W[i_tk], x_t>, [T, K]."""
-    return _Dots.apply(incidence, weight_ND, x_TD)  # type: ignore[return-value]
+    return _Product.apply(incidence, weight_ND, x_TD, True)  # type: ignore[return-value]
 
 
 def combine(incidence: Incidence, scale_TK: Tensor, weight_ND: Tensor) -> Tensor:
     """y_t = sum_k s_tk W[i_tk], [T, D]."""
-    return _Combine.apply(incidence, scale_TK, weight_ND)  # type: ignore[return-value]
+    return _Product.apply(incidence, weight_ND, scale_TK, False)  # type: ignore[return-value]

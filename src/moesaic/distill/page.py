@@ -15,7 +15,7 @@ figure { margin: 1.5rem 0; } figure svg { max-width: 100%; height: auto; } .scro
 """
 _STUDENT_HEADERS = (
     "student",
-    "h_s + k",
+    "h_s + k w",
     "active neurons",
     "FVU",
     "gain at equal FVU",
@@ -64,14 +64,11 @@ def student_cells(rows: Sequence[Mapping[str, Any]], law: str) -> list[tuple[str
     mine.sort(key=lambda row: (row["spec"]["experts"], row["spec"]["router"], row["spec"]["init"], row["active"]))
     cells = []
     for row in mine:
-        spec = row["spec"]
-        rank = f" p={spec['rank']}" if spec["rank"] else ""
-        name = f"{spec['router']}{rank} m={spec['experts']} {spec['init']}" if spec["experts"] else "dense"
         equal = row.get("equal_macs")
         cells.append(
             (
-                name,
-                f"{spec['shared']} + {spec['top_k'] * spec['width']}" if spec["experts"] else str(spec["shared"]),
+                row["family"],
+                row["split"],
                 str(row["active"]),
                 _number(row["fvu"]),
                 f"{row['gain']:.2f}" if row.get("gain") else "-",

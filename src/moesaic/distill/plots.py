@@ -26,18 +26,11 @@ def figures(results: dict[str, Any]) -> dict[str, str]:
     made = {
         "Variance unexplained against active neurons": _students(results, "active"),
         "Variance unexplained against multiply-accumulates per token, router included": _students(results, "macs"),
-        "Learning curves of the best students": _curves(results),
+        "Learning curves of the largest mixture": _curves(results),
     }
     if results["probe"]:
         made["Sparsity of the inputs in a learned dictionary"] = _probe(results)
     return made
-
-
-def label(spec: dict[str, Any]) -> str:
-    """A MoE student's family: router, experts, rank and start."""
-    rank = f" p={spec['rank']}" if spec["rank"] else ""
-    width = f" w={spec['width']}" if spec["width"] > 1 else ""
-    return f"{spec['router']}{rank} m={spec['experts']}{width} {spec['init']}"
 
 
 def _panels(laws: Sequence[str]) -> tuple[Any, list[Any]]:
@@ -70,7 +63,7 @@ def _families(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
     found: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["active"]):
         if row["spec"]["experts"]:
-            found.setdefault(label(row["spec"]), []).append(row)
+            found.setdefault(row["family"], []).append(row)
     return found
 
 
@@ -109,9 +102,9 @@ def _curves(results: dict[str, Any]) -> str:
         routed = [row for row in rows if row["law"] == law and row["spec"]["experts"]]
         if not routed:
             continue
-        spec = max(routed, key=lambda row: (row["parameters"], row["active"]))["spec"]
-        axis.set_title(f"{_TITLES[law]}: {label(spec)}, A={spec['shared'] + spec['top_k'] * spec['width']}")
-        trials = [trial for trial in results["trials"] if trial["law"] == law and trial["spec"] == spec]
+        largest = max(routed, key=lambda row: (row["parameters"], row["active"]))
+        axis.set_title(f"{_TITLES[law]}: {largest['family']}, A={largest['active']}")
+        trials = [trial for trial in results["trials"] if trial["law"] == law and trial["spec"] == largest["spec"]]
         for trial, colour in zip(sorted(trials, key=lambda t: t["rate"]), _COLOURS * len(trials), strict=False):
             points = [(epoch, fvu) for epoch, _, fvu in trial["curve"] if epoch]
             axis.plot(*_columns(points), color=colour, marker=".", label=f"rate {trial['rate']:g}")

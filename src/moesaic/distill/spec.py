@@ -67,6 +67,20 @@ class StudentSpec(BaseModel):
         """Active neurons A = h_s + k w."""
         return self.shared + self.top_k * self.width
 
+    @property
+    def family(self) -> str:
+        """What students of other sizes share, for people: "dense", or router, rank, experts, their width and start."""
+        if self.dense:
+            return "dense"
+        rank = f" p={self.rank}" if self.rank else ""
+        width = f" w={self.width}" if self.width > 1 else ""
+        return f"{self.router}{rank} m={self.experts}{width} {self.init}"
+
+    @property
+    def split(self) -> str:
+        """Shared and routed active neurons, for people: ``"h_s + k w"``; ``"h_s"`` of a dense student."""
+        return str(self.shared) if self.dense else f"{self.shared} + {self.top_k * self.width}"
+
     def identity(self) -> str:
         """A short name that is a pure function of the fields."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)

@@ -87,10 +87,5 @@ def _run_parallel(trials: Sequence[Trial], data: Path, config: DistillConfig, pr
 
 
 def _about(trial: Trial, made: Fit) -> str:
-    if trial.spec is None:
-        what = f"dictionary k={trial.top_k}"
-    elif trial.spec.dense:
-        what = f"dense {trial.spec.shared}"
-    else:
-        what = f"{trial.spec.router} m={trial.spec.experts} A={trial.spec.active}"
+    what = f"dictionary k={trial.top_k}" if trial.spec is None else f"{trial.spec.family} {trial.spec.split}"
     return f"{trial.law} {what} rate {trial.rate:g}: {'diverged' if made.fvu is None else f'FVU {made.fvu:.4f}'}"

@@ -94,6 +94,8 @@ def convert(
         results: dict[str, Any] = {"conversion": {"method": blueprint_made.method, "target": choice.name}}
         if made.router_fits:
             results["router_fit"] = _summary(made)
+        if made.allocation:
+            results["allocation"] = made.allocation
         if made.training:
             results["training"] = made.training
 

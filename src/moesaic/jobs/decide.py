@@ -19,9 +19,10 @@ import torch
 from moesaic.anatomy.base import FFNSite
 from moesaic.anatomy.weights import load_ffn
 from moesaic.attention_plan import AttentionPlan
-from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.blueprint import STATIC, Blueprint, LayerPlan, Router
 from moesaic.calibration.stream import LayerStream
 from moesaic.checkpoint.writer import StagedOutput
+from moesaic.jobs.allocate import with_allocation
 from moesaic.jobs.job import Job
 from moesaic.materialise import build_ffn
 from moesaic.methods import get_config
@@ -37,12 +38,14 @@ MODEL_STEP = "model"
 
 @dataclass
 class Decisions:
-    """Plans of the converted FFNs and attentions and reports of the router fits, by module path; and of a training."""
+    """Plans of the converted FFNs and attentions and reports of the router fits, by module path; reports of a training
+    and of the budget over layers."""
 
     plans: Plans = field(default_factory=dict)
     router_fits: dict[str, dict[str, Any]] = field(default_factory=dict)
     attention: dict[str, AttentionPlan] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
 
 
 def step_of(layer: int) -> str:
@@ -60,13 +63,17 @@ def decide_layers(
 ) -> Decisions:
     """Decide every layer, keeping each one's plans in ``staged``; those that it has are not decided again.
 
-    ``check`` is called with the plans of the first converted layer before they are kept, to refuse early.
+    ``check`` is called with the plans of the first converted layer before they are kept, to refuse early; where all
+    layers are decided by training, with plans of the sizes that are known before it.
     """
     if trains_whole_model(job):
+        if check is not None:
+            check(_before_training(job))
         return _decide_model(job, staged, progress)
+    job = with_allocation(job, staged, progress)
     layers = job.anatomy.num_layers
     progress.start(f"{job.settings.method}: deciding", layers)
-    made = Decisions()
+    made = Decisions(allocation=job.allocation or {})
     kept = {layer for layer in range(layers) if staged is not None and staged.planned(step_of(layer))}
     stream, first = (None, 0) if len(kept) == layers else _open_stream(job, staged)
     for layer in range(layers):
@@ -93,6 +100,15 @@ def trains_whole_model(job: Job) -> bool:
     return job.given is None and hasattr(job.method, "plan_model")
 
 
+def _before_training(job: Job) -> Plans:
+    """What the first converted FFN will be, but for the neurons and the router's numbers."""
+    site = next(site for site in job.anatomy.sites if site.layer not in job.dense_layers)
+    parts = get_config(job.settings.method).sizes(job.config, site.d_ff)
+    experts = tuple(torch.arange(width) for width in parts.own)
+    router = Router("linear", {"weight": torch.zeros(len(experts), job.anatomy.d_model)}) if experts else STATIC
+    return {site.path: LayerPlan(site.d_ff, torch.arange(parts.shared), experts, parts.top_k, router)}
+
+
 def _decide_model(job: Job, staged: StagedOutput | None, progress: Progress) -> Decisions:
     """Run a method that trains on the whole model, resuming in the staging folder where there is one."""
     if staged is not None and staged.planned(MODEL_STEP):
@@ -116,11 +132,14 @@ def blueprint_of(job: Job, made: Decisions) -> Blueprint:
     if job.given is not None and job.settings.router is None:
         return job.given
     given = job.given
+    config = job.config.model_dump(mode="json")
+    if made.allocation:  # `active` stays the total
+        config["allocation"] = {name: made.allocation[name] for name in ("mode", "neurons")}
     return Blueprint(
         family=job.anatomy.family.name,
         source=job.checkpoint.fingerprint(),
         method=job.settings.method if given is None else given.method,
-        config=job.config.model_dump(mode="json") if given is None else given.config,
+        config=config if given is None else given.config,
         sites=made.plans,
         attention=made.attention if given is None else given.attention,
     )
@@ -184,5 +203,5 @@ def _decide_site(
                 f"{site.path} stays whole: its router sent it {inputs.tokens} tokens, {needed:.0f} are needed"
             )
             return None
-    digest = hashlib.sha256(f"{job.settings.seed}:{site.path}".encode()).digest()
-    return cast(MethodModule, job.method).plan_site(weights, inputs, job.config, int.from_bytes(digest[:4], "big"))
+    seed = int.from_bytes(hashlib.sha256(f"{job.settings.seed}:{site.path}".encode()).digest()[:4], "big")
+    return cast(MethodModule, job.method).plan_site(weights, inputs, job.config_of(site.layer), seed)

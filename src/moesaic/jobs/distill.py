@@ -130,8 +130,16 @@ def _data(request: DistillRequest, teacher: FFNWeights, windows: Any, progress: 
         request.checkpoint, request.anatomy, windows.ids_NW, compute_dtype=dtype, spill=request.partial
     )
     x_TD = capture(stream, request.site.layer, request.site.path, progress)
-    window = windows.ids_NW.shape[1]
-    return write_data(folder, x_TD, teacher, window=window, max_norm=config.max_norm, seed=config.seed, key=key)
+    return write_data(
+        folder,
+        x_TD,
+        teacher,
+        window=windows.ids_NW.shape[1],
+        batch=config.batch,
+        max_norm=config.max_norm,
+        seed=config.seed,
+        key=key,
+    )
 
 
 def _baselines(

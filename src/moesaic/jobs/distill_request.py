@@ -74,6 +74,7 @@ def check_distill(
     config.students(anatomy.d_model)
     _check_batch(config)
     request = DistillRequest(checkpoint, anatomy, sites[0], out, config)
+    _check_ours(request.partial)
     if not restart:
         _check_same_run(request)
     return request
@@ -90,6 +91,13 @@ def _check_batch(config: DistillConfig) -> None:
             f"{config.data.tokens} tokens are fewer than ten windows of {config.data.window}",
             "more --tokens, or a smaller --window: windows are dealt out to three splits",
         )
+
+
+def _check_ours(partial: Path) -> None:
+    """Refuse to work in, or to throw away, a folder that no sweep left."""
+    left = sorted(path.name for path in partial.iterdir()) if partial.is_dir() else []
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()) or (left and KEY_NAME not in left):
+        raise InputError(f"{partial} is in the way and no unfinished sweep of moesaic", "move it elsewhere")
 
 
 def _check_same_run(request: DistillRequest) -> None:

@@ -24,10 +24,11 @@ from moesaic.checkpoint.writer import RESULTS_NAME, StagedOutput
 from moesaic.errors import InputError
 from moesaic.evaluate.native_parity import native_parity, parity_ids
 from moesaic.evaluate.runtime import Runtime
+from moesaic.jobs import forecast
 from moesaic.progress import Progress, Silent
 from moesaic.report.card import model_card
 from moesaic.settings import build
-from moesaic.targets import AUTO, REPLICATING, Choice, choose_target
+from moesaic.targets import AUTO, Choice, choose_target
 from moesaic.targets.base import Split, TargetOptions
 
 _PARITY_WINDOW = 256
@@ -81,7 +82,9 @@ def export(
         "target": choice.name,
         "options": settings.model_dump(),
     }
-    size = _expected_bytes(checkpoint, split, choice, settings)
+    shapes = {path: forecast.shape_of_plan(plan) for path, plan in blueprint.sites.items()}
+    source = forecast.read_converted_source(checkpoint, split.anatomy, blueprint.sites)
+    size = forecast.disk_of(shapes, split.anatomy, choice.name, settings, source).output
     with StagedOutput.open(output, key, source=folder, expected_bytes=size, restart=restart) as staged:
         _write_tensors(checkpoint, split, choice, settings, staged, progress)
         provenance = {**checkpoint.config["moesaic"], "target": choice.name, "target_options": settings.model_dump()}
@@ -175,17 +178,6 @@ def _layer(checkpoint: Checkpoint, split: Split, layer: int) -> tuple[dict[str, 
         else:
             packed[owner][name.removeprefix(f"{owner}.")] = checkpoint.finite_tensor(name)
     return copied, packed
-
-
-def _expected_bytes(checkpoint: Checkpoint, split: Split, choice: Choice, options: TargetOptions) -> int:
-    """Disk that the output will take, about: the source, an own head, copies of shared neurons, twins of experts."""
-    embedding = [checkpoint.info(name).nbytes for name in checkpoint.names if name.endswith("embed_tokens.weight")]
-    copies = 0
-    if choice.name in REPLICATING:
-        copies = sum((len(plan.experts) - 1) * len(plan.shared) for plan in split.plans.values())
-    elif choice.name == "glm4_moe" and options.exact_weights:
-        copies = sum(len(plan.experts) * plan.expert_width for plan in split.plans.values())
-    return int(1.02 * checkpoint.nbytes) + sum(embedding) + copies * 3 * 4 * split.anatomy.d_model
 
 
 def _earlier_results(folder: Path) -> dict[str, Any]:

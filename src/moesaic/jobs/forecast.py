@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from moesaic.anatomy.base import Anatomy
 from moesaic.anatomy.weights import ffn_tensor_names
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.layout import Layout
 from moesaic.methods import get_config
+from moesaic.methods.sizes import RouterKind
 from moesaic.settings import ConvertSettings, method_config
 from moesaic.targets import AUTO, REPLICATING
 from moesaic.targets.backbone import no_backbone
@@ -24,8 +24,9 @@ from moesaic.targets.base import TargetOptions
 if TYPE_CHECKING:
     from moesaic.blueprint import LayerPlan
 
-RouterKind = Literal["static", "linear", "gated"]
 _FP32 = 4
+_PROGRAM = 500e6
+"""Bytes that the interpreter and torch take."""
 _SITE_JSON = 900
 """Bytes that one converted FFN takes in config.json and blueprint.json, about."""
 _MODELLING_FILE = 24_000
@@ -37,7 +38,7 @@ class Shape:
     """What becomes of one FFN, as far as the settings say.
 
     ``shared``: always-on neurons; ``width``: M, padding included; ``top_k``: K; ``gated``: a gated router has two
-    matrices, as the FFN has a gate path.
+    matrices, as the FFN has a gate path; ``rewritten``: matrices of each neuron that the blueprint holds.
     """
 
     d_ff: int
@@ -47,6 +48,7 @@ class Shape:
     top_k: int
     router: RouterKind
     gated: bool = True
+    rewritten: int = 0
 
     @property
     def neurons(self) -> int:
@@ -103,28 +105,13 @@ class MemoryForecast:
 
 
 def shape_of(settings: ConvertSettings, d_ff: int, gated: bool = True) -> Shape:
-    """The shape of an FFN of ``d_ff`` neurons; methods that choose widths themselves are taken not to prune."""
-    config = method_config(settings)
-    module: Any = get_config(settings.method)
-    if settings.method == "static":
-        return Shape(d_ff, module.kept_neurons(config, d_ff), 0, 0, 0, "static")
-    if hasattr(module, "sizes"):
-        parts = module.sizes(config, d_ff)
-        kind: RouterKind = "linear" if parts.own else "static"
-        return Shape(d_ff, parts.shared, len(parts.own), max(parts.own, default=0), parts.top_k, kind, gated)
-    if hasattr(module, "resolve_layout"):
-        layout = module.resolve_layout(config, d_ff)
-    elif isinstance(text := getattr(config, "layout", None), str):
-        layout = Layout.parse(text)
-    else:
-        branches = int(getattr(config, "keep", None) or getattr(config, "branches", 1))
-        kept = d_ff * branches // int(getattr(config, "branches", 1))
-        return Shape(d_ff, kept % branches, branches, kept // branches, branches, "static")
-    if layout.routed == 0:
-        return Shape(d_ff, layout.shared_size(d_ff), 0, 0, 0, "static")
-    router: RouterKind = "gated" if settings.method == "cmoe" and settings.router is None else "linear"
-    width = max(layout.expert_sizes(d_ff))
-    return Shape(d_ff, layout.shared_size(d_ff), layout.routed, width, layout.active, router, gated)
+    """The shape of an FFN of ``d_ff`` neurons."""
+    parts = get_config(settings.method).sizes(method_config(settings), d_ff)
+    kind = parts.router if parts.own else "static"
+    if kind != "static" and settings.router is not None:
+        kind = "linear"
+    width = max(parts.own, default=0)
+    return Shape(d_ff, parts.shared, len(parts.own), width, parts.top_k, kind, gated, parts.rewritten)
 
 
 def shape_of_plan(plan: LayerPlan, fitted: bool = False) -> Shape:
@@ -132,18 +119,25 @@ def shape_of_plan(plan: LayerPlan, fitted: bool = False) -> Shape:
     own = "linear" if plan.router.kind == "low_rank" else plan.router.kind
     kind: RouterKind = "linear" if fitted and own != "static" else own
     width = max((len(expert) for expert in plan.experts), default=0)
-    return Shape(plan.d_ff, len(plan.shared), len(plan.experts), width, plan.top_k, kind, "gate" in plan.router.tensors)
+    gated = "gate" in plan.router.tensors
+    rewritten = sum(name.endswith("_FD") for name in plan.projections) + (plan.readout is not None)
+    return Shape(plan.d_ff, len(plan.shared), len(plan.experts), width, plan.top_k, kind, gated, rewritten)
 
 
 def likely_target(settings: ConvertSettings, anatomy: Anatomy, shape: Shape) -> str:
     """What ``auto`` will take, as far as that shows before any decision."""
     if settings.target != AUTO:
         return settings.target
-    if no_backbone(anatomy) or anatomy.family.moe is not None or shape.router == "gated":
+    if no_backbone(anatomy) or anatomy.family.moe is not None or shape.router == "gated" or prunes_attention(settings):
         return "moesaic"
     if shape.router == "static":
         return "moesaic" if shape.experts else "dense"
     return "mixtral" if shape.shared == 0 and shape.top_k == 1 else "glm4_moe"
+
+
+def prunes_attention(settings: ConvertSettings) -> bool:
+    """Whether the method also prunes attention, which only the ``moesaic`` architecture holds."""
+    return getattr(method_config(settings), "attention", "none") != "none"
 
 
 def disk(settings: ConvertSettings, anatomy: Anatomy, dense_layers: tuple[int, ...], source: Source) -> DiskForecast:
@@ -179,9 +173,11 @@ def disk_of(
     for site in sites:
         shape = shapes[site.path]
         # Stock architectures state sizes once for all layers.
-        neurons, rows = _written(target, shape if target in ("moesaic", "dense") else widest, options)
-        weights += (neurons - shape.d_ff) * per_neuron * source.element + rows * anatomy.d_model * _FP32
-        plans += (shape.neurons + shape.router_rows * anatomy.d_model) * _FP32 + _SITE_JSON
+        neurons, router_rows = _written(target, shape if target in ("moesaic", "dense") else widest, options)
+        weights += (neurons - shape.d_ff) * per_neuron * source.element + router_rows * anatomy.d_model * _FP32
+        rewritten = min(shape.rewritten, 3 if anatomy.gated else 2)
+        rows = shape.router_rows + rewritten * shape.neurons
+        plans += (shape.neurons + rows * anatomy.d_model) * _FP32 + _SITE_JSON
     if target not in ("moesaic", "dense") and source.tied:
         weights += int(anatomy.config.get("vocab_size") or 0) * anatomy.d_model * source.element
     beside = source.beside + (len(sites) * _SITE_JSON + _MODELLING_FILE if target == "moesaic" else 0)
@@ -191,27 +187,46 @@ def disk_of(
 
 def memory(settings: ConvertSettings, anatomy: Anatomy, source: Source) -> MemoryForecast:
     """The peak while layers are decided: one layer in fp32, embeddings, states of all tokens, one FFN's activations."""
+    if getattr(get_config(settings.method), "WHOLE_MODEL", False):
+        return MemoryForecast(round(_training_memory(settings, anatomy, source)), source.nbytes)
     per_layer = (3 if anatomy.gated else 2) * anatomy.d_model * anatomy.d_ff + 4 * anatomy.d_model**2
     embeddings = anatomy.d_model * int(anatomy.config.get("vocab_size") or 0)
     tokens = _calibration_tokens(settings)
     activations = tokens * (2 * anatomy.d_model + 2 * anatomy.d_ff)
-    private = _FP32 * (2.5 * per_layer + embeddings + activations) + 500e6
-    return MemoryForecast(round(private), source.nbytes)
+    return MemoryForecast(round(_FP32 * (2.5 * per_layer + embeddings + activations) + _PROGRAM), source.nbytes)
+
+
+def _training_memory(settings: ConvertSettings, anatomy: Anatomy, source: Source) -> float:
+    """The peak of training on the whole frozen model: its matrices, and what one forward pass keeps for the backward.
+
+    The activations of a token are logits of student and teacher with their gradient, and per layer two hidden and five
+    model-wide vectors, as measured on SmolLM2-135M at 256 and 1,024 tokens. ``auto`` precision counts as bf16.
+    """
+    train = method_config(settings).train  # pyright: ignore[reportAttributeAccessIssue] -- such methods have one
+    vocabulary = int(anatomy.config.get("vocab_size") or 0)
+    weights = source.nbytes / source.element * (_FP32 if train.precision == "fp32" else 2)
+    tokens = settings.calibration.window * train.batch / train.accumulate
+    per_token = 3 * vocabulary + anatomy.num_layers * (2 * anatomy.d_ff + 5 * anatomy.d_model)
+    return weights + _FP32 * (vocabulary * anatomy.d_model + tokens * per_token) + _PROGRAM
 
 
 def read_source(checkpoint: Checkpoint, anatomy: Anatomy) -> Source:
     """Sizes from the headers of the weights."""
     site = anatomy.sites[0]
     names = ffn_tensor_names(checkpoint, site)
-    matrix = checkpoint.info(min(name for name in names if name.endswith(".weight")))
     biases = sum(checkpoint.info(name).shape[0] for name in names if name.endswith(".bias"))
-    return Source(
-        nbytes=checkpoint.nbytes,
-        element=matrix.nbytes // math.prod(matrix.shape),
-        tied=not any(name.startswith(("lm_head.", "embed_out.")) for name in checkpoint.names),
-        biases=biases // site.d_ff if biases > anatomy.d_model else 0,
-        beside=sum(path.stat().st_size for path in checkpoint.side_files()),
-    )
+    matrix = min(name for name in names if name.endswith(".weight"))
+    return _source(checkpoint, matrix, biases // site.d_ff if biases > anatomy.d_model else 0)
+
+
+def read_converted_source(checkpoint: Checkpoint, anatomy: Anatomy, plans: Mapping[str, LayerPlan]) -> Source:
+    """Sizes of the dense model that a folder of the ``moesaic`` architecture was made from; ``plans`` are its own."""
+    first = next(iter(plans))
+    biases = sum(f"{first}.{name}.bias" in checkpoint for name in ("gate_proj", "up_proj"))
+    source = _source(checkpoint, f"{first}.up_proj.weight", biases)
+    grown = sum(len(plan.packed) - plan.d_ff for plan in plans.values())
+    per_neuron = (3 if anatomy.gated else 2) * anatomy.d_model + biases
+    return replace(source, nbytes=checkpoint.nbytes - grown * per_neuron * source.element)
 
 
 def guess_source(folder: Path, anatomy: Anatomy) -> Source:
@@ -228,6 +243,17 @@ def guess_source(folder: Path, anatomy: Anatomy) -> Source:
     counted = element * (anatomy.num_layers * (attention + 2 * d_model) + ffn + tables)
     on_disk = _total_size(folder, "*.safetensors")
     return Source(on_disk or counted, element, tied, 0, _total_size(folder, *_TOKENIZER_FILES))
+
+
+def _source(checkpoint: Checkpoint, matrix: str, biases: int) -> Source:
+    info = checkpoint.info(matrix)
+    return Source(
+        nbytes=checkpoint.nbytes,
+        element=info.nbytes // math.prod(info.shape),
+        tied=not any(name.startswith(("lm_head.", "embed_out.")) for name in checkpoint.names),
+        biases=biases,
+        beside=sum(path.stat().st_size for path in checkpoint.side_files()),
+    )
 
 
 def _total_size(folder: Path, *patterns: str) -> int:

@@ -16,7 +16,7 @@ from moesaic.calibration.skeleton import Skeleton
 from moesaic.calibration.text import Windows, build_windows
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import CheckpointError, InputError
-from moesaic.jobs.request import check_request
+from moesaic.jobs.request import at_active, check_request
 from moesaic.methods import get_config, get_method
 from moesaic.methods.base import MethodConfig, MethodModule, ModelMethodModule
 from moesaic.settings import ConvertSettings
@@ -38,6 +38,13 @@ class Job:
     dense_layers: tuple[int, ...]
     windows: Windows | None
     given: Blueprint | None
+    allocation: dict[str, Any] | None = None  # the report of jobs/allocate.py, once the layers are measured
+
+    def config_of(self, layer: int) -> MethodConfig:
+        """The method's config for the FFNs of one layer."""
+        if self.allocation is None:
+            return self.config
+        return at_active(self.config, self.allocation["neurons"][layer] / self.anatomy.d_ff)
 
     @property
     def key(self) -> dict[str, Any]:
@@ -49,6 +56,9 @@ class Job:
             "method": self.settings.method,
             "options": self.config.model_dump(mode="json"),
             "dense_layers": list(self.dense_layers),
+            "allocation": None
+            if self.settings.allocation is None
+            else self.settings.allocation.model_dump(mode="json"),
             "hierarchical": self.settings.hierarchical,
             "router": None if self.settings.router is None else self.settings.router.model_dump(mode="json"),
             "target": self.settings.target,
@@ -69,13 +79,17 @@ def prepare(
     given = None if blueprint is None else Blueprint.load(blueprint)
     if given is not None:
         _check_blueprint(given, anatomy)
+        if settings.allocation is not None:
+            raise InputError("a blueprint says already which layers are dense", "leave allocation out")
+        if settings.router is not None and all(plan.router.kind == "static" for plan in given.sites.values()):
+            raise InputError("the blueprint routes nothing: all it keeps is always on", "leave --router out")
     # In the dtype of the largest tensor, which is that of nearly all: then looking at the weights copies none.
     largest = max(checkpoint.names, key=lambda name: checkpoint.info(name).nbytes)
     skeleton = Skeleton(checkpoint, anatomy, getattr(torch, checkpoint.info(largest).dtype))
     _check_target(anatomy, settings.target)
     windows = None
     decides = given is None and get_config(settings.method).needs_calibration(config)
-    if decides or settings.router is not None:
+    if decides or settings.router is not None or settings.allocation is not None:
         from transformers import AutoTokenizer
 
         tokenizer = load_tokenizer(AutoTokenizer, checkpoint.folder)

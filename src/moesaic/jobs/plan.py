@@ -16,6 +16,7 @@ from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
 from moesaic.errors import InputError
 from moesaic.jobs import forecast
+from moesaic.jobs.request import active_neurons, check_allocation
 from moesaic.layout import Layout
 from moesaic.methods import get_config
 from moesaic.settings import ConvertSettings, build, check_fits, method_config
@@ -97,6 +98,7 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
     config = method_config(settings)
     anatomy = read_anatomy(read_config(model), hierarchical=settings.hierarchical)
     dense_layers = check_fits(settings.method, config, anatomy, settings.dense_layers)
+    check_allocation(settings, config, anatomy)
     sites = [site for site in anatomy.sites if site.layer not in dense_layers]
     text = getattr(config, "layout", None)
     fixed = getattr(config, "active", None) is not None  # an active fraction goes before a layout
@@ -141,7 +143,8 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
         staging_bytes=space.staging,
         remarks=(
             *_remarks(width, padding, anatomy),
-            _target_remark(settings, anatomy, experts),
+            _target_remark(settings, anatomy, shape),
+            *_allocation_remarks(settings, anatomy),
             *_size_remarks(memory, space),
         ),
     )
@@ -162,8 +165,43 @@ def _seconds(settings: ConvertSettings, anatomy: Anatomy, ffn_parameters: int, f
         operations += 6 * tokens * (ffn_parameters + attention + head)
     elif hasattr(config, "steps"):  # each FFN on its own
         operations += 6 * config.steps * config.batch * ffn_parameters
+    operations += _measuring(settings, anatomy, ffn_parameters + attention)
     copying = 3 * 4 * ffn_parameters / 1e9  # read, pack, write, at about 1 GB/s
     return round(operations / (GFLOPS_PER_CORE * 1e9 * (os.cpu_count() or 1)) + copying, 1)
+
+
+def _measuring(settings: ConvertSettings, anatomy: Anatomy, parameters: int) -> float:
+    """Operations of the layers' sensitivity: half of the model and all of the head for each cut of each layer, on the
+    tokens that measure; two runs of the dense model, as other tokens choose the neurons. ``parameters``: of all layers.
+    """
+    if settings.allocation is None:
+        return 0
+    cuts = len(_fractions(settings, anatomy)) * anatomy.num_layers
+    head = anatomy.d_model * int(anatomy.config.get("vocab_size") or 0)
+    tokens = min(settings.allocation.tokens, settings.calibration.tokens // 2)
+    per_cut = parameters * (anatomy.num_layers + 1) / (2 * anatomy.num_layers) + head
+    return 2 * tokens * (cuts * per_cut + 2 * parameters + head)
+
+
+def _fractions(settings: ConvertSettings, anatomy: Anatomy) -> tuple[float, ...]:
+    assert settings.allocation is not None
+    active = active_neurons(settings.method, method_config(settings), anatomy.d_ff)
+    return settings.allocation.fractions_for(active / anatomy.d_ff)
+
+
+def _allocation_remarks(settings: ConvertSettings, anatomy: Anatomy) -> tuple[str, ...]:
+    if settings.allocation is None:
+        return ()
+    what = {
+        "leading": "how many leading layers stay dense",
+        "any": "which layers stay dense",
+        "widths": "how many neurons each layer uses",
+    }[settings.allocation.mode_for(settings.target)]
+    at = " and ".join(f"{fraction:.1%}" for fraction in _fractions(settings, anatomy))
+    return (
+        f"{what} is measured first, each layer cut alone to {at} of its neurons; the figures here are for equal "
+        "layers, and the total active size is the same",
+    )
 
 
 def _size_remarks(memory: forecast.MemoryForecast, space: forecast.DiskForecast) -> tuple[str, str]:
@@ -185,12 +223,7 @@ def _remarks(width: int, padding: int, anatomy: Anatomy) -> tuple[str, ...]:
     return tuple(remarks)
 
 
-def _own_gated_router(settings: ConvertSettings) -> bool:
-    """Whether the routers are of CMoE's form, which no stock architecture has."""
-    return settings.method == "cmoe" and settings.router is None
-
-
-def _target_remark(settings: ConvertSettings, anatomy: Anatomy, experts: int) -> str:
+def _target_remark(settings: ConvertSettings, anatomy: Anatomy, shape: forecast.Shape) -> str:
     """Which architecture the output will have, and what loads it, as far as the config shows it."""
     loads = "the moesaic architecture: transformers loads it after `import moesaic`, or with trust_remote_code=True"
     if settings.target not in (AUTO, "moesaic"):
@@ -199,6 +232,8 @@ def _target_remark(settings: ConvertSettings, anatomy: Anatomy, experts: int) ->
         return f"written in {loads}"
     if reason := no_backbone(anatomy):
         return f"written in {loads}; {reason}"
-    if experts and _own_gated_router(settings):
+    if forecast.prunes_attention(settings):
+        return f"written in {loads}; no stock architecture has pruned attention"
+    if shape.router == "gated":
         return f"written in {loads}; --router oracle makes it one that stock engines load"
     return "written as a stock architecture where one holds the split, see `moesaic targets MODEL`"

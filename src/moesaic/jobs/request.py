@@ -15,9 +15,11 @@ from moesaic.checkpoint.placement import absolute, check_output
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import InputError
+from moesaic.jobs.forecast import prunes_attention, shape_of
 from moesaic.methods import get_config
 from moesaic.methods.base import MethodConfig
 from moesaic.settings import ConvertSettings, check_fits, method_config
+from moesaic.targets import AUTO
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,60 @@ def check_request(model: str | Path, settings: ConvertSettings, output: str | Pa
     """
     config = method_config(settings)
     _check_whole_model(settings)
-    if settings.router is not None or get_config(settings.method).needs_calibration(config):
+    if (
+        settings.router is not None
+        or settings.allocation is not None
+        or get_config(settings.method).needs_calibration(config)
+    ):
         check_sources(settings.calibration)
     if output is not None:  # before a model is fetched for it
         check_output(absolute(output), local_folder(model))
     checkpoint = Checkpoint(resolve_model(str(model)))
     anatomy = read_anatomy(checkpoint.config, hierarchical=settings.hierarchical)
     dense_layers = check_fits(settings.method, config, anatomy, settings.dense_layers)
+    if settings.router is not None and shape_of(settings, anatomy.d_ff).router == "static":
+        raise InputError(f"method {settings.method} routes nothing: all it keeps is always on", "leave --router out")
+    check_allocation(settings, config, anatomy)
     for site in anatomy.sites:
         ffn_tensor_names(checkpoint, site)
     return Request(checkpoint, anatomy, config, dense_layers)
+
+
+def check_allocation(settings: ConvertSettings, config: MethodConfig, anatomy: Anatomy) -> None:
+    """Refuse a budget over layers that the method or the target cannot follow."""
+    if settings.allocation is None:
+        return
+    field = type(config).model_fields.get("active")
+    if getattr(get_config(settings.method), "WHOLE_MODEL", False):
+        raise InputError(f"method {settings.method} shares its budget out itself", "leave allocation out")
+    if field is None or field.annotation not in (float, float | None):
+        raise InputError(
+            f"method {settings.method} has no active fraction to lower where layers stay dense",
+            "choose token_clusters or static, or name the dense layers",
+        )
+    if anatomy.family.moe is not None or {site.d_ff for site in anatomy.sites} != {anatomy.d_ff}:
+        raise InputError("a budget over layers is for dense models with one FFN width", "leave allocation out")
+    if active_neurons(settings.method, config, anatomy.d_ff) >= anatomy.d_ff:
+        raise InputError(
+            "every neuron is active: there is nothing to share out", "lower active, or leave allocation out"
+        )
+    settings.allocation.mode_for(settings.target)
+    if settings.target == AUTO and shape_of(settings, anatomy.d_ff).router == "static":
+        raise InputError(
+            f"without routing, target auto is a dense model whose layers are all as wide as the widest: {anatomy.d_ff}",
+            "choose target moesaic",
+        )
+
+
+def active_neurons(method: str, config: MethodConfig, d_ff: int) -> int:
+    """Neurons that one token uses of an FFN of ``d_ff``, padding of experts not counted."""
+    parts = get_config(method).sizes(config, d_ff)
+    return parts.shared + (round(parts.top_k * sum(parts.own) / len(parts.own)) if parts.own else 0)
+
+
+def at_active(config: MethodConfig, active: float) -> MethodConfig:
+    """The config with another active fraction."""
+    return config.model_copy(update={"active": active})
 
 
 def _check_whole_model(settings: ConvertSettings) -> None:
@@ -64,6 +110,8 @@ def _check_whole_model(settings: ConvertSettings) -> None:
         raise InputError(f"method {settings.method} learns its own linear router", "leave --router out")
     if settings.hierarchical:
         raise InputError(f"method {settings.method} starts from a dense model", "leave --hierarchical out")
+    if prunes_attention(settings) and settings.target not in (AUTO, "moesaic"):
+        raise InputError(f"target {settings.target} has no pruned attention", "choose moesaic, or attention: none")
     if importlib.util.find_spec("accelerate") is None:
         raise InputError("training needs accelerate", "pip install 'moesaic[tune]'")
 

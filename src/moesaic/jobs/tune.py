@@ -24,13 +24,14 @@ from moesaic.checkpoint.output import output_names, read_split, write_side_files
 from moesaic.checkpoint.placement import absolute, partial_of
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import RESULTS_NAME, StagedOutput
-from moesaic.errors import VerificationError
+from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.native_parity import native_parity, parity_ids
 from moesaic.evaluate.parity import TOLERANCE, relative_difference
 from moesaic.evaluate.runtime import Runtime
 from moesaic.jobs.decide import step_of
 from moesaic.jobs.job import load_tokenizer
 from moesaic.jobs.training_record import write_record
+from moesaic.jobs.tune_request import TuneRequest, check_tune, is_worker
 from moesaic.jobs.verify import check_tensors
 from moesaic.materialise import TENSOR_NAMES
 from moesaic.nn.modeling_moesaic import MoesaicForCausalLM
@@ -40,12 +41,12 @@ from moesaic.settings import build
 from moesaic.targets import choose_target, get_target
 from moesaic.targets.base import Split
 from moesaic.train.data import TrainData, read_data
-from moesaic.train.loop import BEST_NAME, STATE_NAME, TrainReport, train
-from moesaic.train.state import load_into, read
+from moesaic.train.loop import TrainReport, learned, train
+from moesaic.train.state import load_into
+from moesaic.train.task import trained_tensors
 from moesaic.tune.config import DEFAULT_PRESET, TuneConfig, preset
 from moesaic.tune.mark import KEY
-from moesaic.tune.model import load_dense, make_student, merge_adapters, tuned_blueprint
-from moesaic.tune.request import TuneRequest, check_tune, is_worker
+from moesaic.tune.model import can_open, load_dense, make_student, merge_adapters, routes, tuned_blueprint
 from moesaic.tune.task import TuneTask
 
 _PARITY_WINDOW = 256
@@ -83,7 +84,7 @@ class _Job:
             "torch": torch.__version__,
             "source": request.source.fingerprint(),
             "dense": None if request.dense is None else request.dense.fingerprint(),
-            "config": request.config.model_dump(mode="json", exclude={"train": {"log_every", "save_every"}}),
+            "config": {**request.config.model_dump(mode="json"), "train": request.config.train.identity()},
             "data": self.data.fingerprint(),
         }
 
@@ -164,16 +165,18 @@ def _prepare(request: TuneRequest, preset_name: str, progress: Progress) -> _Job
         request.config.gate == "auto" and request.target == "glm4_moe" and request.config.router_rate > 0
     )
     plans = {path: _as_trained(plan, request.config, sigmoid) for path, plan in blueprint.sites.items()}
+    if request.config.gate == "sigmoid":
+        _check_gates(plans)
     choose_target(_split(request, replace(blueprint, sites=plans)), request.target)
     return _Job(request, blueprint, data, data.ids_NW[:2] if sigmoid else None, preset_name)
 
 
 def _as_trained(plan: LayerPlan, config: TuneConfig, sigmoid: bool) -> LayerPlan:
     """What a plan becomes in kind; its numbers stand for any."""
-    if plan.router.kind == "static" or plan.top_k == len(plan.experts):
+    if not routes(plan):
         return plan
     experts = len(plan.experts)
-    if sigmoid and plan.router.kind == "linear" and plan.gate == "uniform":
+    if sigmoid and can_open(plan):
         rows = {"weight": plan.router.tensors["weight"]}
         bias_E = plan.router.tensors.get("bias")
         plan = replace(plan, gate="sigmoid", router=replace(plan.router, tensors=rows), selection_bias=bias_E)
@@ -182,6 +185,19 @@ def _as_trained(plan: LayerPlan, config: TuneConfig, sigmoid: bool) -> LayerPlan
     if config.balance and plan.gate != "uniform":
         plan = replace(plan, selection_bias=torch.arange(float(experts)))
     return plan
+
+
+def _check_gates(plans: Mapping[str, LayerPlan]) -> None:
+    """Refuse a sigmoid gate that was asked for where it cannot be given. ``plans``: as they are to be trained."""
+    routed = {path: plan for path, plan in plans.items() if routes(plan)}
+    if not routed:
+        raise InputError("gate sigmoid: this model has no routers", "leave gate out")
+    for path, plan in routed.items():
+        if plan.gate != "sigmoid":
+            raise InputError(
+                f"gate sigmoid does not fit {path}: its router is {plan.router.kind}, its gate {plan.gate}",
+                "it takes linear routers with weights of 1; leave gate out",
+            )
 
 
 def _split(request: TuneRequest, blueprint: Blueprint) -> Split:
@@ -211,17 +227,8 @@ def _merged(job: _Job, folder: Path) -> tuple[nn.Module, set[str]]:
     """The trained model in fp32, adapters merged, and the names of the matrices that they changed."""
     request = job.request
     made = make_student(request.source, request.dense, job.blueprint, request.anatomy, request.config, job.gate_ids_NW)
-    found = read(folder / BEST_NAME)
-    if found is not None:
-        tensors = found[0]
-    else:  # no held-out text: the last weights are what there is
-        last = read(folder / STATE_NAME)
-        assert last is not None
-        tensors = {name.removeprefix("task/"): tensor for name, tensor in last[0].items() if name.startswith("task/")}
-    kept = made.model.state_dict().keys()
-    own = {name: p for name, p in made.model.named_parameters() if p.requires_grad}
-    own |= {name: buffer for name, buffer in made.model.named_buffers() if name in kept}
-    load_into(own, {n.removeprefix("student."): tensor for n, tensor in tensors.items() if n.startswith("student.")})
+    student = {name: tensor for name, tensor in learned(folder).items() if name.startswith("student.")}
+    load_into(trained_tensors(made.model), {n.removeprefix("student."): tensor for n, tensor in student.items()})
     changed = merge_adapters(made.model)
     return made.model.eval().requires_grad_(False), {f"{name}.weight" for name in changed}
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moesaic.anatomy.base import Anatomy
     from moesaic.blueprint import AttentionPlan, LayerPlan
     from moesaic.checkpoint.reader import Checkpoint
+    from moesaic.methods.sizes import Sizes
     from moesaic.nn.ffn import FFNWeights
     from moesaic.progress import Progress
 
@@ -61,6 +62,11 @@ class ConfigModule(Protocol):
     @staticmethod
     def needs_calibration(config: Any) -> bool:
         """Whether ``plan_site`` must be given inputs under this config."""
+        ...
+
+    @staticmethod
+    def sizes(config: Any, d_ff: int) -> Sizes:
+        """How wide the parts of an FFN of ``d_ff`` neurons become, for ``plan`` and the forecast of disk."""
         ...
 
     @staticmethod

@@ -1,17 +1,33 @@
-"""How wide the parts of a split FFN become, for methods whose options are no SxAyEz layout. No torch here."""
+"""How wide the parts of a split FFN become, known from the options alone. No torch here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from moesaic.layout import Layout
+
+RouterKind = Literal["static", "linear", "gated"]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Neurons of the parts: ``shared`` for every token, ``own`` per routed expert, ``top_k`` of them per token."""
+    """The parts of one FFN.
+
+    Attributes:
+        shared: Neurons that every token uses.
+        own: Neurons of each routed expert, before padding to a common width.
+        top_k: Experts per token.
+        router: The method's own; without experts there is none, whatever stands here.
+        rewritten: Matrices of each neuron that are new numbers, which the blueprint then holds: 1 is a refitted down
+            projection, 3 all of a gated FFN.
+    """
 
     shared: int
-    own: tuple[int, ...]
-    top_k: int
+    own: tuple[int, ...] = ()
+    top_k: int = 0
+    router: RouterKind = "linear"
+    rewritten: int = 0
 
     @property
     def stored(self) -> int:
@@ -22,3 +38,8 @@ class Sizes:
     def active(self) -> int:
         """Neurons that one token computes, that padding included."""
         return self.shared + self.top_k * max(self.own, default=0)
+
+
+def layout_sizes(layout: Layout, d_ff: int, router: RouterKind = "linear") -> Sizes:
+    """Those of a layout. Raises InputError when an FFN of ``d_ff`` neurons has fewer than its units."""
+    return Sizes(layout.shared_size(d_ff), tuple(layout.expert_sizes(d_ff)), layout.active, router)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moesaic.solvers.router_fit import RidgeStatistics, top_k_sets
+from moesaic.solvers.router_fit import RidgeStatistics, energy_shares, energy_targets, top_k_sets
 
 _TINY = 1e-30
 _FIRST_ROUNDS = 5  # of spherical k-means, for the first clusters
@@ -43,8 +43,7 @@ def energy_share(h_TF: Tensor, norm_F: Tensor) -> Tensor:
 
     Without this a few tokens with massive activations would own most of a layer's energy.
     """
-    energy_TF = (h_TF.float() * norm_F.float()).square_()
-    return energy_TF.div_(energy_TF.sum(dim=1, keepdim=True).clamp_(min=_TINY))
+    return energy_shares((h_TF.float() * norm_F.float()).square_())
 
 
 def cluster_tokens(
@@ -69,8 +68,8 @@ def cluster_tokens(
         # One average token more: a cluster without tokens gets the static choice, a small one leans to it.
         shared_F, own_EF = choose_neurons(sent_TE.T @ share_TF + mean_F, *sizes)
         kept_TE = share_TF @ (own_EF | shared_F).float().T
-        target_TE = kept_TE - kept_TE.mean(dim=1, keepdim=True)
-        router_ED = RidgeStatistics(gram_DD, (x_TD.T @ target_TE).double()).solve(ridge)
+        cross_DE = (x_TD.T @ energy_targets(kept_TE, "raw")).double()
+        router_ED = RidgeStatistics(gram_DD, cross_DE).solve(ridge)
         routed_TE = top_k_sets(x_TD @ router_ED.T, 1)
         kept = float((kept_TE * routed_TE).sum(dim=1).mean())
         if best is None or kept > best.kept:

@@ -14,7 +14,7 @@ QKNorm = Literal["none", "head", "full"]
 _FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite"})
 _QK_NORM: dict[str, QKNorm] = {"qwen3": "head", "olmo2": "full"}
 _NO_STOCK = {
-    "gemma": "GELU experts, and norms with 1 + w",
+    "gemma": "GELU experts in more engines than transformers, and norms with 1 + w,",
     "gemma2": "GELU experts, norms on both sides of the FFN, and soft-capped logits",
     "gemma3_text": "GELU experts, norms on both sides of the FFN, and two RoPE bases",
     "smollm3": "layers without rotary position",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.checkpoint import durable
-from moesaic.errors import InputError, VerificationError
+from moesaic.errors import CheckpointError, InputError, VerificationError
 from moesaic.progress import Progress, Silent
 from moesaic.train import state
 from moesaic.train.config import TrainConfig
@@ -33,7 +33,9 @@ from moesaic.train.state import BEST_NAME, STATE_NAME, Standing
 from moesaic.train.task import TrainTask
 
 LOG_NAME = "train.jsonl"
-__all__ = ["BEST_NAME", "LOG_NAME", "STATE_NAME", "TrainReport", "TrainTask", "train"]
+_TASK, _OPTIMISER = "task/", "optimiser/"
+"""What the names of a state's tensors begin with."""
+__all__ = ["BEST_NAME", "LOG_NAME", "STATE_NAME", "TrainReport", "TrainTask", "learned", "read_log", "train"]
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,8 @@ class _Run:
         found = {name: float(parallel.mean(value)) for name, value in totals.items()}
         if not math.isfinite(found["loss"]):
             raise VerificationError(
-                f"the training loss is {found['loss']} at step {step}", "lower the learning rate, or use precision fp32"
+                f"the training loss is {found['loss']} at step {step + 1}",
+                "lower the learning rate, or use precision fp32",
             )
         return {"loss": found.pop("loss"), "learning_rate": config.learning_rate * factor, **found}
 
@@ -240,9 +243,9 @@ class _Run:
         return {parameter: name for name, parameter in self.task.named_parameters() if parameter.requires_grad}
 
     def _save(self) -> None:
-        tensors = {f"task/{name}": tensor for name, tensor in state.gather(self._trained()).items()}
+        tensors = {f"{_TASK}{name}": tensor for name, tensor in state.gather(self._trained()).items()}
         moments = state.gather(state.optimiser_tensors(self.optimiser, self._names()))
-        tensors |= {f"optimiser/{name}": tensor for name, tensor in moments.items()}
+        tensors |= {f"{_OPTIMISER}{name}": tensor for name, tensor in moments.items()}
         if self.parallel.main:
             state.write(self.folder / STATE_NAME, tensors, self.key, self.standing)
 
@@ -251,11 +254,13 @@ class _Run:
         if found is not None:
             tensors, key, self.standing = found
             _compare_keys(self.folder, key, self.key)
-            state.load_into(self._trained(), _under("task/", tensors))
-            state.load_optimiser(self.optimiser, self._names(), _under("optimiser/", tensors))
+            state.load_into(self._trained(), _under(_TASK, tensors))
+            state.load_optimiser(self.optimiser, self._names(), _under(_OPTIMISER, tensors))
             if not self.standing.finished:
                 self.progress.note(f"training goes on after step {self.standing.step}")
         if self.parallel.main:
+            if found is None:  # what lies there is of no run that can be taken up
+                (self.folder / BEST_NAME).unlink(missing_ok=True)
             kept = [line for line in read_log(self.folder) if found is not None and line["step"] <= self.standing.step]
             text = "".join(f"{json.dumps(line)}\n" for line in kept)
             durable.replace_text(self.folder / LOG_NAME, text)
@@ -263,16 +268,14 @@ class _Run:
     def _finish(self) -> TrainReport:
         standing = self.standing
         self.parallel.accelerator.wait_for_everyone()
-        best = state.read(self.folder / BEST_NAME) if standing.best_loss is not None else None
-        if best is not None:
-            state.load_into(self._trained(), best[0])
+        state.load_into(self._trained(), learned(self.folder))
         self.task.eval().zero_grad()
         held_out = {line["step"]: line["held_out"] for line in read_log(self.folder) if "held_out" in line}
         return TrainReport(
             steps=standing.step,
             seconds=standing.seconds,
             tokens=standing.step * self.config.batch * self.data.window,
-            best_step=standing.best_step if best is not None else standing.step,
+            best_step=standing.step if standing.best_loss is None else standing.best_step,
             stopped_early=standing.step < self.config.steps,
             before=held_out.get(0, {}),
             after=held_out.get(standing.best_step, {}),
@@ -281,6 +284,18 @@ class _Run:
     def _log(self, line: Mapping[str, Any]) -> None:
         if self.parallel.main and len(line) > 1:
             durable.append_line(self.folder / LOG_NAME, json.dumps(line))
+
+
+def learned(folder: Path) -> dict[str, Tensor]:
+    """What a finished run in ``folder`` leaves, named as ``task.trained()``: the weights of the best held-out loss, the
+    last ones without held-out text. Raises CheckpointError when there are none or the file is damaged."""
+    best = state.read(folder / BEST_NAME)
+    if best is not None:
+        return best[0]
+    last = state.read(folder / STATE_NAME)
+    if last is None:
+        raise CheckpointError(f"no training state in {folder}", "start the training again with --restart")
+    return _under(_TASK, last[0])
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

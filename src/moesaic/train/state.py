@@ -76,9 +76,10 @@ def load_optimiser(optimiser: torch.optim.Optimizer, names: Mapping[Tensor, str]
     for key, value in kept.items():
         name, _, entry = key.rpartition("/")
         parameter = parameters[name]
-        # Scalars, AdamW's own step count, stay as they are; the moments lie as their parameter does.
-        state = value.clone() if value.dim() == 0 != parameter.dim() else _like(parameter, value).clone()
-        optimiser.state[parameter][entry] = state
+        # Scalars, AdamW's own step count, are whole in every process; the moments are sharded as their parameter is.
+        scalar = value.dim() == 0 != parameter.dim()
+        state = value.to(parameter.device) if scalar else _like(parameter, value)
+        optimiser.state[parameter][entry] = state.clone()
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], key: Mapping[str, Any], standing: Standing) -> None:

@@ -38,7 +38,12 @@ class TrainTask(nn.Module, ABC):
         """Called after each optimiser step, in all processes; ``mean`` averages a tensor over the processes."""
 
     def trained(self) -> dict[str, Tensor]:
-        """What training changes, by name: parameters with ``requires_grad`` and persistent buffers."""
-        kept = self.state_dict().keys()
-        parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        return parameters | {name: buffer for name, buffer in self.named_buffers() if name in kept}
+        """See :func:`trained_tensors`."""
+        return trained_tensors(self)
+
+
+def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What training changes of a module, by name: parameters with ``requires_grad`` and persistent buffers."""
+    kept = module.state_dict().keys()
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return parameters | {name: buffer for name, buffer in module.named_buffers() if name in kept}

@@ -68,15 +68,15 @@ class TuneConfig(BaseModel):
     gate: Literal["auto", "keep", "sigmoid"] = Field(
         default="auto",
         description="sigmoid: weigh a chosen expert by 2 sigmoid(z), which starts near 1, trains the router, and is "
-        "glm4_moe's own form, so that it is exported exactly. auto: that for folders of glm4_moe whose routers are "
-        "linear and trained, else keep.",
+        "glm4_moe's own form, so that it is exported exactly; it takes linear routers. auto: that for folders of "
+        "glm4_moe whose routers are linear and trained, else keep.",
     )
     gate_spread: float = Field(
         default=0.1,
         gt=0,
         le=1,
-        description="Standard deviation of the scores z under a new sigmoid gate (tau, folded into the router): "
-        "weights start at about 1 +- half of it.",
+        description="Root mean square of the scores z under a new sigmoid gate (tau, folded into the router): weights "
+        "start at about 1 +- half of it.",
     )
     router_rate: float = Field(
         default=0.0,

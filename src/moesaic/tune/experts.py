@@ -56,7 +56,8 @@ class AdaptedFeedForward(MoEFeedForward):
     """A :class:`MoEFeedForward` in training; made of one by :func:`adapt`.
 
     Attributes:
-        load_E: Tokens that chose each expert since it was last set to zero.
+        load_E: Tokens that chose each expert since it was last set to zero. No buffer: DDP would overwrite each
+            process's own loads with those of the first.
     """
 
     load_E: Tensor
@@ -80,7 +81,8 @@ class AdaptedFeedForward(MoEFeedForward):
     def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         idx_TK, weight_TK = super()._route(x_TD)
         if self.training:
-            self.load_E += torch.bincount(idx_TK.flatten(), minlength=self.experts)
+            counts_E = torch.bincount(idx_TK.flatten(), minlength=self.experts)
+            self.load_E = self.load_E.to(counts_E.device) + counts_E
         return idx_TK, weight_TK
 
 

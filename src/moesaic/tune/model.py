@@ -101,17 +101,18 @@ def sites_of(model: nn.Module, paths: Mapping[str, LayerPlan]) -> Iterator[tuple
 def open_gates(model: nn.Module, plans: Mapping[str, LayerPlan], ids_NW: Tensor, spread: float) -> None:
     """Turn weights of 1 into 2 sigmoid(z) close to 1, where routers are linear; the choice of experts stays.
 
-    The scores are scaled so that their standard deviation on ``ids_NW`` is ``spread``. A router's bias becomes a
-    selection bias, which ranks alike to first order in the spread.
+    The scores, without the router's bias, are scaled so that their root mean square on ``ids_NW`` is ``spread``. The
+    bias becomes a selection bias, which ranks alike to first order in the spread.
     """
-    deviation: dict[str, float] = {}
-    modules = {path: ffn for path, ffn in sites_of(model, plans) if _can_open(ffn)}
+    size: dict[str, float] = {}
+    modules = {path: ffn for path, ffn in sites_of(model, plans) if can_open(plans[path])}
     handles = []
     for path, ffn in modules.items():
         assert ffn.router is not None
 
         def note(module: nn.Module, inputs: Any, z_TE: Tensor, path: str = path) -> None:
-            deviation[path] = float(z_TE.std())
+            bias_E: Tensor | None = module.bias  # type: ignore[assignment]
+            size[path] = float((z_TE if bias_E is None else z_TE - bias_E).square().mean().sqrt())
 
         handles.append(ffn.router.register_forward_hook(note))
     model(input_ids=ids_NW, use_cache=False)
@@ -120,7 +121,7 @@ def open_gates(model: nn.Module, plans: Mapping[str, LayerPlan], ids_NW: Tensor,
     for path, ffn in modules.items():
         router = ffn.router
         assert router is not None
-        scale = spread / max(deviation[path], 1e-12)
+        scale = spread / max(size[path], 1e-12)
         router.weight.mul_(scale)
         ffn.gate = "sigmoid"
         if router.bias is not None:
@@ -128,9 +129,14 @@ def open_gates(model: nn.Module, plans: Mapping[str, LayerPlan], ids_NW: Tensor,
             router.bias = None
 
 
-def _can_open(ffn: MoEFeedForward) -> bool:
-    linear = ffn.router is not None and ffn.router.kind == "linear" and ffn.top_k < ffn.experts
-    return linear and ffn.gate == "uniform" and ffn.selection_bias is None
+def routes(plan: LayerPlan) -> bool:
+    """Whether there is a choice of experts to train."""
+    return plan.router.kind != "static" and plan.top_k < len(plan.experts)
+
+
+def can_open(plan: LayerPlan) -> bool:
+    """Whether :func:`open_gates` can give this FFN a sigmoid gate: weights of 1 by a linear router."""
+    return routes(plan) and plan.router.kind == "linear" and plan.gate == "uniform" and plan.selection_bias is None
 
 
 def add_adapters(

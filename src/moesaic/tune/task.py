@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moesaic.anatomy.base import Anatomy
 from moesaic.train.losses import kl_divergence, next_token_loss
 from moesaic.train.task import TrainTask
-from moesaic.tune.config import LossWeights, TuneConfig
+from moesaic.tune.config import TuneConfig
 from moesaic.tune.experts import AdaptedFeedForward, adapt
 from moesaic.tune.model import Student, make_frozen_small
 
@@ -54,23 +54,24 @@ class TuneTask(TrainTask):
         return self
 
     def forward(self, ids_BW: Tensor, index_B: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        losses = self._losses(ids_BW, self.config.loss)
+        losses = self._losses(ids_BW)
         return self._sum(losses), {name: value.detach() for name, value in losses.items()}
 
     def held_out(self, ids_BW: Tensor, index_B: Tensor) -> dict[str, Tensor]:
-        wanted = self.config.loss
-        losses = self._losses(ids_BW, wanted.model_copy(update={"next_token": wanted.next_token or 1e-9}))
+        losses = self._losses(ids_BW, next_token=True)
         return {"loss": self._sum(losses), **losses}
 
     def _sum(self, losses: Mapping[str, Tensor]) -> Tensor:
         weights = self.config.loss
         return torch.stack([getattr(weights, name) * value for name, value in losses.items()]).sum()
 
-    def _losses(self, ids_BW: Tensor, wanted: LossWeights) -> dict[str, Tensor]:
+    def _losses(self, ids_BW: Tensor, next_token: bool = False) -> dict[str, Tensor]:
+        """The losses that have a weight, unweighed; ``next_token``: that one in any case."""
+        wanted = self.config.loss
         hidden = wanted.hidden > 0
         made = _run(self.student, ids_BW, hidden)
         losses = {}
-        if wanted.next_token:
+        if next_token or wanted.next_token:
             losses["next_token"] = next_token_loss(made.logits, ids_BW)
         if self.teacher is not None and wanted.needs_teacher:
             with torch.no_grad():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from moesaic.methods.tomoe.task import ToMoETask
 from moesaic.progress import Silent
 from tests.methods.tomoe.tiny import tokens
 from tests.tiny_models import build_tiny
+from tests.train.tasks import Kill
 
 TRAIN = {"steps": 4, "batch": 2, "held_out": 4, "eval_every": 2, "save_every": 2, "precision": "fp32", "warmup": 0}
 
@@ -49,19 +51,9 @@ def test_equal_calls_make_equal_plans_also_when_one_is_resumed(tmp_path: Path) -
     second = plan_model(context(tmp_path, state="b"), options)
     assert digest(first) == digest(second)
     assert first.report == second.report
-
-    class Interrupted(Silent):
-        def advance(self, detail: str = "") -> None:
-            if "done" not in seen:
-                seen.append("x")
-                if len(seen) == 3:
-                    seen.append("done")
-                    raise KeyboardInterrupt
-
-    seen: list[str] = []
     broken = context(tmp_path, state="c")
     with pytest.raises(KeyboardInterrupt):
-        plan_model(ModelContext(**{**broken.__dict__, "progress": Interrupted()}), options)
+        plan_model(replace(broken, progress=Kill(3)), options)
     assert digest(plan_model(broken, options)) == digest(first)
     assert digest(plan_model(context(tmp_path, state="d", seed=1), options)) != digest(first)
 
@@ -155,6 +147,15 @@ def test_a_start_from_clusters_is_better_than_one_from_noise(tmp_path: Path) -> 
     assert losses["clusters"] < losses["noise"]
 
 
+def test_a_study_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be exported"):
+        check(Config(attention="dynamic"), 37)
+    here = context(tmp_path)
+    with pytest.raises(InputError, match="cannot be exported"):
+        plan_model(here, config(attention="dynamic"))
+    assert not here.folder.exists()
+
+
 def test_presets_are_overridden_key_by_key() -> None:
     assert Config().preset == "cpu"
     assert Config().budget_control == "exact"
@@ -172,6 +173,9 @@ def test_presets_are_overridden_key_by_key() -> None:
     [
         {"top_k": 9},
         {"preset": "cpu", "reference": True},
+        {"preset": "reference", "reference": True, "masks": "random"},
+        {"train": {"seed": 5}},
+        {"train": {"data": {"sources": ["tiny"]}}},
         {"masks": "random", "experts": 1},
         {"masks": "random", "start": "clusters"},
         {"preset": "paper", "start": "clusters"},

@@ -84,8 +84,20 @@ def test_no_expert_is_empty_and_too_small_a_budget_is_refused() -> None:
 def test_the_expected_cost_is_held() -> None:
     logits, weights = logits_of(2), [2.0, 1.0, 3.0]
     for target in (20.0, 100.0, 250.0):
-        shift = expected_shift(logits, weights, target, 30.0)
+        shift = expected_shift(logits, weights, target)
         found = sum(w * float(on_probability(x, shift).sum()) for w, x in zip(weights, logits, strict=True))
         assert found == pytest.approx(target, rel=2e-3)
         assert found <= target + 1e-6
-    assert expected_shift(logits, weights, 1e9, 3.0) == 3.0
+
+
+@pytest.mark.parametrize("drift", [-40.0, 40.0])
+def test_logits_that_all_drift_one_way_still_meet_the_budget(drift: float) -> None:
+    logits = [x + drift for x in logits_of(2)]
+    shift = expected_shift(logits, [1.0] * 3, 100.0)
+    assert sum(float(on_probability(x, shift).sum()) for x in logits) == pytest.approx(100.0, rel=2e-3)
+
+
+def test_a_budget_for_everything_turns_everything_on() -> None:
+    logits = logits_of(2)
+    shift = expected_shift(logits, [1.0] * 3, 1e9)
+    assert all(bool((on_probability(x, shift) == 1).all()) for x in logits)

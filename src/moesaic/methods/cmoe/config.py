@@ -10,6 +10,7 @@ from moesaic.errors import InputError
 from moesaic.layout import Layout
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText
+from moesaic.methods.sizes import Sizes, layout_sizes
 
 MIN_TOKENS_PER_NEURON = 4.0  # experts of an existing MoE that got less stay whole [OURS]
 
@@ -52,9 +53,14 @@ def needs_calibration(config: Config) -> bool:
     return Layout.parse(config.layout).routed > 0
 
 
+def sizes(config: Config, d_ff: int) -> Sizes:
+    """What ``config`` makes of an FFN of ``d_ff`` neurons. Raises InputError when its units are more than these."""
+    return layout_sizes(Layout.parse(config.layout), d_ff, "gated")
+
+
 def check(config: Config, d_ff: int) -> None:
     """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
-    Layout.parse(config.layout).unit_sizes(d_ff)
+    sizes(config, d_ff)
     if config.markers_per_token > d_ff:
         raise InputError(
             f"markers_per_token {config.markers_per_token} is more than the FFN's {d_ff} neurons", "mark fewer, e.g. 10"

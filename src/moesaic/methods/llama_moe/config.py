@@ -9,6 +9,7 @@ from pydantic import Field
 from moesaic.layout import Layout
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText
+from moesaic.methods.sizes import Sizes, layout_sizes
 
 MIN_TOKENS_PER_NEURON = 1.0  # experts of an existing MoE that got less for router=centroids stay whole
 
@@ -48,6 +49,11 @@ def needs_calibration(config: Config) -> bool:
     return config.router == "centroids"
 
 
+def sizes(config: Config, d_ff: int) -> Sizes:
+    """What ``config`` makes of an FFN of ``d_ff`` neurons. Raises InputError when its units are more than these."""
+    return layout_sizes(Layout.parse(config.layout), d_ff)
+
+
 def check(config: Config, d_ff: int) -> None:
     """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
-    Layout.parse(config.layout).unit_sizes(d_ff)
+    sizes(config, d_ff)

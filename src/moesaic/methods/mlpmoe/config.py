@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
+from moesaic.methods.sizes import Sizes
 from moesaic.solvers.fade import Schedule
 
 
@@ -78,6 +79,13 @@ def needs_calibration(config: Config) -> bool:
 def prunes(config: Config) -> bool:
     """Whether branches are dropped at all."""
     return config.keep is not None and config.keep < config.branches
+
+
+def sizes(config: Config, d_ff: int) -> Sizes:
+    """Branches that are kept, all always on. Branches differ by one neuron at most; what is over counts as shared."""
+    count = config.keep or config.branches
+    kept = d_ff * count // config.branches
+    return Sizes(kept % count, (kept // count,) * count, count, "static")
 
 
 def check(config: Config, d_ff: int) -> None:

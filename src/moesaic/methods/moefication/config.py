@@ -9,6 +9,7 @@ from pydantic import Field
 from moesaic.layout import Layout
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText
+from moesaic.methods.sizes import Sizes, layout_sizes
 
 
 class Config(MethodConfig):
@@ -35,9 +36,14 @@ def needs_calibration(config: Config) -> bool:
     return False
 
 
+def sizes(config: Config, d_ff: int) -> Sizes:
+    """What ``config`` makes of an FFN of ``d_ff`` neurons. Raises InputError when its units are more than these."""
+    return layout_sizes(resolve_layout(config, d_ff), d_ff)
+
+
 def check(config: Config, d_ff: int) -> None:
     """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
-    resolve_layout(config, d_ff).unit_sizes(d_ff)
+    sizes(config, d_ff)
 
 
 def resolve_layout(config: Config, d_ff: int) -> Layout:

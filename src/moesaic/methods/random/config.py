@@ -7,6 +7,7 @@ from pydantic import Field
 from moesaic.layout import Layout
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText
+from moesaic.methods.sizes import Sizes, layout_sizes
 
 
 class Config(MethodConfig):
@@ -36,6 +37,11 @@ def resolve_layout(config: Config, d_ff: int) -> Layout:
     return Layout.from_active_fraction(config.active, min(16, d_ff))
 
 
+def sizes(config: Config, d_ff: int) -> Sizes:
+    """What ``config`` makes of an FFN of ``d_ff`` neurons. Raises InputError when its units are more than these."""
+    return layout_sizes(resolve_layout(config, d_ff), d_ff)
+
+
 def check(config: Config, d_ff: int) -> None:
     """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
-    resolve_layout(config, d_ff).unit_sizes(d_ff)
+    sizes(config, d_ff)

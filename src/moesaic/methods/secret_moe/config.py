@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
+from moesaic.methods.sizes import Sizes
 from moesaic.methods.token_clusters.config import Config as ClusterConfig
-from moesaic.methods.token_clusters.config import Sizes
 from moesaic.methods.token_clusters.config import sizes as cluster_sizes
 
 MIN_TOKENS_PER_NEURON = 4.0  # experts of an existing MoE that got less stay whole
@@ -76,7 +77,7 @@ def needs_calibration(config: Config) -> bool:
 
 def sizes(config: Config, d_ff: int) -> Sizes:
     """Neurons of the parts. Raises InputError when they do not fit."""
-    return cluster_sizes(config.start(d_ff), d_ff)
+    return replace(cluster_sizes(config.start(d_ff), d_ff), rewritten=3)
 
 
 def check(config: Config, d_ff: int) -> None:

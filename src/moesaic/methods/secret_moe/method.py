@@ -30,7 +30,7 @@ _EVAL = 2048
 
 
 def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, seed: int) -> LayerPlan:
-    """Distil one FFN; see :class:`moesaic.methods.base.MethodModule`. Holds T D floats three times.
+    """Distil one FFN; see :class:`moesaic.methods.base.MethodModule`. Holds what the split needs, then 2 T D floats.
 
     The best state of the held-out tokens is kept; that may be the start.
 

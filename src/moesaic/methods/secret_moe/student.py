@@ -16,15 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moesaic.blueprint import LayerPlan, Router
-from moesaic.materialise import pack
+from moesaic.materialise import TENSOR_NAMES, pack
 from moesaic.nn.ffn import FFNWeights, activation_function
 
-_NAMES = {
-    "gate_proj.weight": "gate_FD",
-    "up_proj.weight": "up_FD",
-    "gate_proj.bias": "gate_bias_F",
-    "up_proj.bias": "up_bias_F",
-}
+_READ = ("gate_FD", "up_FD", "gate_bias_F", "up_bias_F")
 
 
 class CoarseStudent(nn.Module):
@@ -44,10 +39,11 @@ class CoarseStudent(nn.Module):
         super().__init__()
         self.start = start
         self.act = activation_function(weights.activation)
-        tensors = pack(weights, start)
-        self.read = nn.ParameterDict({name: tensors[key].clone() for key, name in _NAMES.items() if key in tensors})
-        self.down_DP = nn.Parameter(tensors["down_proj.weight"].clone())
-        bias_D = tensors.get("down_proj.bias")
+        packed = pack(weights, start)
+        tensors = {field: packed[name] for field, name in TENSOR_NAMES.items() if name in packed}
+        self.read = nn.ParameterDict({field: tensors[field].clone() for field in _READ if field in tensors})
+        self.down_DP = nn.Parameter(tensors["down_DF"].clone())
+        bias_D = tensors.get("down_bias_D")
         self.bias_D = None if bias_D is None else nn.Parameter(bias_D.clone())
         self.register_buffer("real_P", (start.packed >= 0).float(), persistent=False)
         self.router = nn.ParameterDict()
@@ -64,9 +60,9 @@ class CoarseStudent(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         """y_TD."""
         read = self.read
-        h_TP = F.linear(x_TD, read["up_FD"], _of(read, "up_bias_F"))
+        h_TP = F.linear(x_TD, read["up_FD"], read.get("up_bias_F"))
         if "gate_FD" in read:
-            h_TP = self.act(F.linear(x_TD, read["gate_FD"], _of(read, "gate_bias_F"))) * h_TP
+            h_TP = self.act(F.linear(x_TD, read["gate_FD"], read.get("gate_bias_F"))) * h_TP
         else:
             h_TP = self.act(h_TP)
         return F.linear(h_TP * self.weights(x_TD), self.down_DP, self.bias_D)
@@ -99,10 +95,6 @@ class CoarseStudent(nn.Module):
             changes |= {"router": Router(kind, {name: kept(t) for name, t in self.router.items()})}
             changes |= {"gate": "softmax_topk"}
         return replace(self.start, **changes)
-
-
-def _of(parameters: nn.ParameterDict, name: str) -> Tensor | None:
-    return parameters.get(name, None)
 
 
 def _factors(weight_ED: Tensor, x_TD: Tensor, rank: int | None, spread: float) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from pydantic import Field
 from moesaic.layout import Layout
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText, active_neurons
+from moesaic.methods.sizes import Sizes
 
 MIN_TOKENS_PER_NEURON = 4.0  # experts of an existing MoE that got less stay whole, as with CMoE
 
@@ -35,6 +36,11 @@ def kept_neurons(config: Config, d_ff: int) -> int:
     return max(1, round(config.active * d_ff))
 
 
+def sizes(config: Config, d_ff: int) -> Sizes:
+    """The neurons that stay, as a shared part alone."""
+    return Sizes(kept_neurons(config, d_ff))
+
+
 def check(config: Config, d_ff: int) -> None:
     """Raises InputError when the layout wants more units than an FFN of ``d_ff`` neurons has."""
-    kept_neurons(config, d_ff)
+    sizes(config, d_ff)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -69,6 +70,10 @@ class Config(MethodConfig):
 
 def sizes(config: Config, d_ff: int) -> Sizes:
     """What ``config`` makes of an FFN of ``d_ff`` neurons. Raises InputError when the parts do not fit."""
+    return replace(_parts(config, d_ff), rewritten=int(config.refit != "none"))
+
+
+def _parts(config: Config, d_ff: int) -> Sizes:
     experts = _EXPERTS[config.split] if config.experts is None else config.experts
     active = max(1, round(config.active * d_ff))
     if experts == 1:

@@ -8,8 +8,8 @@ Source: ours [OURS]; docs/methods/token_clusters.md says why. For an FFN of F ne
    of neurons that the same tokens want, as far as a linear map of x predicts it; a linear router, ridge on the
    amplitudes of the clusters, chooses K of them. Chosen experts have weight 1.
 3. Readout: least squares for the down projection on the tokens as they are routed, each of weight 1 / |y|^2: one
-   matrix for all experts, shrunk to W_d; then each overlapping expert's own, shrunk to that (:mod:`..solvers.refit`).
-   Shared neurons keep the common readout.
+   matrix for all experts, shrunk to W_d; then each overlapping expert's own, shrunk to that
+   (:mod:`moesaic.solvers.refit`). Shared neurons keep the common readout.
 
 Axes: T tokens, D model width, F neurons, S shared neurons, E experts, M neurons per expert, K active experts.
 """
@@ -26,7 +26,8 @@ from moesaic.blueprint import STATIC, LayerPlan, Router
 from moesaic.errors import InputError
 from moesaic.methods.base import SiteInputs
 from moesaic.methods.routed import pad_experts
-from moesaic.methods.token_clusters.config import Config, Sizes, sizes
+from moesaic.methods.sizes import Sizes
+from moesaic.methods.token_clusters.config import Config, sizes
 from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.kmeans import balanced_kmeans
 from moesaic.solvers.refit import refit, refit_few, token_weights

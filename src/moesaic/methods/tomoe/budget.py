@@ -82,8 +82,12 @@ class Budget:
         return max(1, int(self.target * min(cost.head_dim for cost in self.costs)))
 
     def value_cost(self) -> int:
-        """Parameters of values and output of the masked layers."""
+        """Parameters of values and output of the masked layers; queries and keys have as many."""
         return sum(cost.dim * cost.head_dim for cost in self.costs)
+
+    def unpruned(self) -> int:
+        """Parameters without masks: of layers that stay dense, and of what is left alone in attention."""
+        return self.fixed + self.value_cost() * ((not self.pairs) + (not self.values))
 
     def static_budget(self, target: float) -> float:
         """What neurons and, if pruned, pairs may use when a token may use ``target`` of all.
@@ -114,7 +118,7 @@ def budget_of(config: Config, anatomy: Anatomy, ffns: Sequence[FFNSite], attenti
         values=config.attention in ("values", "both", "dynamic"),
     )
     if budget.static_budget(config.active) < config.top_k * sum(cost.neuron for cost in budget.costs):
-        share = 1 - (budget.static_budget(1.0) / budget.total)
+        share = budget.unpruned() / budget.total
         raise InputError(
             f"active {config.active:g} cannot be met: {share:.2f} of the counted parameters stay dense",
             "raise active, count only the FFNs (counted: ffn), or prune attention (attention: both)",

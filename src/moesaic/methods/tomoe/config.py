@@ -92,8 +92,8 @@ class Config(MethodConfig):
     attention: Literal["none", "pairs", "values", "both", "dynamic"] = Field(
         default="none",
         description="What is pruned in attention. pairs: rotary pairs of queries and keys, for all tokens. values: "
-        "dims of values and output, per token. both: the paper. dynamic: both per token, a study that cannot be "
-        "exported. Anything but none needs the moesaic architecture.",
+        "dims of values and output, per token. both: the paper. dynamic: both per token, a study for training from "
+        "Python, which no conversion writes. Anything but none needs the moesaic architecture.",
     )
     masks: Literal["learned", "random"] = Field(
         default="learned", description="random: the control, masks drawn once and kept; only the router is trained."
@@ -169,11 +169,13 @@ class Config(MethodConfig):
     )
     union: bool = Field(
         default=False,
-        description="Store experts as index sets over the union of their neurons (moesaic architecture only).",
+        description="Store experts as index sets over the union of their neurons. Only the moesaic architecture does; "
+        "a stock one gets a copy per expert.",
     )
     train: TrainConfig = Field(
         default_factory=TrainConfig,
-        description="Steps, batch, optimiser. Its `data` is unused here: the calibration text is trained on.",
+        description="Steps, batch, optimiser. Without its `data` and `seed`: the calibration text is trained on, with "
+        "the conversion's seed.",
     )
 
     @model_validator(mode="before")
@@ -205,8 +207,14 @@ class Config(MethodConfig):
             raise InputError("random masks with one expert leave nothing to train", "use 2 experts or more")
         if self.masks == "random" and (self.start != "noise" or self.attention == "dynamic"):
             raise InputError("random masks take no start and are fixed", "leave start and attention: dynamic out")
-        if self.reference and (self.budget_control == "exact" or self.offset or self.top_k > 1):
-            raise InputError("reference mode is the published code alone", "add preset: reference and top_k: 1")
+        changed = self.budget_control == "exact" or self.offset or self.top_k > 1 or self.masks == "random"
+        if self.reference and changed:
+            raise InputError(
+                "reference mode is the published code alone", "add preset: reference, top_k: 1 and masks: learned"
+            )
+        for name, instead in (("data", "--calib"), ("seed", "--seed")):
+            if getattr(self.train, name) != TrainConfig.model_fields[name].default:
+                raise InputError(f"train.{name} is not read by ToMoE", f"give {instead}, which it trains with")
         return self
 
 
@@ -223,6 +231,15 @@ def sizes(config: Config, d_ff: int) -> Sizes:
 
 
 def check(config: Config, d_ff: int) -> None:
-    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
+    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way, or nothing could be exported."""
+    check_exportable(config)
     if config.active * d_ff < 1:
         raise InputError(f"{config.active:g} of {d_ff} neurons leaves no neuron", "raise `active`")
+
+
+def check_exportable(config: Config) -> None:
+    """Raises InputError for a study whose outcome no plan can hold."""
+    if config.attention == "dynamic":
+        raise InputError(
+            "token-dependent query and key masks cannot be exported", "use attention: both; dynamic is a study"
+        )

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from moesaic.attention_plan import AttentionPlan
 from moesaic.blueprint import LayerPlan, Router
-from moesaic.errors import InputError
 from moesaic.methods.base import ModelPlan
 from moesaic.methods.tomoe.attention import pair_refusal
+from moesaic.methods.tomoe.config import check_exportable
 from moesaic.methods.tomoe.controller import Decoded
 from moesaic.methods.tomoe.gates import load
 from moesaic.methods.tomoe.hard import HardGates
@@ -39,10 +39,7 @@ def export(task: ToMoETask, windows_HW: Tensor) -> ModelPlan:
         InputError: the config is a study that cannot be exported, or attention alone exceeds the budget.
     """
     config = task.config
-    if config.attention == "dynamic":
-        raise InputError(
-            "token-dependent query and key masks cannot be exported", "use attention: both; dynamic is a study"
-        )
+    check_exportable(config)
     decoded, shift = task.decode()
     attention = _attention_plans(task, decoded, shift)
     if attention is not None and task.budget.values:

@@ -158,5 +158,5 @@ class SampledGates:
 
 
 def load(choices: Tensor) -> Tensor:
-    """Share of the tokens that each expert gets, [N]; sums to the number of active experts."""
+    """Share of all choices that fall on each expert, [N]; sums to 1."""
     return F.normalize(choices.detach().flatten(0, -2).sum(0), p=1, dim=0)

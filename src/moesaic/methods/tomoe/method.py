@@ -19,7 +19,7 @@ from torch import nn
 
 from moesaic.errors import InputError, UnsupportedModelError
 from moesaic.methods.base import ModelContext, ModelPlan
-from moesaic.methods.tomoe.config import Config
+from moesaic.methods.tomoe.config import Config, check_exportable
 from moesaic.methods.tomoe.export import export
 from moesaic.methods.tomoe.start import begin
 from moesaic.methods.tomoe.task import ToMoETask
@@ -35,9 +35,11 @@ def plan_model(context: ModelContext, config: Config) -> ModelPlan:
     ``context.folder`` receives train.jsonl and the states; the same call resumes there.
 
     Raises:
-        InputError: too little text, a budget that cannot be met, a start that does not fit.
+        InputError: too little text, a budget that cannot be met, a start that does not fit, a study that cannot be
+            exported.
         UnsupportedModelError: the model is MoE already, or its attention cannot be pruned as asked.
     """
+    check_exportable(config)
     if context.anatomy.family.moe is not None:
         raise UnsupportedModelError("ToMoE makes experts of dense FFNs; this model is MoE already")
     train_config = config.train.model_copy(update={"seed": context.seed})

@@ -14,14 +14,13 @@ from moesaic.errors import InputError
 from moesaic.methods.tomoe.samplers import MEDIAN, on_probability
 
 _REACH = 60.0  # logits farther than this from the threshold are on or off for good
-_HALVINGS = 60
+_HALVINGS = 30
+"""Of 2 * _REACH: to 1e-7."""
 
 
-def bisect(rising: Callable[[float], float], target: float, low: float = -_REACH, high: float = _REACH) -> float:
-    """The largest argument in [low, high], to ``_HALVINGS`` bits, whose value does not exceed ``target``.
-
-    ``low`` where every value exceeds it.
-    """
+def bisect(rising: Callable[[float], float], target: float) -> float:
+    """The largest shift in [-60, 60] at which ``rising`` does not exceed ``target``; -60 where it always does."""
+    low, high = -_REACH, _REACH
     if rising(high) <= target:
         return high
     for _ in range(_HALVINGS):
@@ -30,29 +29,20 @@ def bisect(rising: Callable[[float], float], target: float, low: float = -_REACH
     return low
 
 
-def expected_shift(logits: Sequence[Tensor], weights: Sequence[float], target: float, most: float) -> float:
-    """The shift b at which sum_i weight_i P(on_i) is ``target``, at most ``most``.
+def expected_shift(logits: Sequence[Tensor], weights: Sequence[float], target: float) -> float:
+    """The shift b at which sum_i weight_i P(on_i) is ``target``; the largest of :func:`bisect` if all may be on.
 
     Args:
         logits: Mask logits, any shapes.
         weights: Cost of each of their entries.
         target: What the expected cost shall be.
-        most: The largest shift allowed.
     """
 
     def expected(shift: float) -> float:
         parts = zip(logits, weights, strict=True)
         return sum(weight * float(on_probability(logit, shift).sum()) for logit, weight in parts)
 
-    if expected(most) <= target:
-        return most
-    low, high = most - 2.0, most
-    while expected(low) > target and low > -_REACH:
-        low, high = low - 2 * (most - low), low
-    for _ in range(16):
-        middle = (low + high) / 2
-        low, high = (middle, high) if expected(middle) <= target else (low, middle)
-    return low
+    return bisect(expected, target)
 
 
 def choose_masks(

@@ -27,9 +27,6 @@ from moesaic.train.losses import kl_divergence
 from moesaic.train.parallel import max_over_processes, mean_over_processes
 from moesaic.train.task import TrainTask
 
-_LIFT = 12.0
-"""How far above b the common shift may go: logits that have all drifted down must still meet the budget."""
-
 
 class ToMoETask(TrainTask):
     """The frozen model, its masks, and what decides them.
@@ -93,7 +90,7 @@ class ToMoETask(TrainTask):
         probabilities = gates.choices if config.reference else gates.soft
         if config.experts > 1:
             loss = loss + config.balance_weight * balance_loss(gates.choices, probabilities)
-        return loss, self._figures(kd, gates, ratio)
+        return loss, self._figures(kd, gates)
 
     @torch.no_grad()
     def held_out(self, ids_BW: Tensor, index_B: Tensor) -> dict[str, Tensor]:
@@ -105,7 +102,7 @@ class ToMoETask(TrainTask):
         decoded, shift, _ = self._decode(None)
         gates = self.hard_gates(decoded, shift, index_B)
         kd = kl_divergence(self.run(gates, ids_BW), teacher)
-        figures = self._figures(kd, gates, None)
+        figures = self._figures(kd, gates)
         # What attention still uses above the budget must not look like quality.
         over = (figures["active_mean"] / self.config.active).log().clamp(min=0)
         return {"loss": kd + self.config.budget_weight * over} | figures
@@ -168,7 +165,7 @@ class ToMoETask(TrainTask):
         weights = [config.top_k * cost.neuron / config.experts for cost in self.budget.costs]
         weights += [2.0 * cost.dim for cost, p in zip(self.budget.costs, decoded.pairs, strict=True) if p is not None]
         plain = [logit.detach() for logit in logits]
-        shift = expected_shift(plain, weights, self.budget.static_budget(target), config.bias + _LIFT)
+        shift = expected_shift(plain, weights, self.budget.static_budget(target))
         projected = iter(tangential(logits, weights, shift))
         neurons = [next(projected) for _ in decoded.neurons]
         pairs = [None if pair is None else next(projected) for pair in decoded.pairs]
@@ -207,11 +204,12 @@ class ToMoETask(TrainTask):
         return [_over_tokens(mask_T, width or self.config.width) for mask_T in masks]
 
     @torch.no_grad()
-    def _figures(self, kd: Tensor, gates: SampledGates, ratio: Tensor | None) -> dict[str, Tensor]:
+    def _figures(self, kd: Tensor, gates: SampledGates) -> dict[str, Tensor]:
+        """For the record: "active" counts the widest experts and tokens, "active_mean" all alike."""
         loads = torch.stack([load(choice_TN) for choice_TN in gates.choices])
         return {
             "kd": kd.detach(),
-            "active": (self._ratio(gates, gates.masks, "max") if ratio is None else ratio).detach(),
+            "active": self._ratio(gates, gates.masks, "max"),
             "active_mean": self._ratio(gates, gates.masks, "mean"),
             "coverage": torch.stack([coverage(mask_NF) for mask_NF in gates.masks]).mean(),
             "load_max": loads.max(-1).values.mean(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -11,12 +12,11 @@ from typing import Any
 
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy
-from moesaic.calibration.config import MIX_NAME
-from moesaic.calibration.samples import SAMPLES
 from moesaic.checkpoint.placement import absolute, check_output
 from moesaic.checkpoint.reader import CONFIG, Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import InputError
+from moesaic.jobs.request import check_sources
 from moesaic.targets import TARGETS
 from moesaic.targets.base import TargetOptions
 from moesaic.tune.config import TuneConfig
@@ -66,7 +66,8 @@ def check_tune(
             f"{folder} cannot be tuned again: {reason}, and its architecture is {target}",
             "tune the folder that it came from for longer, or tune an output of --target moesaic",
         )
-    _check_sources(config)
+    check_sources(config.train.data)
+    _check_processes(config)
     dense = None
     if baseline is None and (config.loss.needs_teacher or not own):
         why = "the loss compares with it" if config.loss.needs_teacher else f"a folder of {target} is rebuilt from it"
@@ -87,7 +88,27 @@ def check_tune(
 
 def is_worker() -> bool:
     """Whether this is one of several processes that only train, and leave the writing to the first."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
+    return _processes() > 1 and int(os.environ.get("RANK", "0")) > 0
+
+
+def _processes() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_processes(config: TuneConfig) -> None:
+    """Refuse what the training loop would refuse when the models are loaded."""
+    needed = {"accelerate": True, "peft": config.lora is not None}
+    for package, wanted in needed.items():
+        if wanted and importlib.util.find_spec(package) is None:
+            raise InputError(f"this training needs {package}", "pip install 'moesaic[tune]'")
+    parts = _processes() * config.train.accumulate
+    if config.train.batch % parts:
+        raise InputError(
+            f"a batch of {config.train.batch} cannot be shared by {_processes()} processes in "
+            f"{config.train.accumulate} parts",
+            "choose a multiple of their product",
+        )
 
 
 def _made(folder: Path) -> Mapping[str, Any]:
@@ -98,12 +119,3 @@ def _made(folder: Path) -> Mapping[str, Any]:
     if not isinstance(made, Mapping):
         raise InputError(f"{folder} is not an output of moesaic convert", "give the folder of a converted model")
     return made
-
-
-def _check_sources(config: TuneConfig) -> None:
-    for source in config.train.data.expanded():
-        if not source.builtin and not Path(source.name).expanduser().exists():
-            raise InputError(
-                f"training text {source.name!r} does not exist",
-                f"give a path, {MIX_NAME} or one of {', '.join(SAMPLES)}",
-            )
