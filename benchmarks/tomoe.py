@@ -111,9 +111,10 @@ def report(args: argparse.Namespace) -> None:
     entries = [json.loads(path.read_text(encoding="utf-8")) for path in args.work.glob("*-*.json")]
     entries.sort(key=lambda entry: (-entry["options"]["active"], list(KINDS).index(entry["run"].rpartition("-")[0])))
     for entry in entries:
-        entry["held_out"] = {
-            line["step"]: line["held_out"] for line in read_log(args.work / entry["run"]) if "held_out" in line
-        }
+        log = read_log(args.work / entry["run"])
+        results = json.loads((args.work / entry["run"] / "results.json").read_text(encoding="utf-8"))
+        entry["seconds"] = results["conversion"]["seconds"]
+        entry["held_out"] = {line["step"]: line["held_out"] for line in log if "held_out" in line}
     args.report.with_suffix(".json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     lines = [*_head(entries, dense, args), "", *_quality(entries, dense), "", *_curves(entries)]
     args.report.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -122,14 +123,14 @@ def report(args: argparse.Namespace) -> None:
 
 def _head(entries: list[dict[str, Any]], dense: dict[str, Perplexity], args: argparse.Namespace) -> list[str]:
     values = ", ".join(f"{name} {value.value:.2f} ({value.name})" for name, value in dense.items())
-    minutes = [entry["training"]["training"]["seconds"] / 60 for entry in entries]
+    minutes = [entry["seconds"] / 60 for entry in entries]
     train = entries[0]["options"]["train"]
     return [
         "# ToMoE on a small budget",
         "",
         f"{args.model.name}. Every run: {train['steps']} steps of {train['batch'] * args.window} tokens, the model "
-        f"frozen, hard masks exported; {min(minutes):.0f} to {max(minutes):.0f} minutes of {entries[0]['threads']} "
-        "thread(s). Made by `benchmarks/tomoe.py`.",
+        f"frozen, hard masks exported; {min(minutes):.0f} to {max(minutes):.0f} minutes with {entries[0]['threads']} "
+        "thread(s), export included. Made by `benchmarks/tomoe.py`.",
         f"Perplexity of the dense model: {values}.",
         "",
         "Runs: `tomoe` 8 experts, top-1, masks and routers learned from token clusters on; `static` one mask for all "

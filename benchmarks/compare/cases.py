@@ -12,17 +12,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from moesaic.errors import InputError
 from moesaic.layout import Layout
-from moesaic.methods.token_clusters.config import Config as ClustersConfig
-from moesaic.methods.token_clusters.config import sizes as cluster_sizes
-from moesaic.settings import build
 
 UNITS = range(8, 49)
 """Units that a layout may have; the least that hit the fraction exactly are taken."""
 BRANCHES = 8
-SMALL_EXPERTS = range(48, 129)
-"""Numbers of experts among which ``disjoint`` takes one that needs least padding."""
 
 
 class InexpressibleError(Exception):
@@ -112,18 +106,7 @@ def _refit(share: Fraction, d_ff: int) -> dict[str, Any]:
 
 
 def _disjoint(share: Fraction, d_ff: int) -> dict[str, Any]:
-    """Of the numbers of experts that need least padding, the one nearest to the method's default."""
-    options = _active(share, d_ff) | {"split": "disjoint"}
-    stored = {}
-    for experts in SMALL_EXPERTS:
-        try:
-            config = build(ClustersConfig, options | {"experts": experts}, "disjoint")
-            stored[experts] = cluster_sizes(config, d_ff).stored
-        except InputError:
-            continue
-    if not stored:
-        raise InexpressibleError(f"FFNs of {d_ff} neurons are too narrow for {SMALL_EXPERTS[0]} disjoint experts")
-    return options | {"experts": min(stored, key=lambda experts: (stored[experts], abs(experts - 96)))}
+    return _active(share, d_ff) | {"split": "disjoint"}
 
 
 def _kept_branches(share: Fraction, _d_ff: int) -> dict[str, Any]:

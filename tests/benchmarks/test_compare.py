@@ -60,7 +60,6 @@ def test_disjoint_experts_store_no_more_than_the_dense_model(shape: Shape) -> No
         ("static-lead", "1/4", Shape(2, 64), 2, "leave none to convert"),
         ("mlpmoe-prune", "3/10", SMOLLM2, 3, "no whole number"),
         ("cmoe", "11/101", SMOLLM2, 3, "no layout"),
-        ("disjoint", "1/2", Shape(2, 40), 0, "too narrow"),
     ],
 )
 def test_what_cannot_be_expressed_has_a_reason(

@@ -167,6 +167,14 @@ def test_padding_neurons_read_out_nothing() -> None:
     assert not plan.readout[:, plan.packed < 0].any()
 
 
+@pytest.mark.parametrize("active", [0.875, 0.75, 0.625, 0.5, 0.25])
+@pytest.mark.parametrize("d_ff", [1536, 4864])
+def test_disjoint_experts_of_default_number_need_no_padding(d_ff: int, active: float) -> None:
+    parts = sizes(Config(split="disjoint", active=active), d_ff)
+    assert (parts.stored, parts.active) == (d_ff, active * d_ff)
+    assert 48 <= len(parts.own) <= 128
+
+
 def test_refusals() -> None:
     assert needs_calibration(Config())
     for inputs in (None, random_inputs(0)):
@@ -176,7 +184,7 @@ def test_refusals() -> None:
         check(Config(max_params=0.5), 40)
     with pytest.raises(InputError, match="no neuron of their own"):
         check(Config(experts=64, max_params=1.0), 40)
-    with pytest.raises(InputError, match="96 disjoint experts are more than"):
+    with pytest.raises(InputError, match="88 disjoint experts are more than the 40 of 100 neurons"):
         check(Config(split="disjoint"), 100)
     with pytest.raises(InputError, match="one of 2 disjoint experts has more"):
         check(Config(split="disjoint", experts=2, active=0.25), 40)

@@ -13,7 +13,10 @@ from moesaic.methods.base import MethodConfig
 from moesaic.methods.sizes import Sizes
 
 MIN_TOKENS_PER_NEURON = 1.0  # experts of an existing MoE that got less stay whole
-_EXPERTS = {"overlapping": 16, "disjoint": 96}
+_OVERLAPPING = 16
+_DISJOINT = range(48, 129)
+"""Numbers of disjoint experts among which the default is the one that needs least padding; of equal ones that nearest
+to the middle."""
 
 
 class Config(MethodConfig):
@@ -29,7 +32,8 @@ class Config(MethodConfig):
         default=None,
         ge=1,
         le=1024,
-        description="Routed experts (E); 16 if overlapping, 96 if disjoint. 1: no routing, static pruning with refit.",
+        description="Routed experts (E). Default: 16 if overlapping; if disjoint that number from 48 to 128 whose "
+        "sizes need least padding. 1: no routing, static pruning with refit.",
     )
     max_params: float | None = Field(
         default=2.5,
@@ -74,8 +78,10 @@ def sizes(config: Config, d_ff: int) -> Sizes:
 
 
 def _parts(config: Config, d_ff: int) -> Sizes:
-    experts = _EXPERTS[config.split] if config.experts is None else config.experts
     active = max(1, round(config.active * d_ff))
+    if config.experts is None and config.split == "disjoint":
+        return _least_padded(config, d_ff, active)
+    experts = _OVERLAPPING if config.experts is None else config.experts
     if experts == 1:
         return Sizes(active, (), 0)
     if config.split == "disjoint":
@@ -93,6 +99,21 @@ def _parts(config: Config, d_ff: int) -> Sizes:
     # Stock targets pad the shared part to a multiple of an expert's width: make the two fit.
     own = math.ceil(active / math.ceil(active / own))
     return Sizes(active - own, (own,) * experts, 1)
+
+
+def _least_padded(config: Config, d_ff: int, active: int) -> Sizes:
+    """The disjoint split of fewest stored neurons over the numbers of experts in ``_DISJOINT``."""
+    found, refused = [], None
+    middle = (_DISJOINT.start + _DISJOINT.stop - 1) / 2
+    for experts in sorted(_DISJOINT, key=lambda experts: abs(experts - middle)):
+        try:
+            found.append(_disjoint(config, d_ff, active, experts))
+        except InputError as error:
+            refused = refused or error
+    if not found:
+        assert refused is not None
+        raise refused
+    return min(found, key=lambda parts: parts.stored)
 
 
 def _disjoint(config: Config, d_ff: int, active: int, experts: int) -> Sizes:
