@@ -59,7 +59,8 @@ def test_equal_calls_make_equal_plans_also_when_one_is_resumed(tmp_path: Path) -
 
 
 def test_training_lowers_the_divergence_on_held_out_text(tmp_path: Path) -> None:
-    options = config(train={"steps": 40, "eval_every": 10, "learning_rate": 1e-2}, counted="ffn", active=0.5)
+    train = {"steps": 40, "eval_every": 10, "learning_rate": 1e-2}
+    options = config(train=train, start="noise", counted="ffn", active=0.5)
     report = plan_model(context(tmp_path), options).report["training"]
     assert report["after"]["loss"] < 0.9 * report["before"]["loss"]
 

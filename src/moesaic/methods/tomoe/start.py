@@ -19,13 +19,12 @@ from moesaic.errors import InputError
 from moesaic.methods.tomoe.hard import expert_masks
 from moesaic.methods.tomoe.samplers import MEDIAN
 from moesaic.methods.tomoe.task import ToMoETask
-from moesaic.nn.ffn import FFNWeights
-from moesaic.solvers.kmeans import squared_distances
+from moesaic.solvers.router_fit import energy_targets, fit_ridge, top_k_sets
+from moesaic.solvers.token_clusters import cluster_tokens, energy_share
 from moesaic.train.data import derived_seed
 
 _TOKENS = 8192
 _ROUNDS = 4  # between which tokens an expert serves and which neurons it has
-_LLOYD = 8
 _RIDGE = 1e-2  # relative to the mean square of an input coordinate
 _SPREAD = 2.0  # of a token's router logits around their mean: decided, but not deaf to the noise
 _REACH = 3.0  # standard deviations of log energy that a logit may lie from the threshold
@@ -51,7 +50,8 @@ def begin(task: ToMoETask, checkpoint: Checkpoint, ids_NW: Tensor) -> None:
     inputs = ffn_inputs(task, some_NW)
     embeddings = task.controller.hypernetwork()
     for place, (site, head) in enumerate(zip(task.ffns, task.controller.ffn_heads, strict=True)):
-        share_TF = energy_shares(load_ffn(checkpoint, site, task.anatomy.activation), inputs[place])
+        weights = load_ffn(checkpoint, site, task.anatomy.activation).to(inputs[place].dtype)
+        share_TF = energy_share(weights.hidden(inputs[place]), weights.down_DF.float().norm(dim=0))
         x_TD = inputs[place].float()
         if plans is None:
             seed = derived_seed(task.seed, place)
@@ -66,11 +66,7 @@ def begin(task: ToMoETask, checkpoint: Checkpoint, ids_NW: Tensor) -> None:
 
 
 def token_clusters(x_TD: Tensor, share_TF: Tensor, experts: int, width: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Experts as the neurons of largest energy on clusters of tokens, and a linear router to them.
-
-    The clusters start as k-means of the inputs; then, in turn, each expert takes its best neurons, a ridge router is
-    fitted to what every expert keeps of each token, and tokens go where that router sends them, so that experts are
-    shaped by what the router can predict.
+    """Experts and router of :func:`moesaic.solvers.token_clusters.cluster_tokens`, none of their neurons shared.
 
     Args:
         x_TD: Inputs of the FFN.
@@ -80,22 +76,15 @@ def token_clusters(x_TD: Tensor, share_TF: Tensor, experts: int, width: float, s
         seed: Of the clusters.
 
     Returns:
-        Standardised log energy [N, F], 0 at the expert's threshold; router [N, D].
+        Standardised log energy of the neurons on each expert's tokens [N, F], 0 at the expert's threshold; router
+        [N, D].
     """
-    labels_T = _kmeans(x_TD, experts, seed)
     kept = max(1, round(width * share_TF.shape[1]))
-    factor_DD = ridge_factor(x_TD)
-    router_ND = torch.zeros(experts, x_TD.shape[1])
-    energy_NF = torch.zeros(experts, share_TF.shape[1])
-    for _ in range(_ROUNDS):
-        means_NF = _means(share_TF, labels_T, experts)
-        # An empty cluster starts over from what all tokens need.
-        empty_N = torch.bincount(labels_T, minlength=experts) == 0
-        energy_NF = torch.where(empty_N[:, None], share_TF.mean(0), means_NF)
-        sets_NF = torch.zeros_like(energy_NF).scatter_(1, energy_NF.topk(kept, dim=1).indices, 1.0)
-        router_ND = fit_router(x_TD, share_TF @ sets_NF.T, factor_DD)
-        labels_T = (x_TD @ router_ND.T).argmax(1)
-    return standardised(energy_NF, kept), router_ND
+    router_ND = cluster_tokens(x_TD, share_TF, experts, (0, kept), rounds=_ROUNDS, ridge=_RIDGE, seed=seed).router_ED
+    sent_TN = top_k_sets(x_TD @ router_ND.T, 1)
+    # One average token more, as in the solver: an expert without tokens starts from what all tokens need.
+    energy_NF = (sent_TN.T @ share_TF + share_TF.mean(0)) / (sent_TN.sum(0)[:, None] + 1)
+    return standardised(energy_NF, kept), scaled_router(router_ND, x_TD)
 
 
 def standardised(energy_NF: Tensor, kept: int) -> Tensor:
@@ -105,31 +94,11 @@ def standardised(energy_NF: Tensor, kept: int) -> Tensor:
     return ((log_NF - threshold_N1) / log_NF.std(dim=-1, keepdim=True)).clamp(-_REACH, _REACH)
 
 
-def ridge_factor(x_TD: Tensor) -> Tensor:
-    """Cholesky factor of x^T x plus the ridge."""
-    gram_DD = x_TD.T @ x_TD
-    gram_DD.diagonal().add_(_RIDGE * float(gram_DD.diagonal().mean()))
-    return torch.linalg.cholesky(gram_DD)
-
-
-def fit_router(x_TD: Tensor, gain_TN: Tensor, factor_DD: Tensor) -> Tensor:
-    """Ridge regression of what each expert is worth to a token, relative to the others, scaled to logits; [N, D]."""
-    target_TN = gain_TN - gain_TN.mean(1, keepdim=True)
-    return scaled_router(torch.cholesky_solve(x_TD.T @ target_TN, factor_DD).T, x_TD)
-
-
 def scaled_router(weight_ND: Tensor, x_TD: Tensor) -> Tensor:
     """The router with its logits spread as training wants them; decisions stay."""
     logits_TN = x_TD @ weight_ND.T
     spread = float((logits_TN - logits_TN.mean(1, keepdim=True)).std())
     return weight_ND * (_SPREAD / spread) if spread > 0 else weight_ND
-
-
-def energy_shares(weights: FFNWeights, x_TD: Tensor) -> Tensor:
-    """(h_i |down_i|)^2 over its sum: what each neuron has in each token's energy, so that all tokens count alike."""
-    hidden_TF = weights.to(x_TD.dtype).hidden(x_TD).float()
-    energy_TF = (hidden_TF * weights.down_DF.float().norm(dim=0)).square()
-    return energy_TF / energy_TF.sum(1, keepdim=True).clamp(min=1e-30)
 
 
 def ffn_inputs(task: ToMoETask, ids_BW: Tensor) -> list[Tensor]:
@@ -220,7 +189,8 @@ def _from_plan(plan: LayerPlan, x_TD: Tensor, share_TF: Tensor) -> tuple[Tensor,
     if router.kind == "linear" and not router.normalise_input and "bias" not in router.tensors:
         router_ND = scaled_router(router.tensors["weight"].float(), x_TD)
     else:  # of another form: what the experts are worth decides
-        router_ND = fit_router(x_TD, share_TF @ held_NF.T, ridge_factor(x_TD))
+        worth_TN = energy_targets(share_TF @ held_NF.T, "raw")
+        router_ND = scaled_router(fit_ridge([(x_TD, worth_TN)], _RIDGE), x_TD)
     return 2 * held_NF - 1, router_ND
 
 
@@ -242,20 +212,3 @@ def _plans_of(folder: Path, task: ToMoETask) -> Sequence[LayerPlan]:
 def _expected_attention(task: ToMoETask) -> tuple[list[float] | None, list[float] | None]:
     heads = [task.config.active * cost.head_dim for cost in task.budget.costs]
     return (heads if task.budget.pairs else None), (heads if task.budget.values else None)
-
-
-def _kmeans(x_TD: Tensor, clusters: int, seed: int) -> Tensor:
-    """Labels of Lloyd's k-means from random tokens."""
-    chosen = torch.randperm(len(x_TD), generator=torch.Generator().manual_seed(seed))[:clusters]
-    centroids_ND = x_TD[chosen]
-    labels_T = squared_distances(x_TD, centroids_ND).argmin(1)
-    for _ in range(_LLOYD):
-        centroids_ND = _means(x_TD, labels_T, clusters)
-        labels_T = squared_distances(x_TD, centroids_ND).argmin(1)
-    return labels_T
-
-
-def _means(rows_TF: Tensor, labels_T: Tensor, clusters: int) -> Tensor:
-    """Means of the clusters' rows, [N, F]; zeros for an empty one."""
-    member_TN = nn.functional.one_hot(labels_T, clusters).to(rows_TF.dtype)
-    return (member_TN.T @ rows_TF) / member_TN.sum(0).clamp(min=1).unsqueeze(1)
