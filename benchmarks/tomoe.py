@@ -18,11 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moesaic.calibration.samples import sample_text
-from moesaic.evaluate.perplexity import Perplexity, compare
+import moesaic  # noqa: F401 -- registers the architecture
+from moesaic.anatomy import read_anatomy
+from moesaic.blueprint import Blueprint
+from moesaic.calibration.samples import evaluation_text, sample_text
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.evaluate.perplexity import Perplexity, compare, token_windows
 from moesaic.evaluate.run import evaluate_model
 from moesaic.jobs.convert import convert
+from moesaic.methods.base import ModelPlan
+from moesaic.methods.tomoe.hard import hard_mask_model
+from moesaic.methods.tomoe.samplers import top_k_of
 from moesaic.progress import Silent
 from moesaic.train.loop import read_log
 
@@ -102,6 +110,36 @@ def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def hard_parity(args: argparse.Namespace, run: str) -> dict[str, float]:
+    """The exported model against masks on the dense one, 512 tokens of WikiText-2, fp32; kept in WORK."""
+    kept = args.work / run / "hard_parity.json"
+    if not kept.exists():
+        blueprint = Blueprint.load(args.work / run)
+        plan = ModelPlan(blueprint.sites, blueprint.attention)
+        dense, made = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            for folder in (args.model, args.work / run)
+        )
+        ids = token_windows(AutoTokenizer.from_pretrained(args.model), evaluation_text(), 512, 1)
+        anatomy = read_anatomy(Checkpoint(args.model).config)
+        routes: list[torch.Tensor] = []
+        for module in made.modules():
+            if getattr(module, "router", None) is not None:
+                top_k = module.top_k
+                module.router.register_forward_hook(
+                    lambda _module, _inputs, z_TE, top_k=top_k: routes.append(top_k_of(z_TE, top_k))
+                )
+        with torch.no_grad(), hard_mask_model(dense, plan, anatomy) as gates:
+            expected = dense(input_ids=ids).logits
+            wanted = [gates.routes[place].flatten(0, -2) for place in sorted(gates.routes)]
+        with torch.no_grad():
+            found = made(input_ids=ids).logits
+        same = [float((a == b).all(-1).float().mean()) for a, b in zip(routes, wanted, strict=True)]
+        figures = {"delta": float((found - expected).abs().max()), "routing": min(same, default=1.0)}
+        kept.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
 def report(args: argparse.Namespace) -> None:
     """One table of all finished runs, one of their held-out curves; the dense model is evaluated once."""
     dense_file = args.work / "dense.json"
@@ -115,8 +153,15 @@ def report(args: argparse.Namespace) -> None:
         results = json.loads((args.work / entry["run"] / "results.json").read_text(encoding="utf-8"))
         entry["seconds"] = results["conversion"]["seconds"]
         entry["held_out"] = {line["step"]: line["held_out"] for line in log if "held_out" in line}
+        entry["hard_mask"] = hard_parity(args, entry["run"])
     args.report.with_suffix(".json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    lines = [*_head(entries, dense, args), "", *_quality(entries, dense), "", *_curves(entries)]
+    delta = max(entry["hard_mask"]["delta"] for entry in entries)
+    routing = min(entry["hard_mask"]["routing"] for entry in entries)
+    parity = (
+        f"Every export against the hard masks on the dense model, 512 tokens, fp32: logits within {delta:.1e}, the "
+        f"same expert for {routing:.2%} of the tokens in the worst layer."
+    )
+    lines = [*_head(entries, dense, args), "", *_quality(entries, dense), "", parity, "", *_curves(entries)]
     args.report.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
