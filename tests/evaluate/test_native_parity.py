@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,13 @@ def test_tokens_of_other_experts_are_counted_and_judged_apart(tiny: Tiny, tmp_pa
     assert other.max_delta > 1e-3
     assert other.undisturbed_delta is not None
     assert other.undisturbed_delta < 1e-4  # the weights are the same where the choice is
+    assert other.forced_delta is not None
+    assert other.forced_delta < 1e-4
+    assert other.tie is not None
+    assert other.tie > 1e-3
+    assert (same.forced_delta, same.tie) == (None, None)
+    with pytest.raises(VerificationError):  # no tie, so no rounding: the routers differ
+        replace(other, median=1.0).require("x")
 
     chosen = iter(found.chosen)
 
@@ -93,6 +101,21 @@ def test_tokens_of_other_experts_are_counted_and_judged_apart(tiny: Tiny, tmp_pa
 )
 def test_where_all_chose_the_same_experts_no_token_may_differ(undisturbed_delta: float | None, passes: bool) -> None:
     parity = NativeParity(10, True, 1.0, 0.1, 1e-6, 1.0, 0.0, 1, 9, undisturbed_delta)
+    if passes:
+        parity.require("x")
+    else:
+        with pytest.raises(VerificationError):
+            parity.require("x")
+
+
+@pytest.mark.parametrize(
+    ("forced_delta", "tie", "passes"),
+    [(1e-5, 1e-6, True), (1e-5, 0.1, False), (0.5, 1e-6, False), (math.inf, 1e-6, False), (None, None, False)],
+)
+def test_ties_excuse_differences_that_the_other_experts_explain(
+    forced_delta: float | None, tie: float | None, passes: bool
+) -> None:
+    parity = NativeParity(10, True, 1.0, 0.1, 1e-2, 1.0, 0.0, 3, 2, 0.0, forced_delta, tie)
     if passes:
         parity.require("x")
     else:

@@ -22,6 +22,7 @@ class Runtime:
 
     Attributes:
         model: The model.
+        uniform: Whether all chosen experts have weight 1.
         routed: Which of its FFNs with experts choose among them, counted in their order.
         chosen: Of the last window, experts of each token per routed FFN, best first, [W, K].
         margin_W: Of the last window, each token's smallest distance from a tie: over the routed FFNs, the difference of
@@ -36,6 +37,7 @@ class Runtime:
         self.forced: list[Tensor] | None = None
         with_experts = [m for m in model.modules() if isinstance(m, MoEFeedForward) and m.experts]
         self.routed = [i for i, m in enumerate(with_experts) if not m.static and m.top_k < m.experts]
+        self.uniform = all(with_experts[index].gate == "uniform" for index in self.routed)
         for index in self.routed:
             with_experts[index]._route = _Watched(self, with_experts[index])
 
