@@ -80,20 +80,10 @@ def in_transformers(folder: Path, runtime: Runtime, ids_NW: Tensor) -> dict[str,
         "rerouted": int(found.rerouted_NW.sum()),
         "largest_margin_of_a_first_rerouting": found.margin_NW[first_NW].max().item() if first_NW.any() else None,
     }
-    windows = found.rerouted_NW.any(-1)
-    if windows.any():
-        keep_NW = before_any(found.rerouted_NW)
-        result["before_rerouted"] = found.differences.figures(keep_NW).to_dict()
-        indices = windows.nonzero().flatten().tolist()
-        chosen = iter([found.chosen[index] for index in indices])
-
-        def forced(ids_W: Tensor) -> Tensor:
-            layers = next(chosen)
-            runtime.forced = [layers[layer] for layer in runtime.routed]
-            return runtime(ids_W)
-
-        result["forced"] = compare_with_stock(folder, ids_NW[windows], forced).differences.figures().to_dict()
-        runtime.forced = None
+    if found.rerouted_NW.any():
+        result["before_rerouted"] = found.differences.figures(before_any(found.rerouted_NW)).to_dict()
+        delta, tie = found.forced
+        result["forced"] = {"max_delta": delta, "tie": tie}
     return result
 
 

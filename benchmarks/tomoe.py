@@ -152,6 +152,9 @@ def report(args: argparse.Namespace) -> None:
         log = read_log(args.work / entry["run"])
         results = json.loads((args.work / entry["run"] / "results.json").read_text(encoding="utf-8"))
         entry["seconds"] = results["conversion"]["seconds"]
+        made = json.loads((args.work / entry["run"] / "config.json").read_text(encoding="utf-8"))["moesaic"]
+        sources = made["calibration"]["sources"]
+        entry["text"] = [f"{Path(source['name']).name} x {source['weight']:g}" for source in sources]
         entry["held_out"] = {line["step"]: line["held_out"] for line in log if "held_out" in line}
         entry["hard_mask"] = hard_parity(args, entry["run"])
     args.report.with_suffix(".json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
@@ -176,7 +179,7 @@ def _head(entries: list[dict[str, Any]], dense: dict[str, Perplexity], args: arg
         "",
         f"{args.model.name}. Every run: {train['steps']} steps of {train['batch'] * args.window} tokens, the model "
         f"frozen, hard masks exported; {min(minutes):.0f} to {max(minutes):.0f} minutes with {entries[0]['threads']} "
-        "thread(s), export included. Made by `benchmarks/tomoe.py`.",
+        f"thread(s), export included. Training text: {', '.join(entries[0]['text'])}. Made by `benchmarks/tomoe.py`.",
         f"Perplexity of the dense model: {values}.",
         "",
         "Runs: `tomoe` 8 experts, top-1, masks and routers learned from token clusters on; `static` one mask for all "

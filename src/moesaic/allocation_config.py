@@ -38,8 +38,8 @@ class AllocationConfig(BaseModel):
     tokens: int = Field(
         default=2048,
         ge=16,
-        description="Calibration tokens on which the layers' sensitivity is measured, the last ones of the text; as "
-        "many others choose the neurons.",
+        description="Calibration tokens on which the layers' sensitivity is measured, from the second half of the "
+        "text; as many of the first half choose the neurons.",
     )
     fractions: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = Field(
         default=None,

@@ -200,7 +200,7 @@ def test_tasks_are_tabulated() -> None:
     assert "first 4 questions" in text
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="the extra `tasks` is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install lm-eval (extra tasks)")
 def test_lm_eval_scores_local_data(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
