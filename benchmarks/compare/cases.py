@@ -109,6 +109,10 @@ def _disjoint(share: Fraction, d_ff: int) -> dict[str, Any]:
     return _active(share, d_ff) | {"split": "disjoint"}
 
 
+def _union(share: Fraction, d_ff: int) -> dict[str, Any]:
+    return _active(share, d_ff) | {"split": "union"}
+
+
 def _kept_branches(share: Fraction, _d_ff: int) -> dict[str, Any]:
     keep = share * BRANCHES
     if keep.denominator != 1:
@@ -133,6 +137,8 @@ def _faded(share: Fraction, _d_ff: int) -> dict[str, Any]:
 RECIPES: dict[str, Recipe] = {
     "clusters": Recipe("token clusters, overlapping", "token_clusters", _active),
     "clusters-lead": Recipe("token clusters, overlapping, first layers dense", "token_clusters", _active, leading=True),
+    "union": Recipe("token clusters, stored once", "token_clusters", _union),
+    "union-lead": Recipe("token clusters, stored once, first layers dense", "token_clusters", _union, leading=True),
     "disjoint": Recipe("token clusters, disjoint", "token_clusters", _disjoint),
     "disjoint-lead": Recipe("token clusters, disjoint, first layers dense", "token_clusters", _disjoint, leading=True),
     "refit": Recipe("control: static, refitted", "token_clusters", _refit),

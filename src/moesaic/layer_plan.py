@@ -84,14 +84,15 @@ class LayerPlan:
         gate_scale: s of the ``scaled`` gate, float [E]; zeros give weights of exactly 1.
         fade: Magnitude sparsity inside the experts.
         expert_scale: Factor folded into each expert's down projection: float [E] or per output coordinate [E, D].
-        readout: Replacement down projection of the packed neurons [shared; expert 0; ...], float [D, S + sum M].
+        readout: Replacement down projection of the packed neurons [shared; expert 0; ...], float [D, S + sum M]; of a
+            union [D, S + U].
         bias: Replacement output bias, float [D].
         projections: Replacements of what the packed neurons read, by field of :class:`FFNWeights`: ``gate_FD`` and
             ``up_FD`` [S + sum M, D], ``gate_bias_F`` and ``up_bias_F`` [S + sum M]; of the FFN's own form. The indices
             then say where each neuron started.
         union: Experts that overlap are stored once, as index sets over the U neurons that are in any of them; what
-            they share cannot be changed for one of them, so ``fade``, ``expert_scale``, ``readout`` and ``projections``
-            are out.
+            they share cannot be changed for one of them, so ``fade``, ``expert_scale`` and ``projections`` are out, and
+            ``readout`` is one for all.
 
     Raises:
         InputError: parts that contradict each other, or indices outside the FFN.
@@ -132,10 +133,10 @@ class LayerPlan:
                 )
         if self.union and static:
             raise InputError("experts stored as a union under a static router", "what is always on is the shared part")
-        own = self.projections or any(v is not None for v in (self.fade, self.expert_scale, self.readout))
+        own = self.projections or any(v is not None for v in (self.fade, self.expert_scale))
         if self.union and own:
             raise InputError(
-                "experts stored as a union cannot have weights of their own (fade, expert_scale, readout, projections)",
+                "experts stored as a union cannot have weights of their own (fade, expert_scale, projections)",
                 "store them packed: union=False",
             )
 

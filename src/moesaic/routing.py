@@ -121,7 +121,10 @@ def expert_networks(weights: FFNWeights, plan: LayerPlan) -> list[FFNWeights]:
         activation=weights.activation,
         **{field: tensors[name] for field, name in TENSOR_NAMES.items() if name in tensors},
     )
-    rows = torch.arange(len(plan.shared), packed.d_ff).split([len(expert) for expert in plan.experts])
+    if plan.union:
+        rows = [row_U.nonzero().flatten() + len(plan.shared) for row_U in plan.membership]
+    else:
+        rows = torch.arange(len(plan.shared), packed.d_ff).split([len(expert) for expert in plan.experts])
     return [packed.take(row) for row in rows]
 
 

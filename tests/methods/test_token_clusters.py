@@ -30,6 +30,7 @@ from tests.ffns import random_ffn, random_inputs
 SPLITS: dict[str, dict[str, Any]] = {
     "overlapping": {"experts": 4},
     "free": {"experts": 4, "max_params": None},
+    "union": {"split": "union", "experts": 4},
     "disjoint": {"split": "disjoint", "experts": 8, "shared": 0.5},
     "static": {"experts": 1},
 }
@@ -66,8 +67,11 @@ def test_one_token_uses_what_was_asked_and_storage_is_within_its_bound(
     weights, x_TD = random_ffn(40, gated=gated, biases=biases), random_inputs(300)
     plan = plan_of(weights, x_TD, active=active, **options)
     assert abs(plan.active_neurons - active * 40) <= 0.5
-    assert len(plan.packed) == sizes(Config(active=active, **options), 40).stored
-    if "split" in options:
+    stored = sizes(Config(active=active, **options), 40).stored
+    assert len(plan.packed) <= stored if plan.union else len(plan.packed) == stored
+    if plan.union:
+        assert len(plan.packed) <= 40
+    elif "split" in options:
         real = plan.packed[plan.packed >= 0]
         assert real.sort().values.tolist() == list(range(40))
     elif "max_params" not in options:
@@ -192,7 +196,20 @@ def test_refusals() -> None:
         Config(active=0.0)
 
 
-@pytest.mark.parametrize(("options", "target"), [(SPLITS["overlapping"], "glm4_moe"), (SPLITS["disjoint"], "moesaic")])
+def test_a_union_is_what_copies_with_one_readout_are() -> None:
+    weights, x_TD = clustered()
+    once = plan_of(weights, x_TD, active=0.5, split="union", experts=4)
+    copies = plan_of(weights, x_TD, active=0.5, experts=4, max_params=None, refit="global")
+    assert once.union
+    assert len(once.packed) < 0.6 * len(copies.packed)
+    y_TD = [build_ffn(weights.to(torch.float32), plan)(x_TD.float()) for plan in (once, copies)]
+    assert torch.allclose(*y_TD, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "target"),
+    [(SPLITS["overlapping"], "glm4_moe"), (SPLITS["disjoint"], "moesaic"), (SPLITS["union"], "auto")],
+)
 def test_it_becomes_a_stock_model_and_one_of_ours(
     options: dict[str, Any], target: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -204,6 +221,6 @@ def test_it_becomes_a_stock_model_and_one_of_ours(
         target=target,
         calibration={"tokens": 256, "window": 64},
     )
-    assert made.target == target
+    assert made.target == ("moesaic" if target == "auto" else target)
     parity = json.loads((made.output / "results.json").read_text())
     assert "native_parity" in parity or "parity" in parity

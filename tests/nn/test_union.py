@@ -224,10 +224,9 @@ def test_the_blueprint_keeps_it_and_old_digests_stay(tmp_path: Path) -> None:
     assert any("union False -> True" in line for line in made[0].diff(made[1]))
 
 
-@pytest.mark.parametrize("field", ["expert_scale", "readout"])
-def test_what_experts_share_cannot_be_changed_for_one(field: str) -> None:
+def test_what_experts_share_cannot_be_changed_for_one() -> None:
     with pytest.raises(InputError, match="union cannot have weights of their own"):
-        plan_of(random_members(4, 37, 0.5), union=True, **{field: torch.ones(4)})
+        plan_of(random_members(4, 37, 0.5), union=True, expert_scale=torch.ones(4))
 
 
 def test_routes_are_the_same_in_both_forms() -> None:
@@ -236,3 +235,16 @@ def test_routes_are_the_same_in_both_forms() -> None:
     idx_TK, _ = build_ffn(weights, as_union(plan)).route(x_TD)
     expected = [[e for e, _ in choose(weights, plan, x_D)] for x_D in x_TD]
     assert idx_TK.tolist() == expected
+
+
+def test_one_readout_for_all_experts() -> None:
+    weights, member_EF = random_ffn(24), random_members(3, 24, 0.5)
+    readout_DF = torch.randn(16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    copies = plan_of(member_EF, torch.arange(4), 2)
+    readouts = {}
+    for plan in (copies, as_union(copies)):
+        readouts[plan.union] = dataclasses.replace(plan, readout=readout_DF[:, plan.packed.clamp(min=0)])
+    x_TD = random_inputs(9)
+    expected_TD = build_ffn(weights, readouts[False])(x_TD).detach()
+    assert relative_error(build_ffn(weights, readouts[True])(x_TD).detach(), expected_TD) < 1e-6
+    assert relative_error(reference_ffn(weights, readouts[True], x_TD), expected_TD) < 1e-6

@@ -38,7 +38,8 @@ class Shape:
     """What becomes of one FFN, as far as the settings say.
 
     ``shared``: always-on neurons; ``width``: M, padding included; ``top_k``: K; ``gated``: a gated router has two
-    matrices, as the FFN has a gate path; ``rewritten``: matrices of each neuron that the blueprint holds.
+    matrices, as the FFN has a gate path; ``rewritten``: matrices of each neuron that the blueprint holds; ``union``:
+    neurons of all experts together where they are stored once, else None.
     """
 
     d_ff: int
@@ -49,11 +50,12 @@ class Shape:
     router: RouterKind
     gated: bool = True
     rewritten: int = 0
+    union: int | None = None
 
     @property
     def neurons(self) -> int:
         """Rows of the packed FFN, padding included."""
-        return self.shared + self.experts * self.width
+        return self.shared + (self.experts * self.width if self.union is None else self.union)
 
     @property
     def router_rows(self) -> int:
@@ -111,7 +113,7 @@ def shape_of(settings: ConvertSettings, d_ff: int, gated: bool = True) -> Shape:
     if kind != "static" and settings.router is not None:
         kind = "linear"
     width = max(parts.own, default=0)
-    return Shape(d_ff, parts.shared, len(parts.own), width, parts.top_k, kind, gated, parts.rewritten)
+    return Shape(d_ff, parts.shared, len(parts.own), width, parts.top_k, kind, gated, parts.rewritten, parts.union)
 
 
 def shape_of_plan(plan: LayerPlan, fitted: bool = False) -> Shape:
@@ -121,7 +123,8 @@ def shape_of_plan(plan: LayerPlan, fitted: bool = False) -> Shape:
     width = max((len(expert) for expert in plan.experts), default=0)
     gated = "gate" in plan.router.tensors
     rewritten = sum(name.endswith("_FD") for name in plan.projections) + (plan.readout is not None)
-    return Shape(plan.d_ff, len(plan.shared), len(plan.experts), width, plan.top_k, kind, gated, rewritten)
+    union = len(plan.union_neurons) if plan.union else None
+    return Shape(plan.d_ff, len(plan.shared), len(plan.experts), width, plan.top_k, kind, gated, rewritten, union)
 
 
 def likely_target(settings: ConvertSettings, anatomy: Anatomy, shape: Shape) -> str:
@@ -129,6 +132,8 @@ def likely_target(settings: ConvertSettings, anatomy: Anatomy, shape: Shape) -> 
     if settings.target != AUTO:
         return settings.target
     if no_backbone(anatomy) or anatomy.family.moe is not None or shape.router == "gated" or prunes_attention(settings):
+        return "moesaic"
+    if shape.union is not None:
         return "moesaic"
     if shape.router == "static":
         return "moesaic" if shape.experts else "dense"

@@ -21,6 +21,7 @@ class Sizes:
         router: The method's own; without experts there is none, whatever stands here.
         rewritten: Matrices of each neuron that are new numbers, which the blueprint then holds: 1 is a refitted down
             projection, 3 all of a gated FFN.
+        union: Most neurons that all experts have together, where these are stored once; None: a copy for each.
     """
 
     shared: int
@@ -28,11 +29,12 @@ class Sizes:
     top_k: int = 0
     router: RouterKind = "linear"
     rewritten: int = 0
+    union: int | None = None
 
     @property
     def stored(self) -> int:
-        """Neurons in memory, the padding of shorter experts included."""
-        return self.shared + len(self.own) * max(self.own, default=0)
+        """Neurons in memory, the padding of shorter experts included; of a union at most."""
+        return self.shared + (len(self.own) * max(self.own, default=0) if self.union is None else self.union)
 
     @property
     def active(self) -> int:

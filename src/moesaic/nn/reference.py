@@ -91,7 +91,11 @@ def _parts(weights: FFNWeights, plan: LayerPlan) -> list[FFNWeights]:
             rows[index < 0] = 0
             part = replace(part, **{name: rows.to(dtype)})
         if plan.readout is not None:
-            columns = slice(start, start + len(index))
+            if plan.union and e >= 0:
+                packed = plan.packed.tolist()
+                columns = [packed.index(neuron, len(plan.shared)) if neuron >= 0 else 0 for neuron in index.tolist()]
+            else:
+                columns = list(range(start, start + len(index)))
             part = replace(part, down_DF=(plan.readout[:, columns] * (index >= 0)).to(dtype))
         start += len(index)
         if e >= 0 and plan.fade is not None:

@@ -89,7 +89,8 @@ def choose_target(split: Split, name: str = AUTO, options: TargetOptions | None 
     ``auto`` takes the first stock architecture that holds the model and computes no more per token than the dense FFN,
     and ``moesaic``, which holds everything, when there is none. Architectures without a shared expert come first where
     the split has none, as elsewhere a shared expert of zeros would be computed. With ``options``, ``auto`` passes over
-    targets that would, under these options, only approach the split's function.
+    targets that would, under these options, only approach the split's function. Experts stored as a union stay one:
+    ``moesaic``; named, a stock architecture gets a copy per expert.
 
     Raises:
         InputError: the target is unknown, or ``name`` is given and cannot hold the model, or none can; the message has
@@ -103,10 +104,13 @@ def choose_target(split: Split, name: str = AUTO, options: TargetOptions | None 
             fits = choose_target(split, AUTO, options).name
             raise InputError(f"target {name} cannot hold this model: {'; '.join(reasons)}", f"use --target {fits}")
         return Choice(name, module, {})
+    union = any(plan.union for plan in split.plans.values())
     refused: dict[str, list[str]] = {}
     for candidate in _auto_order(split):
         module = get_target(candidate)
         reasons = module.reasons(split)
+        if not reasons and union:
+            reasons = ["it would copy experts that are stored as a union; naming the target accepts that"]
         if not reasons and candidate in REPLICATING:
             reasons = _too_costly(split)
         if not reasons and options is not None and not module.exact(split, options):

@@ -14,6 +14,7 @@ from moesaic.methods.sizes import Sizes
 
 MIN_TOKENS_PER_NEURON = 1.0  # experts of an existing MoE that got less stay whole
 _OVERLAPPING = 16
+_UNION = 64
 _DISJOINT = range(48, 129)
 """Numbers of disjoint experts among which the default is the one that needs least padding; of equal ones that nearest
 to the middle."""
@@ -23,17 +24,18 @@ class Config(MethodConfig):
     """Options of token clusters."""
 
     active: float = Field(default=0.75, gt=0, le=1, description="Fraction of the neurons that one token uses.")
-    split: Literal["overlapping", "disjoint"] = Field(
+    split: Literal["overlapping", "union", "disjoint"] = Field(
         default="overlapping",
-        description="overlapping: top-1 of experts that hold copies of neurons, so the model grows. disjoint: top-k of "
-        "many small experts, every neuron stored once.",
+        description="overlapping: top-1 of experts that hold copies of neurons, so the model grows. union: the same, "
+        "every neuron stored once; only in the moesaic architecture. disjoint: top-k of many small experts, every "
+        "neuron stored once.",
     )
     experts: int | None = Field(
         default=None,
         ge=1,
         le=1024,
-        description="Routed experts (E). Default: 16 if overlapping; if disjoint that number from 48 to 128 whose "
-        "sizes need least padding. 1: no routing, static pruning with refit.",
+        description="Routed experts (E). Default: 16 if overlapping; 64 as a union; if disjoint that number from 48 to "
+        "128 whose sizes need least padding. 1: no routing, static pruning with refit.",
     )
     max_params: float | None = Field(
         default=2.5,
@@ -81,9 +83,11 @@ def _parts(config: Config, d_ff: int) -> Sizes:
     active = max(1, round(config.active * d_ff))
     if config.experts is None and config.split == "disjoint":
         return _least_padded(config, d_ff, active)
-    experts = _OVERLAPPING if config.experts is None else config.experts
+    experts = config.experts or (_UNION if config.split == "union" else _OVERLAPPING)
     if experts == 1:
         return Sizes(active, (), 0)
+    if config.split == "union":
+        return Sizes(0, (active,) * experts, 1, union=d_ff)
     if config.split == "disjoint":
         return _disjoint(config, d_ff, active, experts)
     if config.max_params is None:

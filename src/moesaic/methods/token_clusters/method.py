@@ -3,8 +3,8 @@
 Source: ours [OURS]; docs/methods/token_clusters.md says why. For an FFN of F neurons, on the calibration inputs x:
 
 1. Energy share of neuron i for token t: q_ti = (h_ti |W_d[:, i]|)^2 / sum_j (h_tj |W_d[:, j]|)^2.
-2. ``overlapping``: E sets of neurons and a linear router by alternation (:mod:`moesaic.solvers.token_clusters`), one
-   expert per token. ``disjoint``: the S neurons of largest mean share are shared, the others form E balanced clusters
+2. ``overlapping`` and ``union``: E sets of neurons and a linear router by alternation
+   (:mod:`moesaic.solvers.token_clusters`), one expert per token. ``disjoint``: the S neurons of largest mean share are shared, the others form E balanced clusters
    of neurons that the same tokens want, as far as a linear map of x predicts it; a linear router, ridge on the
    amplitudes of the clusters, chooses K of them. Chosen experts have weight 1.
 3. Readout: least squares for the down projection on the tokens as they are routed, each of weight 1 / |y|^2: one
@@ -17,7 +17,7 @@ Axes: T tokens, D model width, F neurons, S shared neurons, E experts, M neurons
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,19 +63,22 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     share_TF = energy_share(h_TF, work.down_DF.norm(dim=0))
     if not parts.own:
         routing = _static(share_TF, parts)
-    elif config.split == "overlapping":
+    elif config.split != "disjoint":
         routing = _overlapping(x_TD, share_TF, parts, config, seed)
     else:
         routing = _disjoint(x_TD, share_TF, parts, config, seed)
     del share_TF
-    return LayerPlan(
+    plan = LayerPlan(
         d_ff=weights.d_ff,
         shared=routing.shared_S,
         experts=pad_experts(routing.experts),
         top_k=parts.top_k,
         router=routing.router,
-        readout=None if config.refit == "none" else _readout(work.down_DF, h_TF, routing, config),
+        union=parts.union is not None,
     )
+    if config.refit == "none":
+        return plan
+    return replace(plan, readout=_readout(plan, work.down_DF, h_TF, routing, config))
 
 
 def _static(share_TF: Tensor, parts: Sizes) -> _Routing:
@@ -115,8 +118,8 @@ def _routing(x_TD: Tensor, shared_S: Tensor, experts: tuple[Tensor, ...], router
     return _Routing(shared_S, experts, Router("linear", {"weight": router_ED}), chosen_TE)
 
 
-def _readout(down_DF: Tensor, h_TF: Tensor, routing: _Routing, config: Config) -> Tensor:
-    """The down projection of the stored neurons, float32 [D, S + E M]; ``h_TF`` is overwritten."""
+def _readout(plan: LayerPlan, down_DF: Tensor, h_TF: Tensor, routing: _Routing, config: Config) -> Tensor:
+    """The down projection of the stored neurons, float32 [D, P]; ``h_TF`` is overwritten."""
     y_TD = torch.cat([h_BF @ down_DF.T for h_BF in h_TF.split(_BATCH)])
     w_T = token_weights(y_TD)
     _mask(h_TF, routing)
@@ -125,17 +128,15 @@ def _readout(down_DF: Tensor, h_TF: Tensor, routing: _Routing, config: Config) -
         return zip(h_TF.split(_BATCH), y_TD.split(_BATCH), w_T.split(_BATCH), strict=True)
 
     common_DF = refit(down_DF, batches(), config.global_ridge)
-    parts = [common_DF[:, routing.shared_S]]
-    for own_M, padded_M, chosen_T in zip(
-        routing.experts, pad_experts(routing.experts), routing.chosen_TE.T, strict=True
-    ):
-        readout_DM = common_DF[:, own_M]
-        if config.refit == "expert" and config.split == "overlapping":
-            mine_C = chosen_T.nonzero().flatten()
-            h_CF = h_TF[mine_C]
-            wanted_CD = y_TD[mine_C] - h_CF[:, routing.shared_S] @ parts[0].T
-            readout_DM = refit_few(readout_DM, h_CF[:, own_M], wanted_CD, w_T[mine_C], config.expert_ridge)
-        parts.append(torch.nn.functional.pad(readout_DM, (0, len(padded_M) - len(own_M))))
+    if config.refit == "global" or config.split != "overlapping":
+        return common_DF[:, plan.packed.clamp(min=0)] * (plan.packed >= 0)
+    shared_DS = common_DF[:, routing.shared_S]
+    parts = [shared_DS]
+    for own_M, chosen_T in zip(routing.experts, routing.chosen_TE.T, strict=True):
+        mine_C = chosen_T.nonzero().flatten()
+        h_CF = h_TF[mine_C]
+        wanted_CD = y_TD[mine_C] - h_CF[:, routing.shared_S] @ shared_DS.T
+        parts.append(refit_few(common_DF[:, own_M], h_CF[:, own_M], wanted_CD, w_T[mine_C], config.expert_ridge))
     return torch.cat(parts, dim=1)
 
 
