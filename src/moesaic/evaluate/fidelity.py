@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moesaic.methods.base import SiteInputs
 from moesaic.nn.moesaic_ffn import MoEFeedForward
 
 
@@ -95,6 +96,15 @@ class _Tally:
 def expert_energy(ffn: MoEFeedForward, x_TD: Tensor) -> Tensor:
     """Output energy |E_j(x)|^2 of every routed expert at gate weight 1, fp32 [T, E]."""
     return torch.stack([ffn.expert(j, x_TD).float().square().sum(dim=1) for j in range(ffn.experts)], dim=1)
+
+
+@torch.inference_mode()
+def site_fidelity(site: str, ffn: MoEFeedForward, inputs: SiteInputs) -> SiteFidelity:
+    """Fidelity of one routed FFN in float32 on what it reads, apart from any model."""
+    tally = _Tally(site, ffn)
+    for x_TD in inputs.batches(dtype=torch.float32):
+        tally.add(x_TD)
+    return tally.result()
 
 
 @torch.inference_mode()

@@ -4,9 +4,10 @@ Source: ours [OURS]; docs/methods/token_clusters.md says why. For an FFN of F ne
 
 1. Energy share of neuron i for token t: q_ti = (h_ti |W_d[:, i]|)^2 / sum_j (h_tj |W_d[:, j]|)^2.
 2. ``overlapping`` and ``union``: E sets of neurons and a linear router by alternation
-   (:mod:`moesaic.solvers.token_clusters`), one expert per token. ``disjoint``: the S neurons of largest mean share are shared, the others form E balanced clusters
-   of neurons that the same tokens want, as far as a linear map of x predicts it; a linear router, ridge on the
-   amplitudes of the clusters, chooses K of them. Chosen experts have weight 1.
+   (:mod:`moesaic.solvers.token_clusters`), one expert per token. ``disjoint``: the S neurons of largest mean share are
+   shared, the others form E balanced clusters of neurons that the same tokens want, as far as a linear map of x
+   predicts it; a linear router, ridge on the amplitudes of the clusters, chooses K of them. Chosen experts have
+   weight 1.
 3. Readout: least squares for the down projection on the tokens as they are routed, each of weight 1 / |y|^2: one
    matrix for all experts, shrunk to W_d; then each overlapping expert's own, shrunk to that
    (:mod:`moesaic.solvers.refit`). Shared neurons keep the common readout.
