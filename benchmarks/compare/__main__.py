@@ -79,7 +79,7 @@ def write_page(work: Path, protocol: Protocol, shape: Shape, results: Path) -> l
     _, reasons = cases(shape, fractions, protocol.leading)
     name = Path(protocol.model).name
     calibration = protocol.calibration  # the page is published: files by their names
-    about = protocol.to_dict() | {"model": name, "machine": _machine(protocol.threads)}
+    about = protocol.to_dict() | {"model": name, "machine": _machine()}
     about["calibration"] = calibration | {"sources": [Path(source).name for source in calibration["sources"]]}
     results.mkdir(parents=True, exist_ok=True)
     everything = {"about": about, "rows": rows, "inexpressible": reasons}
@@ -170,9 +170,9 @@ def _replace(file: Path, text: str) -> None:
     temporary.replace(file)
 
 
-def _machine(threads: int) -> str:
+def _machine() -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("moesaic", "torch", "transformers"))
-    return f"{platform.machine()}, {threads} threads; {packages}"
+    return f"{platform.machine()}; {packages}"
 
 
 def _figures(row: dict[str, Any]) -> str:

@@ -110,7 +110,8 @@ def _convert(settings: dict[str, Any], protocol: Protocol, dense: Path, folder: 
         settings={**settings, "calibration": protocol.calibration, "seed": protocol.seed, "target": "moesaic"},
         restart=True,
     )
-    found = {"seconds": round(time.monotonic() - started, 1), "peak_bytes": peak_bytes()}
+    seconds = round(time.monotonic() - started, 1)
+    found = {"seconds": seconds, "threads": protocol.threads, "peak_bytes": peak_bytes()}
     if fit := done.results.get("router_fit"):
         found["router_fit"] = fit["mean"]
     return found

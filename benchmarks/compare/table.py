@@ -116,7 +116,7 @@ def _conditions(about: Mapping[str, Any], with_tasks: bool) -> list[str]:
         f"tokens each. *-lead* leaves the first {about['leading']} layers dense and gives the others less. Ratios are "
         "paired over windows, with their 95 % interval; *best other* is the row of lowest WikiText-2 perplexity among "
         f"the others, so below 1 is a win. KL (nats) and router: first windows of WikiText-2. Router: share of the "
-        "oracle's experts that the router picks, with chance in brackets."
+        "oracle's experts that the router picks, with chance in brackets. Seconds: of the conversion."
     )
     if with_tasks:
         limit = "all questions" if about["limit"] is None else f"first {about['limit']} questions"
@@ -131,7 +131,7 @@ def _table(group: Sequence[Record], dense: Record, with_tasks: bool) -> list[str
     head = ["method", "active", "stored FFN", "parameters", "active parameters"]
     for text in TEXTS:
         head += [text, "over dense", "over best other"]
-    head += ["KL", "router", "seconds", "peak GB"]
+    head += ["KL", "router", "seconds (threads)", "peak GB"]
     head += ["task accuracy", "to dense", "to best other"] if with_tasks else []
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in group:
@@ -149,7 +149,8 @@ def _cells(row: Record, with_tasks: bool) -> list[str]:
     cells.append(f"{row['to_dense']['mean_kl']:.3f}")
     cells.append(f"{fidelity['overlap']:.0%} ({fidelity['chance']:.0%})" if fidelity else "none")
     peak = conversion["peak_bytes"]
-    cells += [f"{conversion['seconds']:.0f}", "" if peak is None else f"{peak / 1e9:.1f}"]
+    time = f"{conversion['seconds']:.0f} ({conversion['threads']})"
+    cells += [time, "" if peak is None else f"{peak / 1e9:.1f}"]
     if with_tasks:
         accuracy = row["accuracy"]
         cells.append(f"{accuracy['mean']:.1%}")

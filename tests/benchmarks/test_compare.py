@@ -87,7 +87,7 @@ def record(name: str, nll: tuple[float, ...], fraction: float = 0.5) -> dict[str
         "fraction": fraction,
         "size": size,
         "perplexity": {text: dict(table) for text in measure.TEXTS},
-        "conversion": {"seconds": 1.0, "peak_bytes": None},
+        "conversion": {"seconds": 1.0, "threads": 1, "peak_bytes": None},
         "to_dense": {"mean_kl": 0.1, "top1": 0.9, "tokens": 2},
         "fidelity": {},
     }
