@@ -34,6 +34,8 @@ from moesaic.jobs.convert import convert
 TEXTS = {"WikiText-2": "wikitext2-raw/test", "C4": "c4 sample"}
 CLOSE_WINDOWS = 2
 """Windows of WikiText-2 for the comparison of logits and of router choices, the first ones."""
+ROUTED_TOKENS = 256
+"""Of each of these, the first ones, for router choices: the oracle needs every expert's output for every token."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _texts(model: Any, tokenizer: Any, protocol: Protocol, dense: Path | None) -
         found["perplexity"][name] = perplexity(model, ids_NW, protocol_of).to_dict()
         if dense is not None and name == "WikiText-2":
             found["to_dense"] = _distance(model, dense, ids_NW[:CLOSE_WINDOWS])
-            found["fidelity"] = summarise(router_fidelity(model, ids_NW[:CLOSE_WINDOWS]))
+            found["fidelity"] = summarise(router_fidelity(model, ids_NW[:CLOSE_WINDOWS, :ROUTED_TOKENS]))
     return found
 
 

@@ -115,8 +115,8 @@ def _conditions(about: Mapping[str, Any], with_tasks: bool) -> list[str]:
         f"Perplexity: {about['windows']} windows of WikiText-2 test and {about['c4_windows']} of C4, {about['window']} "
         f"tokens each. *-lead* leaves the first {about['leading']} layers dense and gives the others less. Ratios are "
         "paired over windows, with their 95 % interval; *best other* is the row of lowest WikiText-2 perplexity among "
-        f"the others, so below 1 is a win. KL (nats) and router: first windows of WikiText-2. Router: share of the "
-        "oracle's experts that the router picks, with chance in brackets. Seconds: of the conversion."
+        "the others, so below 1 is a win. KL (nats): first two windows of WikiText-2; router, on their first tokens: "
+        "share of the oracle's experts that the router picks, with chance in brackets. Seconds: of the conversion."
     )
     if with_tasks:
         limit = "all questions" if about["limit"] is None else f"first {about['limit']} questions"

@@ -18,7 +18,7 @@ from torch import Tensor
 from .moesaic_ffn import GAP_ROWS, Matrices, MoEFeedForward, down, hidden, matmuls
 
 # Measured on one thread of a Zen 4 CPU at 896 x 4864, eight top-1 experts of about half the neurons.
-SORT_FROM = 512  # tokens; below, copying rows per expert costs more than the masked path, which is dense at most
+SORT_FROM = 64  # tokens per expert; below, copying rows per expert costs more than the masked path: dense at most
 SPARE_ROWS = 0.25  # an expert's own tokens: if bridging its gaps computes more unused rows than this, rows are copied
 
 Run = tuple[int, int]
@@ -46,7 +46,7 @@ class UnionFeedForward(MoEFeedForward):
         self._places = None
 
     def _prefers_sort(self, x_TD: Tensor) -> bool:
-        return x_TD.shape[0] >= SORT_FROM and super()._prefers_sort(x_TD)
+        return x_TD.shape[0] >= SORT_FROM * self.experts and super()._prefers_sort(x_TD)
 
     def places(self) -> tuple[list[Tensor], list[list[Run]]]:
         """Of each expert: the rows [M] that it has, and their runs, bridged over gaps of up to ``GAP_ROWS``."""
