@@ -1,0 +1,123 @@
+"""Several sweeps of `moesaic distill` as one page: what a mixture gains on real inputs and on their Gaussian twins.
+
+Run as ``python benchmarks/distill_table.py SWEEP... --report docs/results/distill``, each SWEEP the output folder of
+``moesaic distill``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+Sweep = dict[str, Any]
+
+
+def gather(folders: Iterable[Path]) -> list[Sweep]:
+    """What the page shows of each sweep; models and texts by their names, no paths."""
+    found = []
+    for folder in folders:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        kept = {key: results[key] for key in ("layer", "site", "d_model", "d_ff", "config", "data", "baselines")}
+        for source in kept["config"]["data"]["sources"]:
+            source["name"] = Path(source["name"]).name
+        found.append({"model": Path(results["model"]).name, **kept, "students": results["students"]})
+    return found
+
+
+def page(sweeps: Sequence[Sweep]) -> str:
+    """The page: how each sweep was trained, a row per layer, router and size, the dense curves and baselines."""
+    lines = ["# Is there a sparse mixture in these FFNs?", "", *_conditions(sweeps), "", *_gains(sweeps)]
+    lines += ["", "Fraction of variance unexplained (FVU) of the dense students, and without training:", ""]
+    return "\n".join([*lines, *_dense(sweeps), ""])
+
+
+def _conditions(sweeps: Sequence[Sweep]) -> list[str]:
+    lines = [
+        "Students with h_s shared neurons and k of m one-neuron experts, A = h_s + k active, against dense students of "
+        "the same sweep. **Gain**: width of the dense student of equal FVU over A. **Equal MACs**: FVU over that of "
+        "the dense student that spends the router's multiply-accumulates on neurons; below 1 the mixture is better. "
+        "Everything is trained alike; the rate is chosen per student on a validation split, FVU is of a test split. "
+        "Low-rank and full routers start from the same initialisation. One seed. Made by "
+        "`benchmarks/distill_table.py` from `moesaic distill`.",
+        "",
+    ]
+    for sweep in sweeps:
+        config, tokens = sweep["config"], sweep["data"]["tokens"]
+        steps = config["epochs"] * (tokens["train"] // config["batch"])
+        text = ", ".join(f"{source['name']}={source['weight']:g}" for source in config["data"]["sources"])
+        rates = ", ".join(f"{rate:g}" for rate in config["rates"])
+        lines.append(
+            f"* {_name(sweep)}: {tokens['train']:,} tokens of {text} (test {tokens['test']:,}), {config['epochs']} "
+            f"epochs, {steps:,} steps of {config['batch']}, rates {rates}."
+        )
+    return lines
+
+
+def _gains(sweeps: Sequence[Sweep]) -> list[str]:
+    lines = [
+        "| FFN | router | A | FVU real | gain real | FVU Gaussian | gain Gaussian | equal MACs real | router MACs / "
+        "neuron MACs | parameters |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for sweep in sweeps:
+        mixtures = [row for row in sweep["students"] if row["spec"]["experts"]]
+        for real in (row for row in mixtures if row["law"] == "real"):
+            twin = next((row for row in mixtures if row["law"] != "real" and row["spec"] == real["spec"]), None)
+            equal = real["equal_macs"]
+            cells = [_name(sweep), _router(real), str(real["active"]), f"{real['fvu']:.3f}", _times(real["gain"])]
+            cells += ["", ""] if twin is None else [f"{twin['fvu']:.3f}", _times(twin["gain"])]
+            cells.append("outside" if equal is None else f"{equal['ratio']:.2f}")
+            cells += [f"{real['router_macs'] / real['neuron_macs']:.1f}", f"{real['parameters'] / 1e6:.2f} M"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _dense(sweeps: Sequence[Sweep]) -> list[str]:
+    widths = sorted({width for sweep in sweeps for width in sweep["config"]["dense_widths"]})
+    lines = [f"| FFN | inputs | {' | '.join(map(str, widths))} | affine map | top-64 neurons of the teacher |"]
+    lines.append("|---" * (len(widths) + 4) + "|")
+    for sweep in sweeps:
+        for law in sweep["config"]["laws"]:
+            dense = {
+                row["active"]: row["fvu"]
+                for row in sweep["students"]
+                if not row["spec"]["experts"] and row["law"] == law
+            }
+            base = sweep["baselines"][law]
+            cells = [f"{dense[width]:.3f}" if width in dense else "" for width in widths]
+            oracle = base["top_k_oracle"].get("64")
+            cells += [f"{base['affine']['fvu']:.3f}", "" if oracle is None else f"{oracle:.3f}"]
+            lines.append(f"| {_name(sweep)} | {law} | {' | '.join(cells)} |")
+    return lines
+
+
+def _name(sweep: Sweep) -> str:
+    return f"{sweep['model']} layer {sweep['layer']}"
+
+
+def _router(row: dict[str, Any]) -> str:
+    spec = row["spec"]
+    rank = f", rank {spec['rank']}" if spec["rank"] else ""
+    return f"{spec['router']}{rank}, m = {spec['experts']}"
+
+
+def _times(gain: float | None) -> str:
+    return "outside" if gain is None else f"{gain:.2f}x"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweeps", nargs="+", type=Path)
+    parser.add_argument("--report", type=Path, required=True, help="path without suffix: .md and .json are written")
+    arguments = parser.parse_args()
+    sweeps = gather(arguments.sweeps)
+    arguments.report.with_suffix(".md").write_text(page(sweeps), encoding="utf-8")
+    arguments.report.with_suffix(".json").write_text(json.dumps(sweeps, indent=1) + "\n", encoding="utf-8")
+    print(page(sweeps))
+
+
+if __name__ == "__main__":
+    main()
