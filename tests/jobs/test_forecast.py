@@ -97,6 +97,7 @@ def test_the_forecast_is_within_two_per_cent_of_what_is_written(
         ("token_clusters", {"active": 0.75, "experts": 4, "max_params": 2.0}, "glm4_moe"),
         ("token_clusters", {"active": 0.5, "experts": 4, "max_params": None}, "mixtral"),
         ("token_clusters", {"active": 0.5, "split": "disjoint", "experts": 16, "refit": "none"}, "glm4_moe"),
+        ("token_clusters", {"active": 0.5, "split": "union", "experts": 16}, "moesaic"),
     ],
 )
 def test_conversions_of_every_kind_take_what_was_forecast(
@@ -149,6 +150,9 @@ def test_what_needs_another_architecture_is_forecast_and_refused_as_such(wide: C
     report = moesaic.plan(dense, method="tomoe", options=options)
     assert (report.target, report.active_ffn_fraction) == ("moesaic", pytest.approx(0.6, abs=0.01))
     assert any("no stock architecture has pruned attention" in remark for remark in report.remarks)
+    report = moesaic.plan(dense, method="token_clusters", options={"split": "union"})
+    assert report.target == "moesaic"
+    assert any("gets a copy per expert" in remark for remark in report.remarks)
     with pytest.raises(InputError, match="has no pruned attention"):
         check_request(dense, ConvertSettings(method="tomoe", options=options, target="glm4_moe"))
 
@@ -187,6 +191,13 @@ def test_without_weights_the_plan_counts_from_the_config(wide: Callable[..., Pat
     tokenizer = sum(path.stat().st_size for path in Checkpoint(dense).side_files())
     assert bare.output_bytes == pytest.approx(full.output_bytes - tokenizer, rel=0.01)
     assert any("as glm4_moe" in remark for remark in bare.remarks)
+
+
+def test_what_a_method_solves_shows_in_the_time(wide: Callable[..., Path]) -> None:
+    def seconds(**options: Any) -> float:
+        return moesaic.plan(wide("llama"), method="token_clusters", options=options).seconds
+
+    assert seconds(experts=1, refit="none") < seconds(experts=1) < seconds(experts=8) < seconds(experts=32)
 
 
 def test_calibration_shows_in_memory_and_staging(wide: Callable[..., Path]) -> None:

@@ -22,7 +22,7 @@ def run(
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Convert SmolLM2-135M by CMoE and MLPMoE, and measure both beside the dense model and two controls."""
+    """Convert SmolLM2-135M by CMoE, MLPMoE and token clusters, beside the dense model and two controls."""
     quiet_libraries()
     from moesaic.jobs.demo import demo
 

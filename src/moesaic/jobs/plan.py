@@ -165,9 +165,20 @@ def _seconds(settings: ConvertSettings, anatomy: Anatomy, ffn_parameters: int, f
         operations += 6 * tokens * (ffn_parameters + attention + head)
     elif hasattr(config, "steps"):  # each FFN on its own
         operations += 6 * config.steps * config.batch * ffn_parameters
-    operations += _measuring(settings, anatomy, ffn_parameters + attention)
+    operations += _measuring(settings, anatomy, ffn_parameters + attention) + _deciding(settings, anatomy)
     copying = 3 * 4 * ffn_parameters / 1e9  # read, pack, write, at about 1 GB/s
     return round(operations / (GFLOPS_PER_CORE * 1e9 * (os.cpu_count() or 1)) + copying, 1)
+
+
+def _deciding(settings: ConvertSettings, anatomy: Anatomy) -> float:
+    """Operations of the method itself, where it has many."""
+    count = getattr(get_config(settings.method), "operations", None)
+    if count is None:
+        return 0
+    config, tokens = method_config(settings), settings.calibration.tokens
+    dense = {layer % anatomy.num_layers for layer in settings.dense_layers}
+    sites = [site for site in anatomy.sites if site.layer not in dense]
+    return sum(count(config, site.d_ff, anatomy.d_model, tokens) for site in sites)
 
 
 def _measuring(settings: ConvertSettings, anatomy: Anatomy, parameters: int) -> float:
@@ -234,6 +245,8 @@ def _target_remark(settings: ConvertSettings, anatomy: Anatomy, shape: forecast.
         return f"written in {loads}; {reason}"
     if forecast.prunes_attention(settings):
         return f"written in {loads}; no stock architecture has pruned attention"
+    if shape.union is not None:
+        return f"written in {loads}; a stock architecture that is named gets a copy per expert"
     if shape.router == "gated":
         return f"written in {loads}; --router oracle makes it one that stock engines load"
     return "written as a stock architecture where one holds the split, see `moesaic targets MODEL`"

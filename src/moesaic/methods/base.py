@@ -69,6 +69,9 @@ class ConfigModule(Protocol):
         """How wide the parts of an FFN of ``d_ff`` neurons become, for ``plan`` and the forecast of disk."""
         ...
 
+    # Optional: operations(config, d_ff, d_model, tokens) -> float, of deciding one FFN, where they count beside those
+    # of the model itself; ``plan`` adds them to its time.
+
     @staticmethod
     def check(config: Any, d_ff: int) -> None:
         """Raise InputError when an FFN of ``d_ff`` neurons cannot be split as ``config`` says."""

@@ -142,6 +142,15 @@ def _disjoint(config: Config, d_ff: int, active: int, experts: int) -> Sizes:
     return Sizes(shared, (size + 1,) * longer + (size,) * (experts - longer), top_k)
 
 
+def operations(config: Config, d_ff: int, d_model: int, tokens: int) -> float:
+    """What deciding one gated FFN takes besides running the model: activations and outputs, rounds of the alternation,
+    Gram matrix and its factor. The refits of experts are left out: their tokens are few."""
+    experts = len(sizes(config, d_ff).own)
+    per_round = 2 * tokens * experts * (d_ff + 2 * d_model) if config.split != "disjoint" else 0
+    gram = 0 if config.refit == "none" else tokens * d_ff**2 + d_ff**3 / 3
+    return 6 * tokens * d_model * d_ff + 1.5 * config.rounds * per_round + gram
+
+
 def needs_calibration(config: Config) -> bool:
     """Whether this config reads calibration inputs: always."""
     return True
