@@ -51,9 +51,19 @@ def _conditions(sweeps: Sequence[Sweep]) -> list[str]:
         rates = ", ".join(f"{rate:g}" for rate in config["rates"])
         lines.append(
             f"* {_name(sweep)}: {tokens['train']:,} tokens of {text} (test {tokens['test']:,}), {config['epochs']} "
-            f"epochs, {steps:,} steps of {config['batch']}, rates {rates}."
+            f"epochs, {steps:,} steps of {config['batch']}, rates {rates}.{_left_out(sweep)}"
         )
     return lines
+
+
+def _left_out(sweep: Sweep) -> str:
+    data = sweep["data"]
+    if not data["left_out"]:
+        return ""
+    return (
+        f" Left out: {data['left_out']:,} tokens of more than {sweep['config']['max_norm']:g} median lengths, which "
+        f"hold {data['left_out_energy']:.0%} of the energy."
+    )
 
 
 def _gains(sweeps: Sequence[Sweep]) -> list[str]:

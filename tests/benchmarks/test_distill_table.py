@@ -19,7 +19,14 @@ def sweep(folder: Path) -> Path:
     mixtures = [student("real", 99, 64, 0.25, 2.5), student("gaussian", 99, 64, 0.5), student("real", 77, 64, 0.75, 1)]
     dense = [student(law, 0, width, 1 / width) for law in ("real", "gaussian") for width in (16, 32)]
     baseline = {"affine": {"fvu": 0.625}, "top_k_oracle": {"16": 0.5}}
-    config = {"epochs": 2, "batch": 10, "rates": [0.01], "dense_widths": [16, 32], "laws": ["real", "gaussian"]}
+    config = {
+        "epochs": 2,
+        "batch": 10,
+        "rates": [0.01],
+        "max_norm": 20.0,
+        "dense_widths": [16, 32],
+        "laws": ["real", "gaussian"],
+    }
     results = {
         "model": str(folder / "models" / "some-model"),
         "layer": 3,
@@ -27,7 +34,7 @@ def sweep(folder: Path) -> Path:
         "d_model": 8,
         "d_ff": 16,
         "config": config | {"data": {"sources": [{"name": str(folder / "text.txt"), "weight": 1.0}]}},
-        "data": {"tokens": {"train": 105, "test": 9}},
+        "data": {"tokens": {"train": 105, "test": 9}, "left_out": 3, "left_out_energy": 0.5},
         "baselines": {"real": baseline, "gaussian": baseline},
         "students": dense + mixtures,
     }
@@ -40,7 +47,7 @@ def test_a_mixture_stands_beside_its_own_twin(tmp_path: Path) -> None:
     first, second = (line for line in lines if "m = " in line and line.startswith("|"))
     assert "| 64 | 0.250 | 2.50x | 0.500 | outside | outside | 1.5 |" in first
     assert "| 0.750 | 1.00x |  |  |" in second, "no twin was trained of it"
-    assert any("20 steps of 10" in line for line in lines)
+    assert any("20 steps of 10" in line and "3 tokens of more than 20 median" in line for line in lines)
     assert any(line.startswith("| some-model layer 3 | real | 0.062 | 0.031 | 0.625 |") for line in lines)
 
 
