@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from moesaic.blueprint import Router
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, VerificationError
-from moesaic.evaluate.engine_parity import EngineParity
+from moesaic.evaluate.engine_parity import WINDOW, EngineParity
 from moesaic.evaluate.llama_cpp import stock_logits
 from moesaic.evaluate.native_parity import parity_ids
 from moesaic.evaluate.vllm import (
@@ -168,6 +168,19 @@ def test_every_family_in_every_target(case: str, target: str, vllm_python: Path,
         assert not parity.max_delta <= 1e-2, parity
     else:
         require_equal(compared(out, vllm_python))
+
+
+@pytest.mark.engines
+def test_windows_do_not_share_a_context(vllm_python: Path, tmp_path: Path) -> None:
+    dense = for_vllm("llama", tmp_path / "dense")
+    out = write(dense, plans_for(dense), tmp_path / "out", "glm4_moe")
+    ids_NW = torch.randint(4, 290, (3, WINDOW), generator=torch.Generator().manual_seed(0))
+    ids_NW[2] = ids_NW[0]
+    ids_NW[1, :20] = ids_NW[0, :20]  # the second goes on as the first begins
+    found = vllm_differences(out, ids_NW, stock_logits(out), python=vllm_python)
+    delta_NW = found.delta_T.view(ids_NW.shape)
+    assert delta_NW.max() <= 1e-4
+    assert torch.equal(delta_NW[2], delta_NW[0])
 
 
 @pytest.mark.engines

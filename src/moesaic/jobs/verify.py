@@ -25,7 +25,7 @@ from moesaic.checkpoint.manifest import check_manifest
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import CheckpointError, InputError, VerificationError
-from moesaic.evaluate.engine_parity import EngineParity
+from moesaic.evaluate.engine_parity import WINDOW, EngineParity
 from moesaic.evaluate.llama_cpp import stock_logits
 from moesaic.evaluate.native_parity import APPROXIMATE_KL, parity_ids
 from moesaic.evaluate.parity import TOLERANCE, relative_difference
@@ -139,7 +139,8 @@ def verify_in_vllm(folder: str | Path, python: Path, *, exact: bool, windows: in
         python: The interpreter that has vLLM; see :func:`moesaic.evaluate.vllm.find_python`.
         exact: Whether the target computes weights of 1 exactly. Where it approaches them (``eps``), scores are nearly
             equal and engines may choose other experts, so that only the mean KL divergence is judged.
-        windows: For how many windows of 256 tokens; they are shorter and more where the vocabulary is large.
+        windows: For how many windows of 256 tokens. Exact folders are judged over eight times as many of 32; others
+            have shorter and more windows where the vocabulary is large.
 
     Raises:
         InputError: ``python`` has no vLLM.
@@ -150,11 +151,17 @@ def verify_in_vllm(folder: str | Path, python: Path, *, exact: bool, windows: in
     if reason := otherwise_in_vllm(stock):
         raise VerificationError(f"vLLM computes something else from {folder}: {reason}", "see docs/serving.md")
     vocabulary, context = int(stock.config["vocab_size"]), stock.config.get("max_position_embeddings")
-    window = max(2, min(ENGINE_WINDOW, (context or 2 * ENGINE_WINDOW) - 1, ENGINE_LOGPROBS // vocabulary))
+    longest = WINDOW if exact else ENGINE_WINDOW
+    window = max(2, min(longest, (context or 2 * ENGINE_WINDOW) - 1, ENGINE_LOGPROBS // vocabulary))
     ids_NW = parity_ids(folder, vocabulary, window, -(-windows * ENGINE_WINDOW // window))
     parity = vllm_parity(folder, ids_NW, stock_logits(folder), python=python)
-    if exact or not parity.mean_kl <= APPROXIMATE_KL:
-        parity.require_exact(folder.name, "report it" if exact else "scores scaled by eps are too close: see --set eps")
+    if exact:
+        parity.require_exact(folder.name)
+    elif not parity.mean_kl <= APPROXIMATE_KL:
+        raise VerificationError(
+            f"{folder.name} in {parity.engine} chooses other experts than transformers: mean KL {parity.mean_kl:.1e}",
+            "scores scaled by eps are too close: see --set eps",
+        )
     return parity
 
 
