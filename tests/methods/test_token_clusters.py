@@ -136,9 +136,17 @@ def test_one_expert_keeps_the_neurons_of_largest_share() -> None:
     weights, x_TD = random_ffn(40), random_inputs(300)
     energy_TF = (weights.hidden(x_TD) * weights.down_DF.norm(dim=0)).square()
     share_F = (energy_TF / energy_TF.sum(dim=1, keepdim=True)).mean(dim=0)
+    score_F = share_F + energy_TF.sum(dim=0) / energy_TF.sum()
     plan = plan_of(weights, x_TD, experts=1)
     assert plan.router.kind == "static"
-    assert plan.shared.tolist() == sorted(share_F.argsort(descending=True)[:30].tolist())
+    assert plan.shared.tolist() == sorted(score_F.argsort(descending=True)[:30].tolist())
+
+
+def test_one_expert_keeps_the_neuron_of_a_single_massive_token() -> None:
+    weights, x_TD = random_ffn(40), random_inputs(1000)
+    x_TD[7] *= 1000
+    massive = int((weights.hidden(x_TD[7:8]) * weights.down_DF.norm(dim=0)).square().argmax())
+    assert massive in plan_of(weights, x_TD, experts=1, active=0.05).shared.tolist()
 
 
 @pytest.mark.parametrize("options", SPLITS.values(), ids=SPLITS)

@@ -30,6 +30,7 @@ from moesaic.methods.routed import pad_experts
 from moesaic.methods.sizes import Sizes
 from moesaic.methods.token_clusters.config import Config, sizes
 from moesaic.nn.ffn import FFNWeights
+from moesaic.solvers.energy import mean_output_energy
 from moesaic.solvers.kmeans import balanced_kmeans
 from moesaic.solvers.refit import refit, refit_few, token_weights
 from moesaic.solvers.router_fit import energy_targets, fit_ridge, top_k_sets
@@ -63,7 +64,7 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     h_TF = torch.cat([work.hidden(x_BD) for x_BD in x_TD.split(_BATCH)])
     share_TF = energy_share(h_TF, work.down_DF.norm(dim=0))
     if not parts.own:
-        routing = _static(share_TF, parts)
+        routing = _static(share_TF, mean_output_energy([h_TF], work.down_DF), parts)
     elif config.split != "disjoint":
         routing = _overlapping(x_TD, share_TF, parts, config, seed)
     else:
@@ -82,9 +83,11 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     return replace(plan, readout=_readout(plan, work.down_DF, h_TF, routing, config))
 
 
-def _static(share_TF: Tensor, parts: Sizes) -> _Routing:
-    """The neurons of largest mean share, for all tokens."""
-    kept_S = largest(share_TF.mean(dim=0)[None], parts.shared)[0].nonzero().flatten()
+def _static(share_TF: Tensor, energy_F: Tensor, parts: Sizes) -> _Routing:
+    """The same neurons for all tokens: of largest mean share, to which the share of all energy is added. Without that
+    the neurons of a few tokens with massive activations would go, which no other expert has here."""
+    score_F = share_TF.mean(dim=0) + (energy_F / energy_F.sum().clamp(min=1e-30)).float()
+    kept_S = largest(score_F[None], parts.shared)[0].nonzero().flatten()
     return _Routing(kept_S, (), STATIC, share_TF.new_zeros(len(share_TF), 0))
 
 
