@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -29,14 +30,14 @@ def reference_ffn(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor, *, all_exp
 
     The work per token is one product with the shared neurons and one with each chosen expert.
     """
-    shared, *experts = _parts(weights, plan)
+    part = cache(partial(_part, weights, plan))
     bias_D = weights.down_bias_D if plan.bias is None else plan.bias.to(x_TD.dtype)
     rows = []
     for x_D in x_TD:
-        y_D = shared(x_D)
-        chosen = [(e, x_D.new_ones(())) for e in range(len(experts))] if all_experts_on else choose(weights, plan, x_D)
-        for e, weight in chosen:
-            y_D = y_D + weight.to(x_D.dtype) * experts[e](x_D)
+        y_D = part(-1)(x_D)
+        every = [(e, x_D.new_ones(())) for e in range(len(plan.experts))]
+        for e, weight in every if all_experts_on else choose(weights, plan, x_D):
+            y_D = y_D + weight.to(x_D.dtype) * part(e)(x_D)
         rows.append(y_D if bias_D is None else y_D + bias_D)
     return torch.stack(rows) if rows else torch.zeros_like(x_TD)
 
@@ -80,32 +81,29 @@ def choose(weights: FFNWeights, plan: LayerPlan, x_D: Tensor) -> list[tuple[int,
     return list(zip(chosen, weight_K, strict=True))
 
 
-def _parts(weights: FFNWeights, plan: LayerPlan) -> list[FFNWeights]:
-    """The shared network and every expert, with the plan's changes to their weights, without output bias."""
-    parts, start = [], 0
-    for e, index in enumerate((plan.shared, *plan.experts), start=-1):
-        part = weights.take(index.long())
-        dtype = part.down_DF.dtype
-        for name, tensor in plan.projections.items():
-            rows = tensor[start : start + len(index)].clone()
-            rows[index < 0] = 0
-            part = replace(part, **{name: rows.to(dtype)})
-        if plan.readout is not None:
-            if plan.union and e >= 0:
-                packed = plan.packed.tolist()
-                columns = [packed.index(neuron, len(plan.shared)) if neuron >= 0 else 0 for neuron in index.tolist()]
-            else:
-                columns = list(range(start, start + len(index)))
-            part = replace(part, down_DF=(plan.readout[:, columns] * (index >= 0)).to(dtype))
-        start += len(index)
-        if e >= 0 and plan.fade is not None:
-            part = _fade(part, plan.fade.fractions[e], plan.fade.scope, index >= 0)
-        if e >= 0 and plan.expert_scale is not None:
-            wide = torch.promote_types(dtype, torch.float32)
-            scale = plan.expert_scale[e].to(wide).reshape(-1, 1)
-            part = replace(part, down_DF=(part.down_DF.to(wide) * scale).to(dtype))
-        parts.append(part)
-    return parts
+def _part(weights: FFNWeights, plan: LayerPlan, e: int) -> FFNWeights:
+    """Expert ``e``, or the shared network for -1, with the plan's changes to its weights, without output bias."""
+    lists = [plan.shared, *plan.experts]
+    index, start = lists[e + 1], sum(len(other) for other in lists[: e + 1])
+    part = weights.take(index.long())
+    dtype = part.down_DF.dtype
+    for name, tensor in plan.projections.items():
+        rows = tensor[start : start + len(index)].clone()
+        rows[index < 0] = 0
+        part = replace(part, **{name: rows.to(dtype)})
+    if plan.readout is not None:
+        columns = list(range(start, start + len(index)))
+        if plan.union and e >= 0:
+            place = {neuron: column for column, neuron in enumerate(plan.packed.tolist()) if column >= len(plan.shared)}
+            columns = [place[neuron] if neuron >= 0 else 0 for neuron in index.tolist()]
+        part = replace(part, down_DF=(plan.readout[:, columns] * (index >= 0)).to(dtype))
+    if e >= 0 and plan.fade is not None:
+        part = _fade(part, plan.fade.fractions[e], plan.fade.scope, index >= 0)
+    if e >= 0 and plan.expert_scale is not None:
+        wide = torch.promote_types(dtype, torch.float32)
+        scale = plan.expert_scale[e].to(wide).reshape(-1, 1)
+        part = replace(part, down_DF=(part.down_DF.to(wide) * scale).to(dtype))
+    return part
 
 
 def _fade(part: FFNWeights, fraction: float, scope: str, real_M: Tensor) -> FFNWeights:

@@ -78,6 +78,13 @@ class AdaptedFeedForward(MoEFeedForward):
     def _prefers_sort(self, x_TD: Tensor) -> bool:
         return True
 
+    def _sorted(self, matrices: Any, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
+        # Cast here once, not for each matrix of each expert; and rows are then rounded up to what oneDNN has compiled.
+        device = x_TD.device.type
+        if torch.is_autocast_enabled(device):
+            x_TD = x_TD.to(torch.get_autocast_dtype(device))
+        return super()._sorted(matrices, x_TD, idx_TK, weight_TK)
+
     def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         idx_TK, weight_TK = super()._route(x_TD)
         if self.training:
