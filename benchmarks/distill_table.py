@@ -1,7 +1,7 @@
 """Several sweeps of `moesaic distill` as one page: what a mixture gains on real inputs and on their Gaussian twins.
 
-Run as ``python benchmarks/distill_table.py SWEEP... --report docs/results/distill``, each SWEEP the output folder of
-``moesaic distill``.
+Run as ``python benchmarks/distill_table.py SWEEP... [--probes SWEEP...] --report docs/results/distill``, each SWEEP the
+output folder of ``moesaic distill``; of those after --probes only the dictionaries are shown.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ def gather(folders: Iterable[Path]) -> list[Sweep]:
         kept = {key: results[key] for key in ("layer", "site", "d_model", "d_ff", "config", "data", "baselines")}
         for source in kept["config"]["data"]["sources"]:
             source["name"] = Path(source["name"]).name
-        found.append({"model": Path(results["model"]).name, **kept, "students": results["students"]})
+        model = Path(results["model"]).name
+        found.append({"model": model, **kept, "students": results["students"], "probe": results["probe"]})
     return found
 
 
-def page(sweeps: Sequence[Sweep]) -> str:
-    """The page: how each sweep was trained, a row per layer, router and size, the dense curves and baselines."""
+def page(sweeps: Sequence[Sweep], probes: Sequence[Sweep] = ()) -> str:
+    """The page: how each sweep was trained, a row per layer, router and size, the dense curves and baselines; what the
+    dictionaries of ``sweeps`` and ``probes`` explain."""
     lines = ["# Is there a sparse mixture in these FFNs?", "", *_conditions(sweeps), "", *_gains(sweeps)]
     lines += ["", "Fraction of variance unexplained (FVU) of the dense students, and without training:", ""]
-    return "\n".join([*lines, *_dense(sweeps), ""])
+    return "\n".join([*lines, *_dense(sweeps), "", *_dictionaries([*sweeps, *probes])])
 
 
 def _conditions(sweeps: Sequence[Sweep]) -> list[str]:
@@ -104,6 +106,31 @@ def _dense(sweeps: Sequence[Sweep]) -> list[str]:
     return lines
 
 
+def _dictionaries(sweeps: Sequence[Sweep]) -> list[str]:
+    """What k atoms of a learned dictionary leave of the FFN's inputs, beside k principal directions."""
+    found = sorted((s for s in sweeps if s["probe"]), key=lambda sweep: (sweep["model"], sweep["layer"]))
+    if not found:
+        return []
+    ks = sorted({row["top_k"] for sweep in found for row in sweep["probe"]})
+    text = (
+        "FVU of the FFN's inputs by k atoms of a learned dictionary (a top-k autoencoder of 4 d atoms unless named, "
+        "trained as long as the students), and in brackets by the k largest principal directions of the test inputs:"
+    )
+    lines = [text, "", f"| FFN | inputs | {' | '.join(f'k = {k}' for k in ks)} |", "|---" * (len(ks) + 2) + "|"]
+    for sweep in found:
+        for law in sweep["config"]["laws"]:
+            fvu = {row["top_k"]: row["fvu"] for row in sweep["probe"] if row["law"] == law}
+            floor = sweep["baselines"][law]["input_pca_floor"]
+            cells = [f"{fvu[k]:.3f} ({floor[str(k)]:.3f})" if k in fvu else "" for k in ks]
+            lines.append(f"| {_name(sweep)}{_atoms(sweep)} | {law} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _atoms(sweep: Sweep) -> str:
+    atoms = sweep["config"]["probe"]["atoms"]
+    return "" if atoms == 4 else f", {atoms} d atoms"
+
+
 def _name(sweep: Sweep) -> str:
     return f"{sweep['model']} layer {sweep['layer']}"
 
@@ -121,12 +148,15 @@ def _times(gain: float | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="+", type=Path)
+    parser.add_argument("--probes", nargs="*", default=[], type=Path, help="sweeps whose dictionaries are shown alone")
     parser.add_argument("--report", type=Path, required=True, help="path without suffix: .md and .json are written")
     arguments = parser.parse_args()
-    sweeps = gather(arguments.sweeps)
-    arguments.report.with_suffix(".md").write_text(page(sweeps), encoding="utf-8")
-    arguments.report.with_suffix(".json").write_text(json.dumps(sweeps, indent=1) + "\n", encoding="utf-8")
-    print(page(sweeps))
+    sweeps, probes = gather(arguments.sweeps), gather(arguments.probes)
+    text = page(sweeps, probes)
+    arguments.report.with_suffix(".md").write_text(text, encoding="utf-8")
+    kept = [*sweeps, *({**probe, "students": []} for probe in probes)]
+    arguments.report.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def student(law: str, experts: int, active: int, fvu: float, gain: float | None 
 def sweep(folder: Path) -> Path:
     mixtures = [student("real", 99, 64, 0.25, 2.5), student("gaussian", 99, 64, 0.5), student("real", 77, 64, 0.75, 1)]
     dense = [student(law, 0, width, 1 / width) for law in ("real", "gaussian") for width in (16, 32)]
-    baseline = {"affine": {"fvu": 0.625}, "top_k_oracle": {"16": 0.5}}
+    baseline = {"affine": {"fvu": 0.625}, "top_k_oracle": {"16": 0.5}, "input_pca_floor": {"8": 0.75}}
     config = {
         "epochs": 2,
         "batch": 10,
@@ -26,6 +26,7 @@ def sweep(folder: Path) -> Path:
         "max_norm": 20.0,
         "dense_widths": [16, 32],
         "laws": ["real", "gaussian"],
+        "probe": {"atoms": 2},
     }
     results = {
         "model": str(folder / "models" / "some-model"),
@@ -37,6 +38,7 @@ def sweep(folder: Path) -> Path:
         "data": {"tokens": {"train": 105, "test": 9}, "left_out": 3, "left_out_energy": 0.5},
         "baselines": {"real": baseline, "gaussian": baseline},
         "students": dense + mixtures,
+        "probe": [{"law": "gaussian", "top_k": 8, "fvu": 0.375}],
     }
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     return folder
@@ -49,6 +51,13 @@ def test_a_mixture_stands_beside_its_own_twin(tmp_path: Path) -> None:
     assert "| 0.750 | 1.00x |  |  |" in second, "no twin was trained of it"
     assert any("20 steps of 10" in line and "3 tokens of more than 20 median" in line for line in lines)
     assert any(line.startswith("| some-model layer 3 | real | 0.062 | 0.031 | 0.625 |") for line in lines)
+
+
+def test_dictionaries_stand_beside_principal_directions(tmp_path: Path) -> None:
+    other = gather([sweep(tmp_path)])
+    lines = page([], other).splitlines()
+    assert "| some-model layer 3, 2 d atoms | gaussian | 0.375 (0.750) |" in lines
+    assert not any("m = " in line for line in lines), "students of such sweeps are not shown"
 
 
 def test_no_paths(tmp_path: Path) -> None:

@@ -87,6 +87,23 @@ def test_more_rounds_never_keep_less() -> None:
     assert kept == sorted(kept)
 
 
+def test_refined_routers_keep_more_energy_also_of_other_tokens() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x_TD = torch.randn(3000, 16, generator=generator)
+    gate_FD, up_FD = (torch.randn(48, 16, generator=generator) for _ in range(2))
+    share_TF = tc.energy_share(torch.relu(x_TD @ gate_FD.T) * (x_TD @ up_FD.T), torch.ones(48))
+
+    def kept(router_steps: int) -> tuple[float, float]:
+        fit = (x_TD[:2000], share_TF[:2000])
+        found = tc.cluster_tokens(*fit, 8, (0, 24), rounds=5, ridge=1e-2, seed=0, router_steps=router_steps)
+        chosen_EF = found.own_EF[(x_TD[2000:] @ found.router_ED.T).argmax(dim=1)]
+        return found.kept, float((share_TF[2000:] * chosen_EF).sum(dim=1).mean())
+
+    (before, before_other), (after, after_other) = kept(0), kept(50)
+    assert after > before + 0.005
+    assert after_other > before_other + 0.002
+
+
 def test_same_seed_same_clusters() -> None:
     one, two = clusters_of(seed=5), clusters_of(seed=5)
     assert torch.equal(one.router_ED, two.router_ED)

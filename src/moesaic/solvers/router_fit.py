@@ -1,4 +1,4 @@
-"""Linear routers z = W x: closed-form ridge, logistic refinement of the top-k sets, and what a choice is worth.
+"""Linear routers z = W x: closed-form ridge, refinements of its choices, and what a choice is worth.
 
 Source: ours [OURS]. Everything streams over batches of tokens; nothing of size T x D x E is made. Sets of experts are
 0/1 matrices with K ones per row. What is added to all experts of a token changes no choice: losses see differences.
@@ -25,6 +25,9 @@ Score = Callable[[Tensor], float]
 _SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)  # standard deviations of z at which the refinement may start
 _ROUND = 5  # iterations between two looks at the held-out tokens
 _PATIENCE = 3  # rounds without gain there before it stops
+_SPREAD = 1 / 0.3  # standard deviation of z from which softmax routing starts
+_STEP = 0.1  # its largest step, relative to the root mean square of the weights
+_SAMPLE = 1024  # its tokens per step
 _TINY = 1e-30
 
 
@@ -171,6 +174,40 @@ def refine_logistic(weight_ED: Tensor, batches: Batches, k: int, steps: int, sco
         elif step - best_step >= _PATIENCE * _ROUND:
             break
     return best_ED, best_step
+
+
+@torch.enable_grad()
+def refine_softmax(weight_ED: Tensor, x_TD: Tensor, kept_TE: Tensor, steps: int, seed: int) -> Tensor:
+    """Raise sum_e softmax(z)_te kept_te, the mean energy that one expert per token keeps, by Adam from ``weight_ED``.
+
+    Ridge on the energies spends its freedom on experts that no token would choose; this counts the choice alone.
+
+    Args:
+        weight_ED: Start, float32. Its scale does not matter, and is that of the result.
+        x_TD: Training tokens.
+        kept_TE: What each expert would keep of the token's energy.
+        steps: Steps of ``_SAMPLE`` tokens, the rate falling as half a cosine.
+        seed: Of the samples.
+    """
+    z_TE = F.linear(x_TD[:: max(1, len(x_TD) // 4096)], weight_ED)
+    unit = float((z_TE - z_TE.mean(dim=1, keepdim=True)).square().mean().sqrt())
+    if unit == 0 or steps == 0:
+        return weight_ED
+    factor = _SPREAD / unit
+    weight = torch.nn.Parameter((factor * weight_ED).contiguous())
+    optimiser = torch.optim.Adam([weight], lr=_STEP * float(weight.detach().square().mean().sqrt()))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    gain_TE = kept_TE - kept_TE.mean(dim=1, keepdim=True)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        sample_B = torch.randint(len(x_TD), (_SAMPLE,), generator=generator)
+        z_BE = F.linear(x_TD[sample_B], weight)
+        loss = -(z_BE.softmax(dim=1) * gain_TE[sample_B]).sum(dim=1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return weight.detach() / factor
 
 
 def _midpoint(value_TE: Tensor, k: int) -> Tensor:

@@ -2,23 +2,27 @@
 
 Source: ours [OURS]. An expert is a set of neurons, and sets may overlap. Rounds of: the sets that keep most of the
 output energy of their tokens; a linear router, ridge on the energies that the sets keep; tokens go where the router
-sends them, so that the router's limits shape the sets.
+sends them, so that the router's limits shape the sets. Then the router is refined for the energy that its choice keeps,
+and the sets follow once more.
 
 Axes: T tokens, D model width, F neurons, E experts, S neurons shared by all experts, M other neurons per expert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moesaic.solvers.router_fit import RidgeStatistics, energy_shares, energy_targets, top_k_sets
+from moesaic.solvers.router_fit import RidgeStatistics, energy_shares, energy_targets, refine_softmax, top_k_sets
 
 _TINY = 1e-30
 _FIRST_ROUNDS = 5  # of spherical k-means, for the first clusters
+_REFINEMENTS = 2  # of the router, with new sets between them
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,15 @@ def energy_share(h_TF: Tensor, norm_F: Tensor) -> Tensor:
 
 
 def cluster_tokens(
-    x_TD: Tensor, share_TF: Tensor, experts: int, sizes: tuple[int, int], *, rounds: int, ridge: float, seed: int
+    x_TD: Tensor,
+    share_TF: Tensor,
+    experts: int,
+    sizes: tuple[int, int],
+    *,
+    rounds: int,
+    ridge: float,
+    seed: int,
+    router_steps: int = 0,
 ) -> TokenClusters:
     """Alternate between neuron sets, router and token assignment; the round that keeps most energy wins.
 
@@ -56,20 +68,48 @@ def cluster_tokens(
         share_TF: From :func:`energy_share`.
         experts: E.
         sizes: (S, M).
-        rounds: Most rounds; ends early when no token moves.
+        rounds: Most rounds with the ridge router; they end early when no token moves.
         ridge: Strength of the router's ridge, relative to the mean square of an input coordinate.
-        seed: Of the first clusters.
+        seed: Of the first clusters and of the refinement's samples.
+        router_steps: Steps of each refinement of the router (:func:`~moesaic.solvers.router_fit.refine_softmax`).
     """
-    mean_F = share_TF.mean(dim=0)
     gram_DD = RidgeStatistics.collect([(x_TD, x_TD[:, :0])]).xx_DD
-    expert_T = _first_clusters(share_TF, experts, seed)
+
+    def by_ridge(kept_TE: Tensor, _: Tensor | None) -> Tensor:
+        cross_DE = (x_TD.T @ energy_targets(kept_TE, "raw")).double()
+        return RidgeStatistics(gram_DD, cross_DE).solve(ridge)
+
+    def by_steps(kept_TE: Tensor, router_ED: Tensor | None) -> Tensor:
+        assert router_ED is not None
+        return refine_softmax(router_ED, x_TD, kept_TE, router_steps, seed)
+
+    alternate = partial(_alternate, x_TD, share_TF, experts, sizes)
+    best = alternate(_first_clusters(share_TF, experts, seed), None, rounds, by_ridge)
+    if router_steps == 0 or experts == 1:
+        return best
+    refined = alternate((x_TD @ best.router_ED.T).argmax(dim=1), best.router_ED, _REFINEMENTS, by_steps)
+    return max(best, refined, key=lambda clusters: clusters.kept)
+
+
+def _alternate(
+    x_TD: Tensor,
+    share_TF: Tensor,
+    experts: int,
+    sizes: tuple[int, int],
+    expert_T: Tensor,
+    router_ED: Tensor | None,
+    rounds: int,
+    fit: Callable[[Tensor, Tensor | None], Tensor],
+) -> TokenClusters:
+    """Rounds of sets for the tokens' experts, router, tokens; ``fit`` makes the router of the energies that the sets
+    keep and the router before."""
+    mean_F = share_TF.mean(dim=0)
     best: TokenClusters | None = None
     for _ in range(rounds):
         # One average token more: a cluster without tokens gets the static choice, a small one leans to it.
         shared_F, own_EF = choose_neurons(_sums(share_TF, expert_T, experts) + mean_F, *sizes)
         kept_TE = share_TF @ (own_EF | shared_F).float().T
-        cross_DE = (x_TD.T @ energy_targets(kept_TE, "raw")).double()
-        router_ED = RidgeStatistics(gram_DD, cross_DE).solve(ridge)
+        router_ED = fit(kept_TE, router_ED)
         routed_TE = top_k_sets(x_TD @ router_ED.T, 1)
         kept = float((kept_TE * routed_TE).sum(dim=1).mean())
         if best is None or kept > best.kept:

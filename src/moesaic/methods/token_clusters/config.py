@@ -14,7 +14,7 @@ from moesaic.methods.sizes import Sizes
 
 MIN_TOKENS_PER_NEURON = 1.0  # experts of an existing MoE that got less stay whole
 _OVERLAPPING = 16
-_UNION = 64
+_UNION = 128
 _DISJOINT = range(48, 129)
 """Numbers of disjoint experts among which the default is the one that needs least padding; of equal ones that nearest
 to the middle."""
@@ -34,8 +34,8 @@ class Config(MethodConfig):
         default=None,
         ge=1,
         le=1024,
-        description="Routed experts (E). Default: 16 if overlapping; 64 as a union; if disjoint that number from 48 to "
-        "128 whose sizes need least padding. 1: no routing, static pruning with refit.",
+        description="Routed experts (E). Default: 16 if overlapping; 128 as a union; if disjoint that number from 48 "
+        "to 128 whose sizes need least padding. 1: no routing, static pruning with refit.",
     )
     max_params: float | None = Field(
         default=2.5,
@@ -54,6 +54,12 @@ class Config(MethodConfig):
         gt=0,
         allow_inf_nan=False,
         description="Ridge of the linear router, relative to the mean square of an input coordinate.",
+    )
+    router_steps: int = Field(
+        default=50,
+        ge=0,
+        description="overlapping and union: steps by which the router is refined for the energy that its choice keeps, "
+        "twice; 0: ridge alone.",
     )
     refit: Literal["none", "global", "expert"] = Field(
         default="expert",
@@ -147,8 +153,9 @@ def operations(config: Config, d_ff: int, d_model: int, tokens: int) -> float:
     Gram matrix and its factor. The refits of experts are left out: their tokens are few."""
     experts = len(sizes(config, d_ff).own)
     per_round = 2 * tokens * experts * (d_ff + 2 * d_model) if config.split != "disjoint" else 0
+    refined = 2 * 1024 * config.router_steps * 6 * d_model * experts if config.split != "disjoint" else 0
     gram = 0 if config.refit == "none" else tokens * d_ff**2 + d_ff**3 / 3
-    return 6 * tokens * d_model * d_ff + 1.5 * config.rounds * per_round + gram
+    return 6 * tokens * d_model * d_ff + 1.5 * config.rounds * per_round + refined + gram
 
 
 def needs_calibration(config: Config) -> bool:

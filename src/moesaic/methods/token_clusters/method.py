@@ -100,6 +100,7 @@ def _overlapping(x_TD: Tensor, share_TF: Tensor, parts: Sizes, config: Config, s
         rounds=config.rounds,
         ridge=config.router_ridge,
         seed=seed,
+        router_steps=config.router_steps,
     )
     experts = tuple(own_F.nonzero().flatten() for own_F in clusters.own_EF)
     return _routing(x_TD, clusters.shared_F.nonzero().flatten(), experts, clusters.router_ED, 1)
