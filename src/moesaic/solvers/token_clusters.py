@@ -110,11 +110,10 @@ def _alternate(
         shared_F, own_EF = choose_neurons(_sums(share_TF, expert_T, experts) + mean_F, *sizes)
         kept_TE = share_TF @ (own_EF | shared_F).float().T
         router_ED = fit(kept_TE, router_ED)
-        routed_TE = top_k_sets(x_TD @ router_ED.T, 1)
-        kept = float((kept_TE * routed_TE).sum(dim=1).mean())
+        routed_T = (x_TD @ router_ED.T).argmax(dim=1)
+        kept = float(kept_TE.gather(1, routed_T[:, None]).mean())
         if best is None or kept > best.kept:
             best = TokenClusters(shared_F, own_EF, router_ED, kept)
-        routed_T = routed_TE.argmax(dim=1)
         if torch.equal(routed_T, expert_T):
             break
         expert_T = routed_T
@@ -157,9 +156,9 @@ def _first_clusters(share_TF: Tensor, experts: int, seed: int) -> Tensor:
     order_T = torch.randperm(len(pattern_TF), generator=torch.Generator().manual_seed(seed))
     centre_EF = pattern_TF[order_T[torch.arange(experts) % len(order_T)]]
     for _ in range(_FIRST_ROUNDS):
-        expert_T = top_k_sets(pattern_TF @ centre_EF.T, 1).argmax(dim=1)
+        expert_T = (pattern_TF @ centre_EF.T).argmax(dim=1)
         centre_EF = F.normalize(_sums(pattern_TF, expert_T, experts), dim=1)
-    return top_k_sets(pattern_TF @ centre_EF.T, 1).argmax(dim=1)
+    return (pattern_TF @ centre_EF.T).argmax(dim=1)
 
 
 def _sums(rows_TF: Tensor, expert_T: Tensor, experts: int) -> Tensor:
