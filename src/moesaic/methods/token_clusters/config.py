@@ -104,7 +104,7 @@ def _parts(config: Config, d_ff: int) -> Sizes:
         raise InputError(
             f"max_params {config.max_params:g} leaves {experts} experts no neuron of their own at {config.active:g} "
             f"active of {d_ff} neurons",
-            "raise max_params, choose fewer experts, or split=disjoint, which stores every neuron once",
+            "raise max_params, choose fewer experts, or split=union or disjoint, which store every neuron once",
         )
     # Stock targets pad the shared part to a multiple of an expert's width: make the two fit.
     own = math.ceil(active / math.ceil(active / own))
