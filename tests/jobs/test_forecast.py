@@ -209,6 +209,17 @@ def test_calibration_shows_in_memory_and_staging(wide: Callable[..., Path]) -> N
     assert moesaic.plan(dense, method="random").staging_bytes < few.staging_bytes
 
 
+def test_what_a_method_holds_per_token_shows_in_memory(wide: Callable[..., Path]) -> None:
+    def per_token(method: str, **options: Any) -> float:
+        few, many = (
+            moesaic.plan(wide("llama"), method=method, options=options, calibration={"tokens": n}).peak_bytes
+            for n in (2048, 4096)
+        )
+        return (many - few) / 2048
+
+    assert per_token("token_clusters", split="union", experts=9) - per_token("static") == 4 * (2 * 515 + 3 * 9)
+
+
 def test_a_batch_of_a_training_shows_in_memory(wide: Callable[..., Path]) -> None:
     def peak(window: int, **train: Any) -> int:
         options = {"train": train}

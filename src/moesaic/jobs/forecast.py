@@ -198,7 +198,9 @@ def memory(settings: ConvertSettings, anatomy: Anatomy, source: Source) -> Memor
     per_layer = (3 if anatomy.gated else 2) * anatomy.d_model * anatomy.d_ff + 4 * anatomy.d_model**2
     embeddings = anatomy.d_model * int(anatomy.config.get("vocab_size") or 0)
     tokens = _calibration_tokens(settings)
-    activations = tokens * (2 * anatomy.d_model + 2 * anatomy.d_ff)
+    held = getattr(get_config(settings.method), "held", None)
+    own = 2 * tokens * anatomy.d_ff if held is None else held(method_config(settings), anatomy.d_ff, tokens)
+    activations = 2 * tokens * anatomy.d_model + own
     return MemoryForecast(round(_FP32 * (2.5 * per_layer + embeddings + activations) + _PROGRAM), source.nbytes)
 
 

@@ -158,6 +158,13 @@ def operations(config: Config, d_ff: int, d_model: int, tokens: int) -> float:
     return 6 * tokens * d_model * d_ff + 1.5 * config.rounds * per_round + refined + gram
 
 
+def held(config: Config, d_ff: int, tokens: int) -> float:
+    """fp32 numbers at the peak of deciding one FFN: activations, shares and what is made of them, what experts keep of
+    tokens; a Gram matrix, its factor and a copy, float64."""
+    solved = 0 if config.refit == "none" else 6 * d_ff**2
+    return tokens * (4 * d_ff + 3 * len(sizes(config, d_ff).own)) + solved
+
+
 def needs_calibration(config: Config) -> bool:
     """Whether this config reads calibration inputs: always."""
     return True
