@@ -70,8 +70,8 @@ class ConfigModule(Protocol):
         ...
 
     # Optional: operations(config, d_ff, d_model, tokens) -> float, of deciding one FFN, where they count beside those
-    # of the model itself; ``plan`` adds them to its time. held(config, d_ff, tokens) -> float, fp32 numbers that deciding
-    # one FFN holds, where they are not 2 T F.
+    # of the model itself; ``plan`` adds them to its time.
+    # Optional: held(config, d_ff, tokens) -> float, fp32 numbers that deciding one FFN holds, where not 2 T F.
 
     @staticmethod
     def check(config: Any, d_ff: int) -> None:
