@@ -1,8 +1,8 @@
 """Least squares for down projections: what the kept neurons can make up for those that a token does not use.
 
-Source: ours [OURS], after the output reconstruction of pruning methods (SparseGPT and others). The unknown is the
-change of the down projection; ridge on it shrinks towards the projection that was there. Tokens have weights, and
-1 / |y|^2 makes them count alike. Products in the dtype of the activations, solved in float64.
+Source: ours [OURS], after the output reconstruction of pruning methods (SparseGPT and others). Ridge on the change of
+the down projection shrinks it towards the one that was there. Tokens have weights, and 1 / |y|^2 makes them count
+alike. Products in the dtype of the activations, solved in float64.
 
 Axes: T tokens, D model width, F neurons, M neurons of one expert, N unknowns per output.
 """
@@ -37,9 +37,13 @@ def refit(down_DF: Tensor, batches: Iterable[tuple[Tensor, Tensor, Tensor]], rid
     cross_FD = torch.zeros(d_ff, down_DF.shape[0], dtype=torch.float64)
     for h_TF, y_TD, w_T in batches:
         root_T1 = w_T.sqrt().unsqueeze(1)
-        cross_FD += (root_T1 * h_TF).T @ (root_T1 * (y_TD - h_TF @ down_DF.T))
-        _add_gram(gram_FF, root_T1 * h_TF)
-    return down_DF + _solve(gram_FF, cross_FD, ridge * float(gram_FF.diagonal().mean())).T.float()
+        weighted_TF = root_T1 * h_TF
+        cross_FD += weighted_TF.T @ (root_T1 * y_TD)
+        _add_gram(gram_FF, weighted_TF)
+    strength = ridge * float(gram_FF.diagonal().mean())
+    if not strength > 0:  # nothing was seen
+        return down_DF
+    return _solve(gram_FF, cross_FD.add_(down_DF.T, alpha=strength), strength).T.float()
 
 
 def refit_few(down_DM: Tensor, h_TM: Tensor, y_TD: Tensor, w_T: Tensor, ridge: float) -> Tensor:
