@@ -34,6 +34,9 @@ NEAR_TIE = 1e-3
 APPROXIMATE_KL = 1e-3
 """Largest mean KL divergence, in nats, of a target that reaches weights of 1 only in the limit."""
 
+_CHARACTERS = 64
+"""Of the evaluation text per token wanted: more than any tokenizer takes for one."""
+
 _SCRIPT = """
 import json, sys
 import torch
@@ -230,8 +233,9 @@ def parity_ids(folder: Path, vocabulary: int, window: int, count: int = 1) -> Te
     """ids_NW to compare on: the evaluation text by the folder's tokenizer, pseudo-random ids where it has none."""
     from transformers import AutoTokenizer
 
+    text = evaluation_text()[: _CHARACTERS * window * count]
     try:
-        ids_NW = token_windows(AutoTokenizer.from_pretrained(folder), evaluation_text(), window, count)
+        ids_NW = token_windows(AutoTokenizer.from_pretrained(folder), text, window, count)
     except (OSError, ValueError, KeyError, InputError):
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, vocabulary, (count, window), generator=generator)
