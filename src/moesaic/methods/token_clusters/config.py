@@ -153,6 +153,7 @@ def operations(config: Config, d_ff: int, d_model: int, tokens: int) -> float:
     Gram matrix and its factor. The refits of experts are left out: their tokens are few."""
     experts = len(sizes(config, d_ff).own)
     per_round = 2 * tokens * experts * (d_ff + 2 * d_model) if config.split != "disjoint" else 0
+    # two refinements, steps of 1,024 tokens, forward and backward (solvers/token_clusters, solvers/router_fit)
     refined = 2 * 1024 * config.router_steps * 6 * d_model * experts if config.split != "disjoint" else 0
     gram = 0 if config.refit == "none" else tokens * d_ff**2 + d_ff**3 / 3
     return 6 * tokens * d_model * d_ff + 1.5 * config.rounds * per_round + refined + gram
