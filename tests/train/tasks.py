@@ -5,6 +5,7 @@ Axes: B sequences, W tokens, V vocabulary.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
@@ -88,9 +89,17 @@ def run(folder: Path, dropout: float = 0.0, key: int = 0, **values: Any) -> tupl
     return task, train(task, text(), config(**values), folder, key={"test": key})
 
 
+def _check_group_has_ended() -> None:
+    if torch.distributed.is_initialized():
+        sys.stderr.write("the process group was left to the interpreter's end\n")
+        sys.stderr.flush()
+        os._exit(3)
+
+
 def main() -> None:
     """One of several processes: train, interrupted after five steps and taken up again."""
     torch.set_num_threads(1)
+    atexit.register(_check_group_has_ended)  # runs after what the training registers
     values: dict[str, Any] = {"batch": 8, "accumulate": 2}
     with contextlib.suppress(KeyboardInterrupt):
         train(TinyTask(), text(), config(**values), Path(sys.argv[1]), key={"test": 0}, progress=Kill(5))

@@ -267,7 +267,7 @@ class _Run:
 
     def _finish(self) -> TrainReport:
         standing = self.standing
-        self.parallel.accelerator.wait_for_everyone()
+        self.parallel.finish()
         state.load_into(self._trained(), learned(self.folder))
         self.task.eval().zero_grad()
         held_out = {line["step"]: line["held_out"] for line in read_log(self.folder) if "held_out" in line}

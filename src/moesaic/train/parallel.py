@@ -6,6 +6,7 @@ accelerate finds the processes and their device, and wraps for DDP. FSDP (``acce
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ class Parallel:
     """
 
     def __init__(self, module: nn.Module, blocks: Iterable[nn.Module], make_optimiser: MakeOptimiser) -> None:
+        atexit.unregister(_leave)
         self.accelerator = _accelerator()
         self.count, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
@@ -69,6 +71,15 @@ class Parallel:
             for part in self.module.modules():
                 if hasattr(part, "reshard"):
                     part.reshard()  # type: ignore[operator]
+
+    def finish(self) -> None:
+        """Wait for all processes; the group of them ends with this one.
+
+        Left to the interpreter's end, torch 2.13 now and then aborts the process among the group's threads. Not done
+        when training fails: ending the group could wait for processes that wait for this one.
+        """
+        self.accelerator.wait_for_everyone()
+        atexit.register(_leave)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over the processes."""
@@ -118,6 +129,11 @@ def max_over_processes(values_T: Tensor) -> Tensor:
     torch.distributed.all_reduce(count)
     share_T = equal_T * torch.distributed.get_world_size() / count
     return largest + (share_T * (values_T - values_T.detach())).sum()
+
+
+def _leave() -> None:
+    if _several():
+        torch.distributed.destroy_process_group()
 
 
 def _several() -> bool:
