@@ -2,8 +2,9 @@
 
     python -m benchmarks.compare MODEL WORK [--fractions 75 50] [--only clusters cmoe] [--tasks --limit 50] [--list]
 
-WORK keeps one JSON per finished case, which is not repeated; an interrupted case is begun again. Another model, text,
-number of tokens or windows needs another WORK. docs/results/compare_MODEL.{json,md,png} are written anew after each.
+WORK keeps one JSON per finished case, which is not repeated; an interrupted case is begun again. Tasks may be asked for
+later: they are added to the cases named, on conversions kept by --keep or made again. Another model, text, number of
+tokens or windows needs another WORK. docs/results/compare_MODEL.{json,md,png} are written anew after each.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +36,7 @@ from moesaic.settings import build
 
 FRACTIONS = ("87.5", "75", "62.5", "50", "25")
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
-Runner = Callable[[Case, Protocol, Path, bool], dict[str, Any]]
+Runner = Callable[[Case, Protocol, Path, bool, dict[str, Any]], dict[str, Any]]
 
 
 def main(argv: Sequence[str] | None = None, run: Runner = in_child) -> None:
@@ -57,16 +59,17 @@ def _main(arguments: argparse.Namespace, run: Runner) -> None:
         for key, reason in {**reasons, **LEFT_OUT}.items():
             print(f"not {key}: {reason}")
         return
-    _check_work(arguments.work, protocol)
+    published = _check_work(arguments.work, protocol)
     for key, reason in reasons.items():
         say(f"not {key}: {reason}")
     for number, case in enumerate(wanted, start=1):
         file = arguments.work / f"{case.key}.json"
-        if not file.exists():
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if not known or (protocol.tasks and "tasks" not in known):
             say(f"{number}/{len(wanted)}  {case.key} begins")
-            record = run(case, protocol, arguments.work.resolve(), arguments.keep)
+            record = run(case, protocol, arguments.work.resolve(), arguments.keep, known)
             _replace(file, json.dumps(record, indent=1) + "\n")
-        rows = write_page(arguments.work, protocol, shape, arguments.results)
+        rows = write_page(arguments.work, published, shape, arguments.results)
         row = next(row for row in rows if (row["case"], row["fraction"]) == (case.name, float(case.fraction)))
         print(f"{number}/{len(wanted)}  {case.key}: {_figures(row)}", flush=True)
 
@@ -148,19 +151,25 @@ def _protocol(arguments: argparse.Namespace) -> Protocol:
     )
 
 
-def _check_work(work: Path, protocol: Protocol) -> None:
-    """Refuse a folder whose cases were measured otherwise. Threads may change: they only change the seconds."""
+def _check_work(work: Path, protocol: Protocol) -> Protocol:
+    """The protocol of the folder's cases, which is written there. Raises InputError if they were measured otherwise.
+
+    Threads may change: they only change the seconds. Tasks may be left out, or be new.
+    """
     file = work / "protocol.json"
-    if not file.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        _replace(file, json.dumps(protocol.to_dict(), indent=1) + "\n")
-        return
-    kept, asked = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(protocol.to_dict()))
-    changed = [name for name, value in asked.items() if value != kept.get(name) and name != "threads"]
-    if changed:
-        raise InputError(
-            f"{work} holds cases of another protocol: {', '.join(changed)} differ", "give another WORK folder"
-        )
+    if file.exists():
+        kept, asked = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(protocol.to_dict()))
+        free = {"threads"} if kept["tasks"] and asked["tasks"] else {"threads", "tasks", "limit"}
+        changed = [name for name, value in asked.items() if value != kept.get(name) and name not in free]
+        if changed:
+            raise InputError(
+                f"{work} holds cases of another protocol: {', '.join(changed)} differ", "give another WORK folder"
+            )
+        if not protocol.tasks:
+            protocol = replace(protocol, tasks=tuple(kept["tasks"]), limit=kept["limit"])
+    work.mkdir(parents=True, exist_ok=True)
+    _replace(file, json.dumps(protocol.to_dict(), indent=1) + "\n")
+    return protocol
 
 
 def _replace(file: Path, text: str) -> None:

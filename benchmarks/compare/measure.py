@@ -62,27 +62,34 @@ class Protocol:
         return asdict(self) | {"tasks": list(self.tasks)}
 
 
-def measure(case: Case, protocol: Protocol, work: Path, keep: bool = False) -> dict[str, Any]:
+def measure(
+    case: Case, protocol: Protocol, work: Path, keep: bool = False, known: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Convert (unless ``case`` is the dense model), evaluate, delete the conversion unless ``keep``.
 
-    What an interrupted run of the case left in ``work`` is thrown away. Meant for a process of its own: the peak memory
-    is that of the process up to the end of the conversion.
+    ``known`` is the record of an earlier run that lacks its tasks: then its conversion is used if it was kept, and made
+    again if not. What an interrupted run of the case left in ``work`` is thrown away. Meant for a process of its own:
+    the peak memory is that of the process up to the end of the conversion.
     """
     quiet_libraries()
     torch.set_num_threads(protocol.threads)
     dense = Path(protocol.model)
-    record: dict[str, Any] = {"case": case.name, "label": case.label, "fraction": float(case.fraction)}
+    record: dict[str, Any] = known or {"case": case.name, "label": case.label, "fraction": float(case.fraction)}
     folder = dense
     if case.settings is not None:
         folder = work / case.key
-        record |= {"settings": case.settings, "conversion": _convert(case.settings, protocol, dense, folder)}
+        if not (known and folder.exists()):
+            conversion = _convert(case.settings, protocol, dense, folder)
+            record = {"settings": case.settings, "conversion": conversion} | record
     tokenizer = AutoTokenizer.from_pretrained(dense)
-    started = time.monotonic()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    record["size"] = _size(model, folder, dense, converted=case.settings is not None)
-    record |= _texts(model, tokenizer, protocol, None if case.settings is None else dense)
-    record["seconds"] = {"texts": round(time.monotonic() - started, 1)}
-    if protocol.tasks:
+    record.setdefault("seconds", {})
+    if "perplexity" not in record:
+        started = time.monotonic()
+        record["size"] = _size(model, folder, dense, converted=case.settings is not None)
+        record |= _texts(model, tokenizer, protocol, None if case.settings is None else dense)
+        record["seconds"]["texts"] = round(time.monotonic() - started, 1)
+    if protocol.tasks and "tasks" not in record:
         started = time.monotonic()
         record["tasks"] = task_accuracy(model, tokenizer, list(protocol.tasks), protocol.limit, work)
         record["seconds"]["tasks"] = round(time.monotonic() - started, 1)
@@ -91,11 +98,11 @@ def measure(case: Case, protocol: Protocol, work: Path, keep: bool = False) -> d
     return record
 
 
-def in_child(case: Case, protocol: Protocol, work: Path, keep: bool) -> dict[str, Any]:
+def in_child(case: Case, protocol: Protocol, work: Path, keep: bool, known: dict[str, Any]) -> dict[str, Any]:
     """:func:`measure` in a process of its own: its peak memory is that of the case. Libraries write to WORK/log.txt."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_log_to, initargs=(work / "log.txt",)) as pool:
-        return pool.submit(measure, case, protocol, work, keep).result()
+        return pool.submit(measure, case, protocol, work, keep, known).result()
 
 
 def _log_to(file: Path) -> None:

@@ -60,4 +60,6 @@ def _panel(axis: Any, panel: str, dense: dict[str, Any], series: Sequence[Sequen
 
 
 def _height(row: dict[str, Any], panel: str) -> float:
-    return 100 * row["accuracy"]["mean"] if panel == "tasks" else row["perplexity"][panel]["value"]
+    if panel == "tasks":
+        return 100 * row["accuracy"]["mean"] if "accuracy" in row else float("nan")  # nothing is drawn there
+    return row["perplexity"][panel]["value"]

@@ -84,7 +84,7 @@ def _accuracies(record: Record, dense: Record, other: Record | None) -> Record:
         return {}
     found: Record = {"mean": mean, "tasks": {task: sum(right) / len(right) for task, right in record["tasks"].items()}}
     for name, base in (("to_dense", dense), ("to_best_other", other)):
-        if base is not None and base is not record:
+        if base is not None and base is not record and "tasks" in base:
             difference, half = accuracy_difference(record["tasks"], base["tasks"])
             found[name] = {"difference": difference, "low": difference - half, "high": difference + half}
     return {"accuracy": found}
@@ -122,7 +122,7 @@ def _conditions(about: Mapping[str, Any], with_tasks: bool) -> list[str]:
         limit = "all questions" if about["limit"] is None else f"first {about['limit']} questions"
         text += (
             f" Tasks, zero-shot by lm-eval, validation splits, {limit} each: {', '.join(about['tasks'])}; acc_norm "
-            "where a task has it. Differences in points, paired over questions."
+            "where a task has it. Differences in points, paired over questions; empty where none were asked."
         )
     return [text, "", f"{about['machine']}. Made by `python -m benchmarks.compare`."]
 
@@ -152,8 +152,8 @@ def _cells(row: Record, with_tasks: bool) -> list[str]:
     time = f"{conversion['seconds']:.0f} ({conversion['threads']})"
     cells += [time, "" if peak is None else f"{peak / 1e9:.1f}"]
     if with_tasks:
-        accuracy = row["accuracy"]
-        cells.append(f"{accuracy['mean']:.1%}")
+        accuracy = row.get("accuracy", {})
+        cells.append(f"{accuracy['mean']:.1%}" if accuracy else "")
         cells += [_points(accuracy[name]) if name in accuracy else "" for name in ("to_dense", "to_best_other")]
     return cells
 

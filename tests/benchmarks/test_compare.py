@@ -127,9 +127,9 @@ def test_a_run_writes_the_page_deletes_conversions_and_resumes(
     (stale / "left-over").touch()
     ran = []
 
-    def run(case: Any, protocol: Any, work: Path, keep: bool) -> dict[str, Any]:
+    def run(case: Any, protocol: Any, work: Path, keep: bool, known: dict[str, Any]) -> dict[str, Any]:
         ran.append(case.key)
-        return measure.measure(case, protocol, work, keep)
+        return measure.measure(case, protocol, work, keep, known)
 
     asked = arguments(dense, tmp_path, "--only", "static", "clusters", "cmoe-oracle")
     main(asked, run)
@@ -162,6 +162,37 @@ def test_a_run_writes_the_page_deletes_conversions_and_resumes(
     with pytest.raises(SystemExit):
         main([*asked, "--windows", "3"], run)
     assert "windows, c4_windows differ" in capsys.readouterr().err
+
+
+def test_tasks_are_added_to_finished_cases(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tasks themselves are scored in test_lm_eval_scores_local_data; here any answers will do."""
+    answered = []
+
+    def answers(model: Any, _tokenizer: Any, names: list[str], limit: int, _work: Path) -> dict[str, list[int]]:
+        answered.append(model.config.model_type)
+        return {name: [1] * limit for name in names}
+
+    monkeypatch.setattr(measure, "task_accuracy", answers)
+    monkeypatch.setattr("benchmarks.compare.__main__.data_folder", lambda: tmp_path)
+    asked = arguments(dense, tmp_path, "--keep")
+    main([*asked, "--only", "static", "random"], measure.measure)
+    work = tmp_path / "work"
+    before, kept = json.loads((work / "static@50.json").read_text()), (work / "static@50").stat()
+    with_tasks = [*asked, "--only", "static", "--tasks", "piqa", "--limit", "2"]
+    main(with_tasks, measure.measure)
+    after = json.loads((work / "static@50.json").read_text())
+    assert len(answered) == 2
+    assert after.pop("tasks") == {"piqa": [1, 1]}
+    assert after | {"seconds": None} == before | {"seconds": None}
+    assert (work / "static@50").stat() == kept  # neither made anew nor deleted
+    main(with_tasks, measure.measure)
+    main([*asked, "--only", "random"], measure.measure)
+    assert len(answered) == 2
+    page = (tmp_path / "results" / "compare_tiny.md").read_text()
+    assert "first 2 questions" in page
+    assert page.count("100.0%") == 2  # accuracies of the dense model and of one of the two
+    with pytest.raises(SystemExit):
+        main([*asked, "--tasks", "piqa", "--limit", "3"], measure.measure)
 
 
 @pytest.mark.parametrize(
