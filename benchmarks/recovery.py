@@ -93,6 +93,7 @@ def _case(name: str, how: dict[str, Any], arguments: argparse.Namespace) -> dict
             baseline=arguments.model,
             preset_name=arguments.preset,
             config={"train": train},
+            teacher_cache=arguments.work / "teacher",
             progress=ConsoleProgress(),
         )
     dense = _perplexity(arguments.model, arguments)

@@ -43,6 +43,10 @@ def run(
     window: Annotated[int | None, typer.Option("--window", help="Tokens per sequence.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of text, order and adapters.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away an unfinished run.")] = False,
+    teacher_cache: Annotated[
+        Path | None,
+        typer.Option("--teacher-cache", metavar="DIR", help="Keep the dense model's last hidden states for later."),
+    ] = None,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -64,13 +68,20 @@ def run(
     settings = build(TuneConfig, preset(preset_name, values), "tune")
     from moesaic.jobs.tune_request import check_tune, is_worker
 
-    check_tune(folder, settings, out, baseline)  # a slip is answered before torch is imported
+    check_tune(folder, settings, out, baseline, teacher_cache)  # a slip is answered before torch is imported
     quiet_libraries()
     from moesaic.jobs.tune import tune
 
     progress = ConsoleProgress(quiet)
     done = tune(
-        folder, out, baseline=baseline, config=settings, preset_name=preset_name, restart=restart, progress=progress
+        folder,
+        out,
+        baseline=baseline,
+        config=settings,
+        preset_name=preset_name,
+        restart=restart,
+        teacher_cache=teacher_cache,
+        progress=progress,
     )
     if is_worker():
         return

@@ -48,6 +48,7 @@ from moesaic.tune.config import DEFAULT_PRESET, TuneConfig, preset
 from moesaic.tune.mark import KEY
 from moesaic.tune.model import can_open, load_dense, make_student, merge_adapters, routes, tuned_blueprint
 from moesaic.tune.task import TuneTask
+from moesaic.tune.teacher import KeptStates
 
 _PARITY_WINDOW = 256
 _ROUTING = ("gate", "selection_bias", "router_tensors")
@@ -97,6 +98,7 @@ def tune(
     config: TuneConfig | Mapping[str, Any] | None = None,
     preset_name: str = DEFAULT_PRESET,
     restart: bool = False,
+    teacher_cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Tuned:
     """Train a converted model a little and write it in the same architecture.
@@ -111,6 +113,8 @@ def tune(
         config: A :class:`TuneConfig`, or keys that go over the preset's.
         preset_name: A name from ``moesaic.tune.config.PRESETS``; unused with a :class:`TuneConfig`.
         restart: Throw away an unfinished ``output.partial``.
+        teacher_cache: Folder in which the dense model's last hidden states are kept, W x D numbers per window: a window
+            seen again, in another epoch or by another recovery, costs only the dense model's head. Losses are the same.
         progress: Receives steps done, losses and notes.
 
     Raises:
@@ -122,7 +126,7 @@ def tune(
     progress = progress or Silent()
     if not isinstance(config, TuneConfig):
         config = build(TuneConfig, preset(preset_name, dict(config or {})), "tune")
-    request = check_tune(folder, config, output, baseline)
+    request = check_tune(folder, config, output, baseline, teacher_cache)
     job = _prepare(request, preset_name, progress)
     if is_worker():
         _train(job, partial_of(absolute(output)) / "training", Silent())
@@ -217,8 +221,12 @@ def _train(job: _Job, folder: Path, progress: Progress) -> tuple[TrainReport, li
     request, config = job.request, job.request.config
     dtype = config.train.resolved_dtype()
     student = make_student(request.source, request.dense, job.blueprint, request.anatomy, config, job.gate_ids_NW)
-    teacher = load_dense(request.dense) if request.dense is not None and config.loss.needs_teacher else None
-    task = TuneTask(student, teacher, request.anatomy, config, dtype)
+    teacher = states = None
+    if request.dense is not None and config.loss.needs_teacher:
+        teacher = load_dense(request.dense)
+        if request.teacher_cache is not None:
+            states = KeptStates(request.teacher_cache, request.dense.fingerprint(), dtype)
+    task = TuneTask(student, teacher, request.anatomy, config, dtype, states)
     report = train(task, job.data, config.train, folder, key=job.key, progress=progress)
     return report, task.what
 

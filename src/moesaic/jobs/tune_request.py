@@ -34,6 +34,7 @@ class TuneRequest:
         target: Architecture of the folder, which the output has as well.
         options: How it was put into that.
         config: What is trained.
+        teacher_cache: Folder for the dense model's last hidden states; None keeps none.
     """
 
     source: Checkpoint
@@ -42,6 +43,7 @@ class TuneRequest:
     target: str
     options: TargetOptions
     config: TuneConfig
+    teacher_cache: Path | None = None
 
     @property
     def own(self) -> bool:
@@ -50,7 +52,11 @@ class TuneRequest:
 
 
 def check_tune(
-    folder: str | Path, config: TuneConfig, output: str | Path, baseline: str | Path | None = None
+    folder: str | Path,
+    config: TuneConfig,
+    output: str | Path,
+    baseline: str | Path | None = None,
+    teacher_cache: str | Path | None = None,
 ) -> TuneRequest:
     """Refuse what cannot work. Raises InputError, CheckpointError or UnsupportedModelError; writes nothing."""
     folder = absolute(folder)
@@ -83,7 +89,8 @@ def check_tune(
         dense_config = dense.config
     anatomy = read_anatomy(dense_config, hierarchical=FAMILIES[dense_config["model_type"]].moe is not None)
     options = TargetOptions.model_validate(made.get("target_options") or {})
-    return TuneRequest(source, dense, anatomy, target, options, config)
+    cache = None if teacher_cache is None else _checked_cache(absolute(teacher_cache), config)
+    return TuneRequest(source, dense, anatomy, target, options, config, cache)
 
 
 def is_worker() -> bool:
@@ -109,6 +116,22 @@ def _check_processes(config: TuneConfig) -> None:
             f"{config.train.accumulate} parts",
             "choose a multiple of their product",
         )
+
+
+def _checked_cache(folder: Path, config: TuneConfig) -> Path:
+    if not config.loss.kl or config.loss.hidden:
+        raise InputError(
+            "the teacher cache keeps what the KL loss needs, and no layer's output",
+            "leave --teacher-cache out, or loss.hidden at 0",
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise InputError(
+            "a sharded dense model has no teacher cache: its processes must all run it or none",
+            "leave --teacher-cache or FSDP out",
+        )
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"the teacher cache {folder} is not a folder", "give a folder; it is created")
+    return folder
 
 
 def _made(folder: Path) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from moesaic.train.task import TrainTask
 from moesaic.tune.config import TuneConfig
 from moesaic.tune.experts import AdaptedFeedForward, adapt
 from moesaic.tune.model import Student, make_frozen_small
+from moesaic.tune.teacher import KeptStates
 
 
 class TuneTask(TrainTask):
@@ -28,6 +29,7 @@ class TuneTask(TrainTask):
         anatomy: Of the dense model.
         config: Losses and rates.
         dtype: Of matrix products; frozen matrices are kept in it.
+        states: Where the teacher's last hidden states are kept; None computes them each time.
     """
 
     def __init__(
@@ -37,11 +39,12 @@ class TuneTask(TrainTask):
         anatomy: Anatomy,
         config: TuneConfig,
         dtype: torch.dtype,
+        states: KeptStates | None = None,
     ) -> None:
         super().__init__()
         self.config, self.anatomy = config, anatomy
         self.routing_rates = student.routing_rates
-        self.student, self.teacher = student.model, teacher
+        self.student, self.teacher, self._states = student.model, teacher, states
         adapt(self.student)
         for model in (self.student, teacher):
             if model is not None and dtype != torch.float32:
@@ -75,12 +78,17 @@ class TuneTask(TrainTask):
             losses["next_token"] = next_token_loss(made.logits, ids_BW)
         if self.teacher is not None and wanted.needs_teacher:
             with torch.no_grad():
-                asked = _run(self.teacher, ids_BW, hidden)
+                asked = self._ask(ids_BW, hidden)
             if wanted.kl:
                 losses["kl"] = kl_divergence(made.logits, asked.logits)
             if hidden:
                 losses["hidden"] = _distance(made.hidden_states[1:], asked.hidden_states[1:])
         return losses
+
+    def _ask(self, ids_BW: Tensor, hidden: bool) -> Any:
+        if self._states is None:
+            return _run(self.teacher, ids_BW, hidden)
+        return self._states.run(self.teacher, ids_BW)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         # By name: sharding replaces the parameters themselves.
