@@ -86,7 +86,7 @@ def test_a_cached_recovery_learns_the_same(tiny: Tiny, tmp_path: Path) -> None:
     [
         ({"hidden": 0.1}, {}, "no layer's output"),
         ({"kl": 0.0, "next_token": 1.0}, {}, "KL loss"),
-        ({}, {"ACCELERATE_USE_FSDP": "true"}, "sharded"),
+        ({}, {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, "sharded"),
     ],
 )
 def test_what_a_cache_cannot_serve_is_refused(

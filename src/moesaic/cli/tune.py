@@ -66,7 +66,8 @@ def run(
             if value is not None:
                 _put(values, f"{section}.{key}", value)
     settings = build(TuneConfig, preset(preset_name, values), "tune")
-    from moesaic.jobs.tune_request import check_tune, is_worker
+    from moesaic.jobs.tune_request import check_tune
+    from moesaic.train.launch import is_worker
 
     check_tune(folder, settings, out, baseline, teacher_cache)  # a slip is answered before torch is imported
     quiet_libraries()

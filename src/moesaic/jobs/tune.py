@@ -31,7 +31,7 @@ from moesaic.evaluate.runtime import Runtime
 from moesaic.jobs.decide import step_of
 from moesaic.jobs.job import load_tokenizer
 from moesaic.jobs.training_record import write_record
-from moesaic.jobs.tune_request import TuneRequest, check_tune, is_worker
+from moesaic.jobs.tune_request import TuneRequest, check_tune
 from moesaic.jobs.verify import check_tensors
 from moesaic.materialise import TENSOR_NAMES
 from moesaic.nn.modeling_moesaic import MoesaicForCausalLM
@@ -41,6 +41,7 @@ from moesaic.settings import build
 from moesaic.targets import choose_target, get_target
 from moesaic.targets.base import Split
 from moesaic.train.data import TrainData, read_data
+from moesaic.train.launch import is_worker
 from moesaic.train.loop import TrainReport, learned, train
 from moesaic.train.state import load_into
 from moesaic.train.task import trained_tensors

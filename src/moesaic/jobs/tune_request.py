@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from moesaic.errors import InputError
 from moesaic.jobs.request import check_sources
 from moesaic.targets import TARGETS
 from moesaic.targets.base import TargetOptions
+from moesaic.train.launch import is_sharded, processes
 from moesaic.tune.config import TuneConfig
 from moesaic.tune.mark import tuned
 
@@ -93,26 +93,16 @@ def check_tune(
     return TuneRequest(source, dense, anatomy, target, options, config, cache)
 
 
-def is_worker() -> bool:
-    """Whether this is one of several processes that only train, and leave the writing to the first."""
-    return _processes() > 1 and int(os.environ.get("RANK", "0")) > 0
-
-
-def _processes() -> int:
-    """How many processes the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _check_processes(config: TuneConfig) -> None:
     """Refuse what the training loop would refuse when the models are loaded."""
     needed = {"accelerate": True, "peft": config.lora is not None}
     for package, wanted in needed.items():
         if wanted and importlib.util.find_spec(package) is None:
             raise InputError(f"this training needs {package}", "pip install 'moesaic[tune]'")
-    parts = _processes() * config.train.accumulate
+    parts = processes() * config.train.accumulate
     if config.train.batch % parts:
         raise InputError(
-            f"a batch of {config.train.batch} cannot be shared by {_processes()} processes in "
+            f"a batch of {config.train.batch} cannot be shared by {processes()} processes in "
             f"{config.train.accumulate} parts",
             "choose a multiple of their product",
         )
@@ -124,7 +114,7 @@ def _checked_cache(folder: Path, config: TuneConfig) -> Path:
             "the teacher cache keeps what the KL loss needs, and no layer's output",
             "leave --teacher-cache out, or loss.hidden at 0",
         )
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+    if is_sharded():
         raise InputError(
             "a sharded dense model has no teacher cache: its processes must all run it or none",
             "leave --teacher-cache or FSDP out",

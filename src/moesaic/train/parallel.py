@@ -7,7 +7,6 @@ accelerate finds the processes and their device, and wraps for DDP. FSDP (``acce
 from __future__ import annotations
 
 import atexit
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.errors import InputError
+from moesaic.train.launch import is_sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,7 +37,7 @@ class Parallel:
         self.accelerator = _accelerator()
         self.count, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
-        self._sharded = self.count > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+        self._sharded = is_sharded()
         if self._sharded:
             from torch.distributed.fsdp import fully_shard
 

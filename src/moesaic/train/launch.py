@@ -1,0 +1,20 @@
+"""What the launcher (``accelerate launch``, ``torchrun``) says of the processes, read without torch."""
+
+from __future__ import annotations
+
+import os
+
+
+def processes() -> int:
+    """How many processes it started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_worker() -> bool:
+    """Whether this is one of several processes that only train, and leave the writing to the first."""
+    return processes() > 1 and int(os.environ.get("RANK", "0")) > 0
+
+
+def is_sharded() -> bool:
+    """Whether it asks for FSDP."""
+    return processes() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
