@@ -111,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="*", choices=list(DATA_SETS), help="task accuracy; without names all of them")
     parser.add_argument("--limit", type=int, help="first questions of each task; default all")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    for option, what in {"--dtype": "texts", "--task-dtype": "tasks"}.items():
+        dtypes = ("auto", "float32", "bfloat16")
+        parser.add_argument(option, choices=dtypes, default="auto", help=f"in evaluation on {what}; auto: the files'")
     parser.add_argument("--keep", action="store_true", help="keep the conversions")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the page")
     parser.add_argument("--list", action="store_true", help="show the cases, and what cannot be one, and stop")
@@ -148,6 +151,8 @@ def _protocol(arguments: argparse.Namespace) -> Protocol:
         tasks=tasks,
         limit=arguments.limit,
         threads=arguments.threads,
+        dtype=arguments.dtype,
+        task_dtype=arguments.task_dtype,
     )
 
 
@@ -159,14 +164,16 @@ def _check_work(work: Path, protocol: Protocol) -> Protocol:
     file = work / "protocol.json"
     if file.exists():
         kept, asked = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(protocol.to_dict()))
-        free = {"threads"} if kept["tasks"] and asked["tasks"] else {"threads", "tasks", "limit"}
+        kept = {"dtype": "auto", "task_dtype": "auto"} | kept  # older folders do not say
+        free = {"threads"} if kept["tasks"] and asked["tasks"] else {"threads", "tasks", "limit", "task_dtype"}
         changed = [name for name, value in asked.items() if value != kept.get(name) and name not in free]
         if changed:
             raise InputError(
                 f"{work} holds cases of another protocol: {', '.join(changed)} differ", "give another WORK folder"
             )
         if not protocol.tasks:
-            protocol = replace(protocol, tasks=tuple(kept["tasks"]), limit=kept["limit"])
+            kept_tasks = {"tasks": tuple(kept["tasks"]), "limit": kept["limit"], "task_dtype": kept["task_dtype"]}
+            protocol = replace(protocol, **kept_tasks)
     work.mkdir(parents=True, exist_ok=True)
     _replace(file, json.dumps(protocol.to_dict(), indent=1) + "\n")
     return protocol

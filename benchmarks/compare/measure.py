@@ -43,7 +43,8 @@ class Protocol:
     """What all cases have in common: equal protocols make comparable figures.
 
     ``windows``: of WikiText-2 test, and as many of C4 as ``c4_windows`` says, of ``window`` tokens; ``threads``: of
-    torch; ``limit``: questions per task, None for all; ``leading``: layers that some recipes keep dense.
+    torch; ``limit``: questions per task, None for all; ``leading``: layers that some recipes keep dense; ``dtype``: in
+    which all models read the texts, auto for that of their files; ``task_dtype``: and answer the tasks.
     """
 
     model: str
@@ -56,6 +57,8 @@ class Protocol:
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     threads: int = 1
+    dtype: str = "auto"
+    task_dtype: str = "auto"
 
     def to_dict(self) -> dict[str, Any]:
         """For protocol.json."""
@@ -82,15 +85,16 @@ def measure(
             conversion = _convert(case.settings, protocol, dense, folder)
             record = {"settings": case.settings, "conversion": conversion} | record
     tokenizer = AutoTokenizer.from_pretrained(dense)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     record.setdefault("seconds", {})
     if "perplexity" not in record:
         started = time.monotonic()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=protocol.dtype).eval()
         record["size"] = _size(model, folder, dense, converted=case.settings is not None)
         record |= _texts(model, tokenizer, protocol, None if case.settings is None else dense)
         record["seconds"]["texts"] = round(time.monotonic() - started, 1)
     if protocol.tasks and "tasks" not in record:
         started = time.monotonic()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=protocol.task_dtype).eval()
         record["tasks"] = task_accuracy(model, tokenizer, list(protocol.tasks), protocol.limit, work)
         record["seconds"]["tasks"] = round(time.monotonic() - started, 1)
     if case.settings is not None and not keep:
@@ -170,15 +174,15 @@ def _texts(model: Any, tokenizer: Any, protocol: Protocol, dense: Path | None) -
         protocol_of = protocol_name(TEXTS[name], protocol.window, limit)
         found["perplexity"][name] = perplexity(model, ids_NW, protocol_of).to_dict()
         if dense is not None and name == "WikiText-2":
-            found["to_dense"] = _distance(model, dense, ids_NW[:CLOSE_WINDOWS])
+            found["to_dense"] = _distance(model, dense, protocol.dtype, ids_NW[:CLOSE_WINDOWS])
             found["fidelity"] = summarise(router_fidelity(model, ids_NW[:CLOSE_WINDOWS, :ROUTED_TOKENS]))
     return found
 
 
 @torch.inference_mode()
-def _distance(model: Any, dense: Path, ids_NW: Tensor) -> dict[str, Any]:
+def _distance(model: Any, dense: Path, dtype: str, ids_NW: Tensor) -> dict[str, Any]:
     """KL divergence from the dense model's next-token distributions, and how often the likeliest token is the same."""
-    reference = AutoModelForCausalLM.from_pretrained(dense, dtype="auto").eval()
+    reference = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).eval()
     parts = []
     for ids_W in ids_NW:
         expected, actual = (m(input_ids=ids_W[None], use_cache=False).logits[0] for m in (reference, model))

@@ -113,18 +113,24 @@ def _conditions(about: Mapping[str, Any], with_tasks: bool) -> list[str]:
     text = (
         f"Calibration of every method that has one: {calibration['tokens']} tokens of {texts}, seed {about['seed']}. "
         f"Perplexity: {about['windows']} windows of WikiText-2 test and {about['c4_windows']} of C4, {about['window']} "
-        f"tokens each. *-lead* leaves the first {about['leading']} layers dense and gives the others less. Ratios are "
-        "paired over windows, with their 95 % interval; *best other* is the row of lowest WikiText-2 perplexity among "
-        "the others, so below 1 is a win. KL (nats): first two windows of WikiText-2; router, on their first tokens: "
-        "share of the oracle's experts that the router picks, with chance in brackets. Seconds: of the conversion."
+        f"tokens each{_dtype(about, 'dtype')}. *-lead* leaves the first {about['leading']} layers dense and gives the "
+        "others less. Ratios are paired over windows, with their 95 % interval; *best other* is the row of lowest "
+        "WikiText-2 perplexity among the others, so below 1 is a win. KL (nats): first two windows of WikiText-2; "
+        "router, on their first tokens: share of the oracle's experts that the router picks, with chance in brackets. "
+        "Seconds: of the conversion."
     )
     if with_tasks:
         limit = "all questions" if about["limit"] is None else f"first {about['limit']} questions"
         text += (
-            f" Tasks, zero-shot by lm-eval, validation splits, {limit} each: {', '.join(about['tasks'])}; acc_norm "
-            "where a task has it. Differences in points, paired over questions; empty where none were asked."
+            f" Tasks, zero-shot by lm-eval, validation splits, {limit} each{_dtype(about, 'task_dtype')}: "
+            f"{', '.join(about['tasks'])}; acc_norm where a task has it. Differences in points, paired over questions; "
+            "empty where none were asked."
         )
     return [text, "", f"{about['machine']}. Made by `python -m benchmarks.compare`."]
+
+
+def _dtype(about: Mapping[str, Any], what: str) -> str:
+    return "" if about[what] == "auto" else f", in {about[what]}"
 
 
 def _table(group: Sequence[Record], dense: Record, with_tasks: bool) -> list[str]:

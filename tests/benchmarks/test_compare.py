@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchmarks.compare import measure, tasks
 from benchmarks.compare.__main__ import FRACTIONS, main
 from benchmarks.compare.cases import RECIPES, InexpressibleError, Shape, cases, settings_of
@@ -169,7 +170,7 @@ def test_tasks_are_added_to_finished_cases(dense: Path, tmp_path: Path, monkeypa
     answered = []
 
     def answers(model: Any, _tokenizer: Any, names: list[str], limit: int, _work: Path) -> dict[str, list[int]]:
-        answered.append(model.config.model_type)
+        answered.append(model.dtype)
         return {name: [1] * limit for name in names}
 
     monkeypatch.setattr(measure, "task_accuracy", answers)
@@ -178,10 +179,10 @@ def test_tasks_are_added_to_finished_cases(dense: Path, tmp_path: Path, monkeypa
     main([*asked, "--only", "static", "random"], measure.measure)
     work = tmp_path / "work"
     before, kept = json.loads((work / "static@50.json").read_text()), (work / "static@50").stat()
-    with_tasks = [*asked, "--only", "static", "--tasks", "piqa", "--limit", "2"]
+    with_tasks = [*asked, "--only", "static", "--tasks", "piqa", "--limit", "2", "--task-dtype", "bfloat16"]
     main(with_tasks, measure.measure)
     after = json.loads((work / "static@50.json").read_text())
-    assert len(answered) == 2
+    assert answered == [torch.bfloat16] * 2
     assert after.pop("tasks") == {"piqa": [1, 1]}
     assert after | {"seconds": None} == before | {"seconds": None}
     assert (work / "static@50").stat() == kept  # neither made anew nor deleted
@@ -189,7 +190,7 @@ def test_tasks_are_added_to_finished_cases(dense: Path, tmp_path: Path, monkeypa
     main([*asked, "--only", "random"], measure.measure)
     assert len(answered) == 2
     page = (tmp_path / "results" / "compare_tiny.md").read_text()
-    assert "first 2 questions" in page
+    assert "first 2 questions each, in bfloat16: piqa" in page
     assert page.count("100.0%") == 2  # accuracies of the dense model and of one of the two
     with pytest.raises(SystemExit):
         main([*asked, "--tasks", "piqa", "--limit", "3"], measure.measure)
