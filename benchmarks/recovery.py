@@ -63,6 +63,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--preset", default="distill")
     parser.add_argument("--windows", type=int, default=32, help="evaluation windows of 1024 tokens")
+    parser.add_argument("--results", default="recovery", help="name of the page in docs/results")
     parser.add_argument("--only", action="append", choices=list(CASES))
     parser.add_argument("--time", type=int, default=0, metavar="N", help="measure N steps of the first case alone")
     return parser.parse_args()
@@ -162,7 +163,7 @@ def _write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
         "evaluation": f"{TEXT}, {arguments.windows} windows of 1024 tokens",
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "recovery.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    (RESULTS / f"{arguments.results}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     lines = [
         "# Recovery",
         "",
@@ -180,7 +181,7 @@ def _write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
         )
     text = ", ".join(about["data"])
     lines += ["", f"Text: {text}. {about['machine']}, torch {about['torch']}. Made by `benchmarks/recovery.py`.", ""]
-    (RESULTS / "recovery.md").write_text("\n".join(lines))
+    (RESULTS / f"{arguments.results}.md").write_text("\n".join(lines))
 
 
 def _ratio(row: dict[str, Any]) -> str:
