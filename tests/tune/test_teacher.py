@@ -60,10 +60,11 @@ def test_a_file_cut_short_is_made_again(tiny: Tiny, tmp_path: Path) -> None:
     assert rows == [1]
 
 
-def test_a_cached_recovery_learns_the_same(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_cached_recovery_learns_the_same(precision: str, tiny: Tiny, tmp_path: Path) -> None:
     """One epoch and a half: the first run reads what it wrote, the second one reads everything."""
     converted = convert(tiny("llama"), tmp_path / "moe")
-    config = {"train": {**FAST["train"], "log_every": 1}}
+    config = {"train": {**FAST["train"], "log_every": 1, "precision": precision}}
 
     def losses(name: str, cache: Path | None) -> list[float]:
         keys: dict[str, Any] = {"baseline": converted.dense.folder, "config": config, "teacher_cache": cache}
