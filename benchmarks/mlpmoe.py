@@ -22,7 +22,8 @@ from moesaic.blueprint import Blueprint
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.calibration.samples import evaluation_text
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.evaluate.perplexity import Perplexity, compare, perplexity, protocol_name, token_windows
+from moesaic.evaluate.comparison import compare
+from moesaic.evaluate.perplexity import Perplexity, perplexity, protocol_name, token_windows
 from moesaic.evaluate.proxy import ProxyPerplexity, proxy_change, proxy_perplexity
 from moesaic.jobs.decide import decide
 from moesaic.jobs.job import prepare

@@ -23,7 +23,8 @@ import transformers
 import moesaic
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.cli.console import ConsoleProgress, quiet_libraries
-from moesaic.evaluate.perplexity import Perplexity, compare
+from moesaic.evaluate.comparison import Comparison, compare
+from moesaic.evaluate.perplexity import Perplexity
 from moesaic.evaluate.run import evaluate_model
 from moesaic.jobs.tune import tune
 from moesaic.progress import Silent
@@ -125,8 +126,7 @@ def _perplexity(folder: Path, arguments: argparse.Namespace) -> Perplexity:
 
 
 def _against(model: Perplexity, dense: Perplexity) -> dict[str, Any]:
-    ratio = compare(model, dense)
-    return {"value": model.value, "ratio_to_dense": {"ratio": ratio.ratio, "low": ratio.low, "high": ratio.high}}
+    return {"value": model.value, "ratio_to_dense": compare(model, dense).to_dict()}
 
 
 def _time(arguments: argparse.Namespace) -> None:
@@ -185,8 +185,7 @@ def _write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
 
 
 def _ratio(row: dict[str, Any]) -> str:
-    ratio = row["ratio_to_dense"]
-    return f"{ratio['ratio']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+    return Comparison(**row["ratio_to_dense"]).shown()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from moesaic.anatomy import read_anatomy
 from moesaic.blueprint import Blueprint
 from moesaic.calibration.samples import evaluation_text, sample_text
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.evaluate.perplexity import Perplexity, compare, token_windows
+from moesaic.evaluate.comparison import compare
+from moesaic.evaluate.perplexity import Perplexity, token_windows
 from moesaic.evaluate.run import evaluate_model
 from moesaic.jobs.convert import convert
 from moesaic.methods.base import ModelPlan
@@ -201,7 +202,7 @@ def _quality(entries: list[dict[str, Any]], dense: dict[str, Perplexity]) -> lis
         for name, table in entry["perplexity"].items():
             model = _perplexity(table)
             ratio = compare(model, dense[name])
-            cells += [f"{model.value:.2f}", f"{ratio.ratio:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"]
+            cells += [f"{model.value:.2f}", ratio.shown(2)]
         cells.append(PUBLISHED.get(entry["run"], ""))
         lines.append(f"| {entry['run']} | {' | '.join(cells)} |")
     return lines

@@ -31,6 +31,7 @@ from moesaic.calibration.config import CalibrationConfig
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.cli.console import fail, say
 from moesaic.errors import InputError, MoesaicError
+from moesaic.evaluate.comparison import Comparison
 from moesaic.jobs.request import check_sources
 from moesaic.settings import build
 
@@ -195,8 +196,7 @@ def _figures(row: dict[str, Any]) -> str:
     texts = (f"{name} {table['value']:.2f}" for name, table in row["perplexity"].items())
     parts = [", ".join(texts), f"{row['size']['parameters'] / 1e6:.1f} M parameters"]
     if "ratio_to_dense" in row:
-        ratio = row["ratio_to_dense"][MAIN]
-        parts.insert(1, f"{ratio['ratio']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] x dense")
+        parts.insert(1, f"{Comparison(**row['ratio_to_dense'][MAIN]).shown()} x dense")
         parts.append(f"{row['conversion']['seconds']:.0f} s to convert")
     if "accuracy" in row:
         parts.append(f"tasks {row['accuracy']['mean']:.1%}")

@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks.compare.cases import LEFT_OUT, percent
 from benchmarks.compare.measure import TEXTS
 
-from moesaic.evaluate.perplexity import Comparison, Perplexity, compare
+from moesaic.evaluate.comparison import Comparison, compare
+from moesaic.evaluate.perplexity import Perplexity
 
 Record = dict[str, Any]
 MAIN = "WikiText-2"
@@ -165,8 +166,7 @@ def _cells(row: Record, with_tasks: bool) -> list[str]:
 
 
 def _ratio(found: Mapping[str, float]) -> str:
-    ratio = Comparison(**found)
-    return f"{ratio.ratio:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+    return Comparison(**found).shown()
 
 
 def _points(found: Mapping[str, float]) -> str:

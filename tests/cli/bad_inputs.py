@@ -388,6 +388,7 @@ VERBS = [
     Bad("eval: text missing", "eval done --text no.txt", "no.txt cannot be read", "UTF-8"),
     Bad("eval: text too short", "eval done --text t.txt", "token", arrange=write("t.txt", "Hello there.")),
     Bad("eval: controls alone", "eval done --controls --window 64", "controls need", "--baseline"),
+    Bad("eval: window too long", "eval done --window 4096", "the model reads 512", "--window 512"),
     Bad("eval: window of one", "eval done --window 1", "window", code=2),
 ]
 

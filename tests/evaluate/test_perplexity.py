@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.errors import InputError
-from moesaic.evaluate.perplexity import Perplexity, compare, perplexity, protocol_name, token_windows
+from moesaic.evaluate.comparison import compare
+from moesaic.evaluate.perplexity import Perplexity, perplexity, protocol_name, token_windows
 
 
 class Uniform:
@@ -46,6 +48,9 @@ def test_windows_are_consecutive_and_the_tail_is_left_out(tiny: Callable[[str], 
     assert token_windows(tokenizer, text, 16, 2).shape == (2, 16)
     with pytest.raises(InputError, match="a window has 100000"):
         token_windows(tokenizer, text, 100_000, None)
+    for window, limit in ((1, None), (0, None), (16, 0)):
+        with pytest.raises(InputError, match="predict nothing"):
+            token_windows(tokenizer, text, window, limit)
 
 
 def test_the_name_says_the_protocol() -> None:
@@ -67,6 +72,20 @@ def test_comparison_is_paired() -> None:
     assert ratio.low == pytest.approx(ratio.high)
     mixed = compare(result([11.0, 49.0, 91.0, 19.0]), dense)
     assert mixed.low < 1 < mixed.high
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_the_interval_covers_the_truth_as_often_as_it_says(count: int) -> None:
+    generator = np.random.default_rng(0)
+    dense = result([0.0] * count)
+    drawn = [compare(result(list(10 * generator.normal(0.2, 0.1, count))), dense) for _ in range(1000)]
+    covered = sum(ratio.low <= math.exp(0.2) <= ratio.high for ratio in drawn) / 1000
+    assert 0.93 < covered < 0.97
+
+
+def test_one_window_has_no_interval() -> None:
+    ratio = compare(result([11.0]), result([10.0]))
+    assert (ratio.low, ratio.high, ratio.shown(2)) == (None, None, "1.11")
 
 
 def test_other_windows_are_not_compared() -> None:

@@ -53,6 +53,13 @@ def test_the_dense_model_against_itself_has_ratio_one(tiny: Callable[[str], Path
     assert not (dense / "results.json").exists()
 
 
+def test_windows_are_as_long_as_a_short_context(tiny: Callable[[str], Path], text: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text(text.read_text() * 3)
+    results = moesaic.evaluate_model(tiny("gpt2"), text=long)
+    assert results["protocol"] == "ppl[long.txt w1024 n=all]"
+
+
 def test_controls_need_the_dense_model(output: Path, text: Path) -> None:
     with pytest.raises(InputError, match="controls need the dense model"):
         moesaic.evaluate_model(output, text=text, window=64, controls=True)

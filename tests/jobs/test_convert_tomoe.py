@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
+import moesaic
 from moesaic.blueprint import Blueprint
 from moesaic.errors import InputError
 from moesaic.jobs.convert import convert
+from tests.train.processes import FSDP, two_processes
 from tests.train.tasks import Kill
 
 TRAIN = {"steps": 6, "batch": 2, "held_out": 2, "eval_every": 3, "save_every": 2, "precision": "fp32"}
+WORKER = "tests.jobs.convert_worker"
 CALIBRATION = {"sources": ["tiny"], "tokens": 768, "window": 32}
 
 
@@ -53,6 +56,36 @@ def test_a_killed_training_goes_on_to_the_same_bytes(tiny: Callable[[str], Path]
     convert(tiny("llama"), tmp_path / "killed", settings=chosen)
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     assert Blueprint.load(tmp_path / "killed").attention.keys() == whole.blueprint.attention.keys() != set()
+
+
+@pytest.mark.parametrize("environment", [pytest.param({}, id="ddp"), pytest.param(FSDP, id="fsdp")])
+def test_two_processes_convert_as_one_does(
+    environment: dict[str, str], tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    chosen = settings(start="clusters", union=True)
+    one = convert(tiny("llama"), tmp_path / "one", settings=chosen)
+    two_processes(WORKER, environment, "convert", tiny("llama"), tmp_path / "two", json.dumps(chosen))
+    moesaic.verify(tmp_path / "two")
+    losses = [
+        [json.loads(line).get("loss", 0) for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    there = Blueprint.load(tmp_path / "two").sites
+    for path, plan in one.blueprint.sites.items():
+        same = [set(a.tolist()) & set(b.tolist()) for a, b in zip(plan.experts, there[path].experts, strict=True)]
+        assert min(map(len, same)) >= 0.9 * len(plan.experts[0])
+
+
+def test_several_processes_are_refused_where_nothing_is_trained(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="several processes"):
+        convert(tiny("llama"), tmp_path / "out", method="mlpmoe")
+    with pytest.raises(InputError, match="batch of 3 cannot be shared by 2"):
+        convert(tiny("llama"), tmp_path / "out", settings=settings(train={**TRAIN, "batch": 3}))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from moesaic.jobs.undo import undo
 from moesaic.jobs.verify import verify_output
 from moesaic.targets import glm4_moe
 from tests.tiny_models import build_tiny
+from tests.train.processes import FSDP, two_processes
 from tests.train.tasks import Kill
 from tests.tune.students import IDS, Converted, convert
 from tests.tune.test_student import as_cmoe
@@ -130,6 +131,45 @@ def test_other_families(family: str, made: Any, tmp_path: Path) -> None:
     train = {**FAST["train"], "steps": 1, "held_out": 2}
     done = tune(converted.folder, tmp_path / "out", baseline=converted.dense.folder, config={"train": train})
     assert done.results["tune_parity"]["relative"] < 1e-5
+
+
+def test_pruned_attention_stays_pruned(tiny: Tiny, tmp_path: Path) -> None:
+    train = {"steps": 2, "batch": 2, "held_out": 2, "precision": "fp32"}
+    options = {"active": 0.7, "experts": 3, "embedding": 16, "attention": "both", "union": True, "train": train}
+    calibration = {"sources": ["tiny"], "tokens": 256, "window": 32}
+    converted = moesaic.convert(
+        tiny("llama"), tmp_path / "moe", method="tomoe", options=options, calibration=calibration
+    )
+    pruned = "model.layers.0.self_attn.q_proj.weight"
+    full = Checkpoint(tiny("llama")).tensor(pruned)
+    assert Checkpoint(converted.output).tensor(pruned).shape[0] < full.shape[0]
+    done = tune(converted.output, tmp_path / "out", baseline=tiny("llama"), config=settings())
+    held_out = done.results["tune"]["held_out"]
+    assert held_out["after"]["kl"] < held_out["before"]["kl"]
+    assert done.results["tune_parity"]["relative"] < 1e-5
+    before, after = Checkpoint(converted.output), Checkpoint(done.output)
+    assert {name: before.info(name).shape for name in before.names} == {n: after.info(n).shape for n in after.names}
+    assert not torch.equal(before.tensor(pruned), after.tensor(pruned))
+
+
+@pytest.mark.parametrize("environment", [pytest.param({}, id="ddp"), pytest.param(FSDP, id="fsdp")])
+def test_two_processes_recover_what_one_does(environment: dict[str, str], made: Any, tmp_path: Path) -> None:
+    converted = made(change=as_cmoe)
+    config = {"train": {**FAST["train"], "batch": 4}, "scale_rate": 1e-3, "balance": 1e-2}
+    keys = {"baseline": str(converted.dense.folder), "config": config}
+    tune(converted.folder, tmp_path / "one", **keys)
+    two_processes(
+        "tests.jobs.convert_worker", environment, "tune", converted.folder, tmp_path / "two", json.dumps(keys)
+    )
+    assert check_manifest(tmp_path / "two") > 0
+    one, two = (
+        [json.loads(line).get("loss", 0) for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert two == pytest.approx(one, rel=1e-4)
+    ours, theirs = Checkpoint(tmp_path / "one"), Checkpoint(tmp_path / "two")
+    for name in ours.names:
+        torch.testing.assert_close(theirs.tensor(name), ours.tensor(name), rtol=1e-3, atol=1e-4, msg=name)
 
 
 def hierarchical(made: Any, tmp_path: Path) -> Converted:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -214,6 +216,36 @@ def test_losses_are_zero_for_the_dense_model_itself(tiny: Tiny, tmp_path: Path) 
     assert figures["kl"] > 0.01
     assert figures["hidden"] > 0.001
     assert figures["loss"] == pytest.approx(float(figures["kl"] + figures["hidden"]), rel=1e-5)
+
+
+def test_the_models_own_dropout_is_off_and_that_of_the_adapters_on(tiny: Tiny, tmp_path: Path) -> None:
+    dense = copy_with(tiny("gpt2"), tmp_path / "dense", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    made = convert(dense, tmp_path / "moe")
+    for dropout, equal in ((0.0, True), (0.5, False)):
+        student, config = made.student(lora={"rank": 2, "dropout": dropout})
+        randomise_adapters(student.model)
+        task = TuneTask(student, load_dense(made.dense), made.anatomy, config, torch.float32).train()
+        losses = [float(task(IDS, torch.arange(2), 0)[0].detach()) for _ in range(2)]
+        task.eval()
+        losses.append(float(task(IDS, torch.arange(2), 0)[0].detach()))
+        assert (losses[0] == losses[1] == losses[2]) == equal
+
+
+def test_the_loss_of_hidden_states_does_not_depend_on_how_a_batch_is_cut(converted: Any) -> None:
+    made = converted()
+    student, config = made.student(loss={"kl": 0.0, "hidden": 1.0})
+    task = TuneTask(student, load_dense(made.dense), made.anatomy, config, torch.float32).eval()
+    whole = float(task(IDS, torch.arange(2), 0)[0])
+    parts = [float(task(ids_W[None], torch.arange(1), 0)[0]) for ids_W in IDS]
+    assert whole == pytest.approx(sum(parts) / 2, rel=1e-5)
+
+
+def copy_with(source: Path, out: Path, **config: Any) -> Path:
+    """The same model under a changed config."""
+    shutil.copytree(source, out)
+    file = out / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return out
 
 
 def test_the_teacher_stays_in_eval_mode_and_matrices_are_kept_small(converted: Any) -> None:

@@ -31,7 +31,7 @@ def counted(model: Any) -> list[int]:
     return rows
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral", "granite"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "mixtral", "granite"])
 @torch.no_grad()
 def test_logits_are_the_model_s_and_layers_run_once(family: str, tiny: Tiny, tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()

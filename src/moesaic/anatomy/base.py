@@ -170,6 +170,17 @@ class Anatomy:
         return f"{self.family.layers}.{layer}"
 
 
+def max_positions(config: Config) -> int | None:
+    """Longest context of a model (or of a ``moesaic`` folder), in tokens; None where its config does not say."""
+    config = config.get("text_config") or config
+    return config.get("max_position_embeddings") or config.get("n_positions")
+
+
+def clipped(window: int, config: Config) -> int:
+    """A window of that many tokens, or of as many as the model reads."""
+    return min(window, max_positions(config) or window)
+
+
 def require(config: Config, key: str, model_type: str) -> Any:
     """``config[key]``, or an UnsupportedModelError that names the missing key."""
     if config.get(key) is None:

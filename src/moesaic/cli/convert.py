@@ -61,6 +61,7 @@ def run(
         target=target,
     )
     from moesaic.jobs.request import check_request
+    from moesaic.train.launch import is_worker
 
     if model.endswith(".gguf"):
         quiet_libraries()  # transformers dequantises it
@@ -70,6 +71,8 @@ def run(
 
     progress = ConsoleProgress(quiet)
     done = convert(source, out, settings=settings, blueprint=blueprint, restart=restart, progress=progress)
+    if is_worker():
+        return
     if as_json:
         emit_json({"output": str(done.output)} | done.results)
         return

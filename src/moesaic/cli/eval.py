@@ -24,7 +24,10 @@ def run(
     text: Annotated[
         Path | None, typer.Option("--text", help="UTF-8 text file. Default: WikiText-2 raw test, shipped.")
     ] = None,
-    window: Annotated[int, typer.Option("--window", help="Tokens per window.", min=2)] = 2048,
+    window: Annotated[
+        int | None,
+        typer.Option("--window", help="Tokens per window. Default: 2048, or the model's context if shorter.", min=2),
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Windows to evaluate. Default: all.", min=1)] = None,
     quick: Annotated[bool, typer.Option("--quick", help="16 windows of 1024 tokens.")] = False,
     controls: Annotated[
@@ -65,10 +68,12 @@ def run(
 
 def render(results: dict[str, Any]) -> str:
     """The results as plain tables."""
+    from moesaic.evaluate.comparison import Comparison
+
     rows = []
     for label, result in results["perplexity"].items():
         ratio = result.get("ratio_to_dense")
-        interval = f"{ratio['ratio']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio else ""
+        interval = Comparison(**ratio).shown() if ratio else ""
         rows.append([label, f"{result['value']:.2f}", interval])
     parts = [results["protocol"], "", table(["model", "perplexity", "ratio to dense [95 %]"], rows)]
     if "active_ffn_fraction" in results:

@@ -10,7 +10,7 @@ from moesaic.blueprint import Blueprint
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.jobs.decide import decide
-from moesaic.jobs.job import prepare
+from moesaic.jobs.job import Job, prepare
 from moesaic.materialise import apply_blueprint
 from moesaic.progress import Progress
 from moesaic.settings import ConvertSettings
@@ -30,11 +30,22 @@ def control_model(
     """The dense model, in memory, converted by a control at the active fraction and in the layers of ``blueprint``."""
     from transformers import AutoModelForCausalLM
 
+    job = control_job(name, baseline, blueprint, calibration)
+    control = decide(job, progress)
+    model = AutoModelForCausalLM.from_pretrained(baseline, dtype="auto")
+    apply_blueprint(model, control, job.anatomy)
+    return model.eval()
+
+
+def control_job(name: str, baseline: Path, blueprint: Blueprint, calibration: CalibrationConfig) -> Job:
+    """The conversion that makes that control."""
     dense_config = Checkpoint(baseline).config
     hierarchical = FAMILIES[dense_config["model_type"]].moe is not None
     anatomy = read_anatomy(dense_config, hierarchical=hierarchical)
     dense = {site.layer for site in anatomy.sites if site.path not in blueprint.sites}
-    layout = blueprint.config.get("layout")
+    options = blueprint.config  # where they have an active fraction or a budget over layers, their layout did not count
+    counts = options.get("active") is None and "allocation" not in options
+    layout = options.get("layout") if counts else None
     settings = ConvertSettings(
         method=name,
         options={"layout": layout} if layout else {"active": active_fraction(blueprint)},
@@ -42,7 +53,4 @@ def control_model(
         hierarchical=hierarchical,
         dense_layers=tuple(sorted(dense)),
     )
-    control = decide(prepare(baseline, settings), progress)
-    model = AutoModelForCausalLM.from_pretrained(baseline, dtype="auto")
-    apply_blueprint(model, control, anatomy)
-    return model.eval()
+    return prepare(baseline, settings)

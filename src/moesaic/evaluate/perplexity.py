@@ -1,4 +1,4 @@
-"""Perplexity under one protocol, with paired confidence intervals.
+"""Perplexity under one protocol.
 
 Protocol: one token stream of the joined text, non-overlapping windows, no BOS inserted, the first token of each window
 is not predicted, loss in fp32, mean over all predicted tokens. An incomplete last window is left out. The name of a
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -43,7 +42,12 @@ class Perplexity:
 
 
 def token_windows(tokenizer: Any, text: str, window: int, limit: int | None) -> Tensor:
-    """The text as ids_NW. Raises InputError when it is shorter than one window."""
+    """The text as ids_NW, at most ``limit`` windows.
+
+    Raises InputError when the text is shorter than one window, or nothing would be predicted.
+    """
+    if window < 2 or (limit is not None and limit < 1):
+        raise InputError(f"{limit} windows of {window} tokens predict nothing", "use windows of at least two tokens")
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
     count = len(ids) // window
     if count == 0:
@@ -80,28 +84,3 @@ def perplexity(
     total = sum(window_nll)
     value = math.exp(total / predicted) if total / predicted < 700 else math.inf
     return Perplexity(name, value, predicted, tuple(window_nll))
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A model against a baseline on the same windows: ratio of perplexities and its 95 % interval."""
-
-    ratio: float
-    low: float
-    high: float
-
-    def to_dict(self) -> dict[str, float]:
-        """For results.json."""
-        return asdict(self)
-
-
-def compare(model: Perplexity, baseline: Perplexity, *, resamples: int = 2000, seed: int = 0) -> Comparison:
-    """Paired bootstrap over windows of ``model / baseline``. Raises InputError when the two saw different windows."""
-    if model.name != baseline.name or len(model.window_nll) != len(baseline.window_nll):
-        raise InputError(f"cannot compare {model.name} with {baseline.name}", "evaluate both under one protocol")
-    per_window = model.predicted / len(model.window_nll)
-    difference_N = (np.array(model.window_nll) - np.array(baseline.window_nll)) / per_window
-    generator = np.random.default_rng(seed)
-    draws = generator.integers(len(difference_N), size=(resamples, len(difference_N)))
-    low, high = np.quantile(difference_N[draws].mean(axis=1), [0.025, 0.975])
-    return Comparison(float(np.exp(difference_N.mean())), float(np.exp(low)), float(np.exp(high)))

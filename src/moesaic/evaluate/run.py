@@ -12,15 +12,17 @@ from typing import Any
 
 from torch import Tensor
 
+from moesaic.anatomy.base import Config, clipped
 from moesaic.blueprint import JSON_NAME, Blueprint
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.calibration.samples import evaluation_text
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import InputError
+from moesaic.evaluate.comparison import compare
 from moesaic.evaluate.controls import CONTROLS, active_fraction, control_model
 from moesaic.evaluate.fidelity import router_fidelity, summarise
-from moesaic.evaluate.perplexity import Perplexity, compare, perplexity, protocol_name, token_windows
+from moesaic.evaluate.perplexity import Perplexity, perplexity, protocol_name, token_windows
 from moesaic.evaluate.proxy import ProxyPerplexity, proxy_change, proxy_perplexity
 from moesaic.evaluate.speed import measure
 from moesaic.progress import Progress, Silent
@@ -28,6 +30,7 @@ from moesaic.report.card import write_card
 
 RESULTS = "results.json"
 _FIDELITY_WINDOWS = 2
+_WINDOW = 2048
 
 
 @dataclass
@@ -69,7 +72,7 @@ def evaluate_model(
     *,
     baseline: str | Path | None = None,
     text: str | Path | None = None,
-    window: int = 2048,
+    window: int | None = None,
     limit: int | None = None,
     controls: bool = False,
     fidelity: bool = True,
@@ -84,7 +87,7 @@ def evaluate_model(
         model: Folder of any causal language model.
         baseline: The dense model under the same protocol; without it no ratio is given.
         text: A UTF-8 text file; default: the shipped WikiText-2 raw test split.
-        window: Tokens per window.
+        window: Tokens per window; default: 2048, or the model's longest context where that is shorter.
         limit: Number of windows; None is all.
         controls: Also convert the baseline by the ``static`` and ``random`` controls at the same active fraction.
         fidelity: Measure router fidelity on the first windows; only folders of the moesaic architecture have it.
@@ -96,7 +99,8 @@ def evaluate_model(
         ``{"protocol", "perplexity": {label: ...}, "fidelity", "speed", "parameters", ...}``, ready for JSON.
 
     Raises:
-        InputError: A path or text that cannot be used; ``controls`` without ``baseline`` or blueprint.
+        InputError: A path or text that cannot be used; a window longer than the model's context; ``controls`` without
+            ``baseline`` or blueprint.
     """
     folder = resolve_model(str(model))
     blueprint = Blueprint.load(folder) if (folder / JSON_NAME).exists() else None
@@ -106,6 +110,7 @@ def evaluate_model(
         )
     dataset = "wikitext2-raw/test" if text is None else Path(text).name
     tokenizer = _tokenizer(folder)
+    window = _window(window, Checkpoint(folder).config)
     ids_NW = token_windows(tokenizer, _read(text), window, limit)
     run = _Run(protocol_name(dataset, window, limit), ids_NW, progress or Silent(), tokenizer if proxy else None)
     results: dict[str, Any] = {"protocol": run.name}
@@ -131,6 +136,13 @@ def evaluate_model(
     if save and blueprint is not None:
         merge_results(folder, {"evaluation": {run.name: results}})
     return results
+
+
+def _window(asked: int | None, config: Config) -> int:
+    longest = clipped(asked or _WINDOW, config)
+    if asked is not None and asked > longest:
+        raise InputError(f"a window of {asked} tokens, the model reads {longest}", f"use --window {longest}")
+    return longest
 
 
 def _speed_beside(dense_folder: Path, converted: Any) -> dict[str, Any]:

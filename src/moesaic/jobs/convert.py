@@ -20,16 +20,19 @@ from torch import Tensor
 from moesaic.blueprint import Blueprint, LayerPlan
 from moesaic.checkpoint.origin import CARD
 from moesaic.checkpoint.output import read_split, write_layer, write_rest
+from moesaic.checkpoint.placement import absolute, partial_of
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import StagedOutput
+from moesaic.errors import InputError
 from moesaic.jobs import forecast
-from moesaic.jobs.decide import Decisions, blueprint_of, decide_layers, step_of, trains_whole_model
+from moesaic.jobs.decide import Decisions, blueprint_of, decide_layers, step_of, train_beside, trains_whole_model
 from moesaic.jobs.job import Job, prepare
 from moesaic.progress import Progress, Silent
 from moesaic.report.card import model_card
 from moesaic.settings import ConvertSettings, build
 from moesaic.targets import AUTO, Choice, choose_target, get_target
 from moesaic.targets.base import Split, TargetOptions
+from moesaic.train.launch import is_worker, processes
 
 _CURVES = ("active_mean", "coverage", "load_max")
 
@@ -66,6 +69,9 @@ def convert(
         progress: Receives layers done and notes.
         values: Keys of :class:`ConvertSettings`, e.g. ``method="cmoe", options={"layout": "S3A3E8"}``.
 
+    Where a launcher (``accelerate launch``, ``torchrun``) started several processes, all train and the first one
+    writes; the others return an empty blueprint and no results.
+
     Raises:
         InputError, UnsupportedModelError, CheckpointError: before anything is written.
         VerificationError: when the result does not compute what it should; ``output`` is not created.
@@ -77,6 +83,11 @@ def convert(
     started = time.monotonic()
     output = Path(output).expanduser()
     job = prepare(model, settings, None if blueprint is None else Path(blueprint).expanduser(), output)
+    if processes() > 1 and not trains_whole_model(job):
+        raise InputError("only a training of the whole model uses several processes", "start it without the launcher")
+    if is_worker():
+        train_beside(job, partial_of(absolute(output)) / "training")
+        return Conversion(output, "", blueprint_of(job, Decisions()), {})
     for note in () if job.windows is None else job.windows.notes:
         progress.note(note)
     with StagedOutput.open(

@@ -22,14 +22,16 @@ from moesaic.attention_plan import AttentionPlan
 from moesaic.blueprint import STATIC, Blueprint, LayerPlan, Router
 from moesaic.calibration.stream import LayerStream
 from moesaic.checkpoint.writer import StagedOutput
+from moesaic.errors import InputError
 from moesaic.jobs.allocate import with_allocation
 from moesaic.jobs.job import Job
 from moesaic.materialise import build_ffn
 from moesaic.methods import get_config
-from moesaic.methods.base import MethodModule, ModelContext, ModelMethodModule, SiteInputs
+from moesaic.methods.base import MethodModule, ModelContext, ModelMethodModule, ModelPlan, SiteInputs
 from moesaic.nn.ffn import FFNWeights
 from moesaic.progress import Progress, Silent
 from moesaic.routing import fit_linear_router
+from moesaic.train.launch import processes
 
 Plans = dict[str, LayerPlan]
 MODEL_STEP = "model"
@@ -112,19 +114,28 @@ def _before_training(job: Job) -> Plans:
 def _decide_model(job: Job, staged: StagedOutput | None, progress: Progress) -> Decisions:
     """Run a method that trains on the whole model, resuming in the staging folder where there is one."""
     if staged is not None and staged.planned(MODEL_STEP):
+        if processes() > 1:
+            raise InputError("the training has ended; one process does the rest", "start it without the launcher")
         plans, report, attention = staged.read_plans(MODEL_STEP)
         return Decisions(plans, {}, attention, report)
-    assert job.windows is not None
-    method = cast(ModelMethodModule, job.method)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) if staged is None else staged.training
-        context = ModelContext(
-            job.checkpoint, job.anatomy, job.windows.ids_NW, job.dense_layers, job.settings.seed, folder, progress
-        )
-        made = method.plan_model(context, job.config)
+        made = _plan_model(job, Path(temporary) if staged is None else staged.training, progress)
     if staged is not None:
         staged.write_plans(MODEL_STEP, made.sites, made.report, made.attention)
     return Decisions(made.sites, {}, made.attention, made.report)
+
+
+def train_beside(job: Job, folder: Path) -> None:
+    """Take part in the training of another process, which keeps its states in ``folder``."""
+    _plan_model(job, folder, Silent())
+
+
+def _plan_model(job: Job, folder: Path, progress: Progress) -> ModelPlan:
+    assert job.windows is not None
+    context = ModelContext(
+        job.checkpoint, job.anatomy, job.windows.ids_NW, job.dense_layers, job.settings.seed, folder, progress
+    )
+    return cast(ModelMethodModule, job.method).plan_model(context, job.config)
 
 
 def blueprint_of(job: Job, made: Decisions) -> Blueprint:

@@ -72,8 +72,9 @@ def demo(out: Path, *, windows: int = 6, progress: Progress | None = None) -> De
     from moesaic.calibration.config import CalibrationConfig
     from moesaic.calibration.samples import evaluation_text
     from moesaic.checkpoint.source import resolve_model
+    from moesaic.evaluate.comparison import compare
     from moesaic.evaluate.controls import CONTROLS, active_fraction, control_model
-    from moesaic.evaluate.perplexity import compare, perplexity, protocol_name, token_windows
+    from moesaic.evaluate.perplexity import perplexity, protocol_name, token_windows
     from moesaic.evaluate.speed import measure
     from moesaic.jobs.convert import convert
 

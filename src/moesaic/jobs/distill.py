@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moesaic.anatomy.base import max_positions
 from moesaic.anatomy.weights import load_ffn
 from moesaic.calibration.stream import LayerStream
 from moesaic.calibration.text import build_windows
@@ -109,8 +110,7 @@ def distill(
 def _windows(request: DistillRequest) -> Any:
     from transformers import AutoTokenizer
 
-    dense = request.checkpoint.config
-    limit = dense.get("max_position_embeddings") or dense.get("n_positions")
+    limit = max_positions(request.checkpoint.config)
     return build_windows(request.config.data, load_tokenizer(AutoTokenizer, request.checkpoint.folder), limit)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import moesaic
 from moesaic.anatomy import FAMILIES, read_anatomy
+from moesaic.anatomy.base import clipped
 from moesaic.blueprint import Blueprint
 from moesaic.checkpoint.origin import CARD
 from moesaic.checkpoint.output import write_side_files
@@ -93,7 +94,7 @@ def export(
 
         def verify(staged_folder: Path) -> None:
             progress.note("verifying: logits in stock transformers against those of the source folder")
-            window = min(_PARITY_WINDOW, split.anatomy.config.get("max_position_embeddings") or _PARITY_WINDOW)
+            window = clipped(_PARITY_WINDOW, split.anatomy.config)
             ids_NW = parity_ids(staged_folder, int(split.anatomy.config["vocab_size"]), window)
             parity = native_parity(
                 staged_folder, ids_NW, moesaic_runtime(folder), exact=choice.module.exact(split, settings)

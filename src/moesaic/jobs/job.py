@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import moesaic
-from moesaic.anatomy.base import Anatomy
+from moesaic.anatomy.base import Anatomy, max_positions
 from moesaic.anatomy.weights import load_ffn
 from moesaic.blueprint import Blueprint
 from moesaic.calibration.skeleton import Skeleton
@@ -93,8 +93,7 @@ def prepare(
         from transformers import AutoTokenizer
 
         tokenizer = load_tokenizer(AutoTokenizer, checkpoint.folder)
-        limit = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
-        windows = build_windows(settings.calibration, tokenizer, limit)
+        windows = build_windows(settings.calibration, tokenizer, max_positions(checkpoint.config))
     _check_weights(skeleton)
     method = get_method(settings.method)
     return Job(checkpoint, anatomy, settings, method, config, request.dense_layers, windows, given)

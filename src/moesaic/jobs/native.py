@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from moesaic.anatomy import FAMILIES, read_anatomy
-from moesaic.anatomy.base import Anatomy
+from moesaic.anatomy.base import Anatomy, clipped
 from moesaic.blueprint import Blueprint
 from moesaic.checkpoint.output import read_split
 from moesaic.checkpoint.reader import Checkpoint
@@ -39,7 +39,7 @@ def check_native(
 
     Raises VerificationError when they differ by more than rounding and the target's approximation explain.
     """
-    window = min(_WINDOW, anatomy.config.get("max_position_embeddings") or _WINDOW)
+    window = clipped(_WINDOW, anatomy.config)
     ids_NW = parity_ids(folder, int(anatomy.config["vocab_size"]), window, windows)
     parity = native_parity(folder, ids_NW, blueprint_runtime(dense, anatomy, blueprint), exact=exact)
     parity.require(folder.name)

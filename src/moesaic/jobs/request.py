@@ -20,6 +20,7 @@ from moesaic.methods import get_config
 from moesaic.methods.base import MethodConfig
 from moesaic.settings import ConvertSettings, check_fits, method_config
 from moesaic.targets import AUTO
+from moesaic.train.launch import check_shared
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def _check_whole_model(settings: ConvertSettings) -> None:
         raise InputError(f"target {settings.target} has no pruned attention", "choose moesaic, or attention: none")
     if importlib.util.find_spec("accelerate") is None:
         raise InputError("training needs accelerate", "pip install 'moesaic[tune]'")
+    train = method_config(settings).train  # pyright: ignore[reportAttributeAccessIssue] -- such methods have one
+    check_shared(train.batch, train.accumulate)
 
 
 def check_sources(calibration: CalibrationConfig) -> None:

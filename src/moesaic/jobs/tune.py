@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import moesaic
+from moesaic.anatomy.base import clipped, max_positions
 from moesaic.anatomy.weights import ffn_tensor_names
 from moesaic.blueprint import Blueprint, LayerPlan
 from moesaic.checkpoint.origin import CARD
@@ -162,8 +163,7 @@ def _prepare(request: TuneRequest, preset_name: str, progress: Progress) -> _Job
 
     blueprint = Blueprint.load(request.source.folder)
     tokenizer = load_tokenizer(AutoTokenizer, request.source.folder)
-    limit = request.anatomy.config.get("max_position_embeddings") or request.anatomy.config.get("n_positions")
-    data, notes = read_data(request.config.train, tokenizer, limit)
+    data, notes = read_data(request.config.train, tokenizer, max_positions(request.anatomy.config))
     for note in notes:
         progress.note(note)
     sigmoid = request.config.gate == "sigmoid" or (
@@ -262,11 +262,12 @@ def _write(
     """Write every layer, and what stands beside the layers. Rounds the model to what is written."""
     request, anatomy = job.request, job.request.anatomy
     target, split = get_target(request.target), _split(request, blueprint)
+    written = replace(split, attention={}) if request.own else split  # an own folder's attention is pruned already
     stored = _Stored(job, model, changed)
     for layer in range(anatomy.num_layers):
         copied, packed = stored.layer(layer)
         if not staged.done(step_of(layer)):
-            staged.write_shard(step_of(layer), target.layer_tensors(split, layer, copied, packed, request.options))
+            staged.write_shard(step_of(layer), target.layer_tensors(written, layer, copied, packed, request.options))
     if not staged.done("rest"):
         staged.write_shard("rest", target.rest_tensors(split, stored.rest()))
     provenance = {
@@ -344,7 +345,7 @@ def _check(job: _Job, folder: Path, model: nn.Module, blueprint: Blueprint) -> d
     """The written folder against the trained model, for results.json; raises VerificationError if they differ."""
     request = job.request
     config = request.anatomy.config
-    window = min(_PARITY_WINDOW, config.get("max_position_embeddings") or _PARITY_WINDOW)
+    window = clipped(_PARITY_WINDOW, config)
     ids_NW = parity_ids(folder, int(config["vocab_size"]), window)
     if request.own:
         check_tensors(Checkpoint(folder))

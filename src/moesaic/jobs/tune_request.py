@@ -18,7 +18,7 @@ from moesaic.errors import InputError
 from moesaic.jobs.request import check_sources
 from moesaic.targets import TARGETS
 from moesaic.targets.base import TargetOptions
-from moesaic.train.launch import is_sharded, processes
+from moesaic.train.launch import check_shared, is_sharded
 from moesaic.tune.config import TuneConfig
 from moesaic.tune.mark import tuned
 
@@ -99,13 +99,7 @@ def _check_processes(config: TuneConfig) -> None:
     for package, wanted in needed.items():
         if wanted and importlib.util.find_spec(package) is None:
             raise InputError(f"this training needs {package}", "pip install 'moesaic[tune]'")
-    parts = processes() * config.train.accumulate
-    if config.train.batch % parts:
-        raise InputError(
-            f"a batch of {config.train.batch} cannot be shared by {processes()} processes in "
-            f"{config.train.accumulate} parts",
-            "choose a multiple of their product",
-        )
+    check_shared(config.train.batch, config.train.accumulate)
 
 
 def _checked_cache(folder: Path, config: TuneConfig) -> Path:

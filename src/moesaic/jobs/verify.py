@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moesaic.anatomy import FAMILIES, read_anatomy
-from moesaic.anatomy.base import Anatomy
+from moesaic.anatomy.base import Anatomy, max_positions
 from moesaic.anatomy.weights import load_ffn
 from moesaic.blueprint import Blueprint
 from moesaic.checkpoint.manifest import check_manifest
@@ -150,7 +150,7 @@ def verify_in_vllm(folder: str | Path, python: Path, *, exact: bool, windows: in
     stock = Checkpoint(folder)
     if reason := otherwise_in_vllm(stock):
         raise VerificationError(f"vLLM computes something else from {folder}: {reason}", "see docs/serving.md")
-    vocabulary, context = int(stock.config["vocab_size"]), stock.config.get("max_position_embeddings")
+    vocabulary, context = int(stock.config["vocab_size"]), max_positions(stock.config)
     longest = WINDOW if exact else ENGINE_WINDOW
     window = max(2, min(longest, (context or 2 * ENGINE_WINDOW) - 1, ENGINE_LOGPROBS // vocabulary))
     ids_NW = parity_ids(folder, vocabulary, window, -(-windows * ENGINE_WINDOW // window))

@@ -105,7 +105,7 @@ class ModelContext:
         ids_NW: Training text, token ids int64 [windows, tokens per window].
         dense_layers: Decoder layers that stay dense, counted from 0.
         seed: The only source of randomness.
-        folder: Where states of a long training are kept, so that the same call resumes; it exists.
+        folder: Where states of a long training are kept, so that the same call resumes.
         progress: Receives steps done.
     """
 
@@ -132,5 +132,8 @@ class ModelMethodModule(Protocol):
 
     @staticmethod
     def plan_model(context: ModelContext, config: Any) -> ModelPlan:
-        """Decide all FFNs outside ``context.dense_layers``, and attention where the config asks for it."""
+        """Decide all FFNs outside ``context.dense_layers``, and attention where the config asks for it.
+
+        Of several processes (``moesaic.train.launch``) all train, and the plan of the first counts.
+        """
         ...

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.checkpoint.origin import CARD, is_hub_id
+from moesaic.evaluate.comparison import Comparison
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -192,7 +193,7 @@ def _measured(results: Mapping[str, Any]) -> str:
     for name, evaluation in results.get("evaluation", {}).items():
         for label, row in evaluation["perplexity"].items():
             ratio = row.get("ratio_to_dense")
-            interval = f"{ratio['ratio']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio else ""
+            interval = Comparison(**ratio).shown() if ratio else ""
             rows.append(f"| {name} | {label} | {row['value']:.3f} | {interval} |")
     if not rows:
         return "Nothing has been measured yet: `moesaic eval FOLDER --baseline DENSE --controls` fills this in.\n"

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import os
 
+from moesaic.errors import InputError
+
 
 def processes() -> int:
     """How many processes it started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_shared(batch: int, accumulate: int) -> None:
+    """Refuse a batch that the processes cannot share evenly, each its share in ``accumulate`` parts."""
+    if batch % (processes() * accumulate):
+        raise InputError(
+            f"a batch of {batch} cannot be shared by {processes()} processes in {accumulate} parts",
+            "choose a multiple of their product",
+        )
 
 
 def is_worker() -> bool:

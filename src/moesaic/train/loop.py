@@ -28,6 +28,7 @@ from moesaic.progress import Progress, Silent
 from moesaic.train import state
 from moesaic.train.config import TrainConfig
 from moesaic.train.data import TrainData, derived_seed
+from moesaic.train.launch import check_shared
 from moesaic.train.parallel import Parallel
 from moesaic.train.state import BEST_NAME, STATE_NAME, Standing
 from moesaic.train.task import TrainTask
@@ -119,6 +120,7 @@ class _Run:
     ) -> None:
         self.task, self.data, self.config, self.progress = task, data, config, progress
         self.folder = folder
+        check_shared(config.batch, config.accumulate)
         dtype = config.resolved_dtype()
         about = {"caller": dict(key), "config": config.identity(), "data": data.fingerprint(), "dtype": str(dtype)}
         self.key: dict[str, Any] = json.loads(json.dumps(about))
@@ -126,13 +128,7 @@ class _Run:
         self.parallel = Parallel(_Entry(task, dtype), task.blocks(), self._make_optimiser)
         self.optimiser = self.parallel.optimiser
         self.peak_rates = [group["lr"] for group in self.optimiser.param_groups]
-        count = self.parallel.count
-        if config.batch % (count * config.accumulate):
-            raise InputError(
-                f"a batch of {config.batch} cannot be shared by {count} processes in {config.accumulate} parts",
-                "choose a multiple of their product",
-            )
-        self.micro = config.batch // (count * config.accumulate)
+        self.micro = config.batch // (self.parallel.count * config.accumulate)
         self.standing = Standing()
 
     def _make_optimiser(self) -> torch.optim.Optimizer:

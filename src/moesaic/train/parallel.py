@@ -27,7 +27,7 @@ class Parallel:
     """A wrapped module and its optimiser.
 
     Args:
-        module: What is called; on return of this it is on the device of its process.
+        module: What is called; on return of this it is on the device of its process, under FSDP its share of it.
         blocks: Parts of it to be sharded one by one under FSDP.
         make_optimiser: Called when the parameters are where they stay.
     """
@@ -41,7 +41,6 @@ class Parallel:
         if self._sharded:
             from torch.distributed.fsdp import fully_shard
 
-            module.to(self.device)
             for part in blocks:
                 fully_shard(part)
             fully_shard(module)

@@ -51,9 +51,14 @@ class TuneTask(TrainTask):
                 make_frozen_small(model, dtype)
 
     def train(self, mode: bool = True) -> TuneTask:
+        """Both models stay in evaluation mode, their own dropout is not wanted; only what is added to them trains."""
         super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
+        for model in (self.student, self.teacher):
+            if model is not None:
+                model.eval()
+        for name, module in self.student.named_modules():
+            if isinstance(module, AdaptedFeedForward) or name.endswith(".lora_dropout"):
+                module.train(mode)
         return self
 
     def forward(self, ids_BW: Tensor, index_B: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -129,7 +134,12 @@ def _run(model: Any, ids_BW: Tensor, hidden: bool) -> Any:
 
 
 def _distance(made: tuple[Tensor, ...], asked: tuple[Tensor, ...]) -> Tensor:
-    """Squared distance over squared length, of every layer's output as a whole; mean over layers."""
-    pairs = zip(made, asked, strict=True)
-    ratios = [(ours.float() - own.float()).square().mean() / own.float().square().mean() for ours, own in pairs]
-    return torch.stack(ratios).mean()
+    """Squared distance over squared length, of every layer's output for a whole sequence; mean over both.
+
+    By sequence, so that it does not depend on how a batch is cut up.
+    """
+    ratios_B = [
+        (ours_BWD.float() - own_BWD.float()).square().sum((1, 2)) / own_BWD.float().square().sum((1, 2))
+        for ours_BWD, own_BWD in zip(made, asked, strict=True)
+    ]
+    return torch.stack(ratios_B).mean()

@@ -38,6 +38,7 @@ class KeptStates:
     def run(self, model: Any, ids_BW: Tensor) -> Any:
         """What ``model(ids_BW)`` returns, a transformers causal language model in eval mode, without gradients."""
         body = getattr(model, model.base_model_prefix)
+        body = getattr(body, "decoder", body)  # OPT's head reads what is inside
         files = [self._file(ids_W) for ids_W in ids_BW]
         kept = [_read(file) for file in files]
         missing = [row for row, states_WD in enumerate(kept) if states_WD is None]

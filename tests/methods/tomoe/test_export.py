@@ -152,6 +152,17 @@ def test_caps_come_from_a_quantile_of_held_out_tokens() -> None:
     assert all(small < large for small, large in zip(caps[0.3], caps[1.0], strict=True))  # type: ignore[operator]
 
 
+def test_caps_fall_where_attention_would_leave_the_neurons_nothing() -> None:
+    task = trained("llama", attention="values", cap="quantile", cap_quantile=1.0, active=0.9)
+    free = export(task, tokens()).attention["model.layers.0.self_attn"].cap
+    fixed = task.budget.unpruned() + sum(cost.neuron for cost in task.budget.costs)
+    dim = sum(cost.dim for cost in task.budget.costs)
+    task.budget = replace(task.budget, target=(fixed + 2.5 * dim) / task.budget.total)
+    plan = export(task, tokens())
+    assert plan.attention["model.layers.0.self_attn"].cap == 2 < (free or 0)
+    assert plan.report["active"] <= task.budget.target
+
+
 @pytest.mark.parametrize("attention", ["none", "both"])
 @pytest.mark.parametrize("widths", ["free", "layer", "equal"])
 def test_the_reported_ratio_is_that_of_the_exported_shapes(attention: str, widths: str) -> None:

@@ -127,6 +127,30 @@ def test_masks_that_are_off_get_a_gradient_unless_the_reference_is_wanted() -> N
     assert float(gradients[True].abs().max()) == 0
 
 
+def test_reference_mode_samples_and_masks_as_the_published_code() -> None:
+    task = randomise_controller(tiny_task("llama", attention="both", preset="reference", reference=True, bias=0.0))
+    noise = Noise(0, 1, torch.arange(2), task.device)
+    gates = SampledGates(task.controller, task.controller(), None, 0.0, noise, task.config)
+    x = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(0))
+    mask_TF = gates.neurons(0, x).flatten(0, 1)
+    expert_T = gates.choices[0].flatten(0, 1).argmax(-1)
+    first, second = torch.nonzero(expert_T == expert_T.mode().values).flatten()[:2]
+    assert not torch.equal(mask_TF[first], mask_TF[second])  # drawn anew for every token
+
+    on_TF = mask_TF.detach() > 0.5
+    weight = task.controller.ffn_heads[0].decoder.projection.weight
+    off, on = (
+        torch.autograd.grad(mask_TF[chosen_TF].sum(), weight, retain_graph=True)[0] for chosen_TF in (~on_TF, on_TF)
+    )
+    assert float(off.abs().max()) == 0  # masked in both branches: squared
+    assert float(on.abs().max()) > 0
+
+    values_TH, output_TH = gates.values(0, x)
+    assert values_TH is not None
+    assert output_TH is None
+    assert not torch.equal(gates.second_sample()[0], gates.masks[0])
+
+
 def test_one_expert_makes_the_router_irrelevant() -> None:
     """O8."""
     task = randomise_controller(tiny_task(experts=1))

@@ -164,6 +164,7 @@ def test_presets_are_overridden_key_by_key() -> None:
     assert (paper.union_weight, paper.budget_weight, paper.offset) == (0.0, 8.0, False)
     assert (paper.train.steps, paper.train.learning_rate, paper.train.weight_decay) == (7, 1e-3, 0.05)
     assert Config(preset="reference").train_noise
+    assert Config(attention="dynamic").budget_control == "penalty"
     for name in PRESETS:
         again = Config.model_validate(Config(preset=name).model_dump(mode="json"))  # type: ignore[arg-type]
         assert again == Config(preset=name)  # type: ignore[arg-type]
@@ -182,6 +183,7 @@ def test_presets_are_overridden_key_by_key() -> None:
         {"preset": "paper", "start": "clusters"},
         {"counted": "ffn", "attention": "both"},
         {"top_k": 2, "union": True},
+        {"attention": "dynamic", "budget_control": "exact"},
     ],
 )
 def test_contradictions_are_refused(options: dict[str, Any]) -> None:

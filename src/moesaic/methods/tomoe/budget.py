@@ -54,6 +54,7 @@ class Budget:
         costs: Of the masked layers.
         fixed: Parameters of layers that stay dense.
         pairs, values: Whether queries and keys, values and output are pruned.
+        top_k: Experts per token.
     """
 
     target: float
@@ -61,6 +62,7 @@ class Budget:
     fixed: int
     pairs: bool
     values: bool
+    top_k: int = 1
 
     @property
     def total(self) -> int:
@@ -80,6 +82,11 @@ class Budget:
     def value_cap(self) -> int:
         """Value dims of a head that the target allows, at least one."""
         return max(1, int(self.target * min(cost.head_dim for cost in self.costs)))
+
+    def affordable_cap(self, pairs: Sequence[Width] | None) -> int:
+        """The most value dims of a head, the same in all layers, that leave every FFN a neuron per active expert."""
+        left = self.neuron_budget(pairs, [0.0] * len(self.costs)) - self.top_k * sum(cost.neuron for cost in self.costs)
+        return max(1, int(left / sum(cost.dim for cost in self.costs)))
 
     def value_cost(self) -> int:
         """Parameters of values and output of the masked layers; queries and keys have as many."""
@@ -116,6 +123,7 @@ def budget_of(config: Config, anatomy: Anatomy, ffns: Sequence[FFNSite], attenti
         fixed=sum(cost.total for layer, cost in costs.items() if layer not in masked),
         pairs=config.attention in ("pairs", "both", "dynamic") and any(site.pairs for site in attention),
         values=config.attention in ("values", "both", "dynamic"),
+        top_k=config.top_k,
     )
     if budget.static_budget(config.active) < config.top_k * sum(cost.neuron for cost in budget.costs):
         share = budget.unpruned() / budget.total

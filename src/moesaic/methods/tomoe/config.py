@@ -146,8 +146,8 @@ class Config(MethodConfig):
     )
     reference: bool = Field(
         default=False,
-        description="Reproduce the reference code: masks drawn anew per token and applied to both branches, values "
-        "masked without the output, regularisers on a second sample, cross-entropy in place of KL.",
+        description="Reproduce the reference code: masks of neurons and values drawn anew per token, applied to both "
+        "branches, values masked without the output, regularisers on a second sample, cross-entropy in place of KL.",
     )
     rule: Literal["median", "expected"] = Field(
         default="median",
@@ -189,6 +189,8 @@ class Config(MethodConfig):
             train = {**preset["train"], **train}
         if values.get("masks") == "random" or values.get("offset") is False:
             preset = {**preset, "start": "noise"}
+        if values.get("attention") == "dynamic":  # a common shift cannot hold pairs that differ by token
+            preset = {**preset, "budget_control": "penalty"}
         if {**preset, **values}.get("start", "noise") != "noise":  # it begins at the budget: nothing to descend
             preset = {**preset, "descent": 0.0}
         return {**preset, **values, "train": train}
@@ -207,6 +209,8 @@ class Config(MethodConfig):
             raise InputError("random masks with one expert leave nothing to train", "use 2 experts or more")
         if self.masks == "random" and (self.start != "noise" or self.attention == "dynamic"):
             raise InputError("random masks take no start and are fixed", "leave start and attention: dynamic out")
+        if self.attention == "dynamic" and self.budget_control == "exact":
+            raise InputError("an exact budget cannot hold pairs that differ by token", "use budget_control: penalty")
         changed = self.budget_control == "exact" or self.offset or self.top_k > 1 or self.masks == "random"
         if self.reference and changed:
             raise InputError(

@@ -116,9 +116,11 @@ def _attention_plans(task: ToMoETask, decoded: Decoded, shift: float) -> list[At
 def _capped(
     task: ToMoETask, decoded: Decoded, shift: float, attention: list[AttentionPlan], windows_HW: Tensor
 ) -> list[AttentionPlan]:
-    """The same plans with caps K: what the budget allows, or a quantile of what held-out training tokens ask for."""
+    """The same plans with caps K: a share of the head, or a quantile of what held-out training tokens ask for; lower
+    where the neurons would be left with nothing."""
+    most = task.budget.affordable_cap([float(len(plan.kept)) for plan in attention] if task.budget.pairs else None)
     if task.config.cap == "budget":
-        return [replace(plan, cap=task.budget.value_cap()) for plan in attention]
+        return [replace(plan, cap=min(most, task.budget.value_cap())) for plan in attention]
     routers = [head.router.weight for head in task.controller.ffn_heads]
     masks = task.chosen_masks(decoded, shift)
     plans = [layer_plan(mask_NF, weight, task.config.top_k) for mask_NF, weight in zip(masks, routers, strict=True)]
@@ -130,7 +132,7 @@ def _capped(
             wanted[place].append(mask.sum(-1).flatten())
     quantiles = [torch.cat(dims).quantile(task.config.cap_quantile) for dims in wanted]
     return [
-        replace(plan, cap=min(plan.head_dim, max(1, int(dims.ceil()))))
+        replace(plan, cap=min(most, plan.head_dim, max(1, int(dims.ceil()))))
         for plan, dims in zip(attention, quantiles, strict=True)
     ]
 

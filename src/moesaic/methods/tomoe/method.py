@@ -24,7 +24,9 @@ from moesaic.methods.tomoe.export import export
 from moesaic.methods.tomoe.start import begin
 from moesaic.methods.tomoe.task import ToMoETask
 from moesaic.train.data import TrainData
-from moesaic.train.loop import STATE_NAME, train
+from moesaic.train.launch import is_sharded, is_worker
+from moesaic.train.loop import STATE_NAME, learned, train
+from moesaic.train.state import load_into
 
 _EXPORT_WINDOWS = 8  # held-out windows that set caps and give loads
 
@@ -52,7 +54,8 @@ def plan_model(context: ModelContext, config: Config) -> ModelPlan:
     base = load_base(context, train_config.resolved_dtype())
     task = ToMoETask(config, context.anatomy, base, context.dense_layers, context.seed)
     held_out_HW, ids_NW = context.ids_NW[:held_out], context.ids_NW[held_out:]
-    if config.start != "noise" and not (context.folder / STATE_NAME).exists():
+    # Workers cannot know yet whether the first process throws a state away.
+    if config.start != "noise" and (is_worker() or not (context.folder / STATE_NAME).exists()):
         context.progress.note(f"masks and routers start from {config.start}")
         begin(task, context.checkpoint, ids_NW)
     key = {"method": "tomoe", "options": config.model_dump(mode="json"), "dense_layers": list(context.dense_layers)}
@@ -65,6 +68,12 @@ def plan_model(context: ModelContext, config: Config) -> ModelPlan:
         key=key,
         progress=context.progress,
     )
+    if is_worker():
+        return ModelPlan({})
+    if is_sharded():  # this process holds a part only
+        base = load_base(context, train_config.resolved_dtype())
+        task = ToMoETask(config, context.anatomy, base, context.dense_layers, context.seed)
+        load_into(task.trained(), learned(context.folder))
     plan = export(task, held_out_HW[:_EXPORT_WINDOWS] if held_out else ids_NW[:_EXPORT_WINDOWS])
     return ModelPlan(plan.sites, plan.attention, {**plan.report, "training": _plain(asdict(report))})
 

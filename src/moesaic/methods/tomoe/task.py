@@ -68,6 +68,10 @@ class ToMoETask(TrainTask):
         """See :class:`TrainTask`."""
         return self.controller.groups(self.config)
 
+    def blocks(self) -> list[nn.Module]:
+        """See :class:`TrainTask`."""
+        return [self.base.get_submodule(self.anatomy.layer_path(layer)) for layer in range(self.anatomy.num_layers)]
+
     def forward(self, ids_BW: Tensor, index_B: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`TrainTask`."""
         config = self.config
