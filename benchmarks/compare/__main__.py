@@ -20,11 +20,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare.cases import LEFT_OUT, RECIPES, Case, Shape, cases
+from benchmarks.compare.cases import LEFT_OUT, RECIPES, Case, Shape, cases, percent
+from benchmarks.compare.leak import refuse_leak
 from benchmarks.compare.measure import Protocol, in_child
 from benchmarks.compare.plot import draw
 from benchmarks.compare.table import MAIN, comparisons, markdown
 from benchmarks.compare.tasks import DATA_SETS, data_folder
+from transformers import AutoTokenizer
 
 from moesaic.anatomy import read_anatomy
 from moesaic.calibration.config import CalibrationConfig
@@ -60,12 +62,16 @@ def _main(arguments: argparse.Namespace, run: Runner) -> None:
         for key, reason in {**reasons, **LEFT_OUT}.items():
             print(f"not {key}: {reason}")
         return
+    refuse_leak(AutoTokenizer.from_pretrained(protocol.model), protocol)
     published = _check_work(arguments.work, protocol)
     for key, reason in reasons.items():
         say(f"not {key}: {reason}")
     for number, case in enumerate(wanted, start=1):
         file = arguments.work / f"{case.key}.json"
         known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if known.get("options", case.options()) != case.options():
+            say(f"{case.key}: its options have other defaults now; it is measured anew")
+            known = {}
         if not known or (protocol.tasks and "tasks" not in known):
             say(f"{number}/{len(wanted)}  {case.key} begins")
             record = run(case, protocol, arguments.work.resolve(), arguments.keep, known)
@@ -80,17 +86,29 @@ def write_page(work: Path, protocol: Protocol, shape: Shape, results: Path) -> l
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(work.glob("*@*.json"))]
     rows = comparisons(records)
     fractions = sorted({Fraction(row["fraction"]).limit_denominator(1000) for row in rows[1:]}, reverse=True)
-    _, reasons = cases(shape, fractions, protocol.leading)
+    current, reasons = cases(shape, fractions, protocol.leading)
     name = Path(protocol.model).name
     calibration = protocol.calibration  # the page is published: files by their names
     about = protocol.to_dict() | {"model": name, "machine": _machine()}
     about["calibration"] = calibration | {"sources": [Path(source).name for source in calibration["sources"]]}
+    about["older"] = older_options(records, current)
     results.mkdir(parents=True, exist_ok=True)
     everything = {"about": about, "rows": rows, "inexpressible": reasons}
     _replace(results / f"compare_{name}.json", json.dumps(everything, indent=1) + "\n")
     _replace(results / f"compare_{name}.md", markdown(about, rows, reasons))
     draw(rows, name, results / f"compare_{name}.png")
     return rows
+
+
+def older_options(records: Sequence[dict[str, Any]], current: Sequence[Case]) -> dict[str, dict[str, Any]]:
+    """Options of cases that were measured when these had other defaults than now, by the case's key."""
+    now = {case.key: case.options() for case in current}
+    older = {}
+    for record in records:
+        key = f"{record['case']}@{percent(Fraction(record['fraction']).limit_denominator(1000))}"
+        changed = {n: v for n, v in record.get("options", {}).items() if now.get(key, {}).get(n) != v}
+        older |= {key: changed} if changed else {}
+    return older
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from moesaic.layout import Layout
+from moesaic.settings import ConvertSettings, method_config
 
 UNITS = range(8, 49)
 """Units that a layout may have; the least that hit the fraction exactly are taken."""
@@ -66,6 +67,12 @@ class Case:
     def key(self) -> str:
         """Its file's name."""
         return f"{self.name}@{percent(self.fraction)}"
+
+    def options(self) -> dict[str, Any]:
+        """All options of the method, defaults included; none for the dense model."""
+        if self.settings is None:
+            return {}
+        return method_config(ConvertSettings.model_validate(self.settings)).model_dump(mode="json")
 
 
 DENSE = Case("dense", "dense", Fraction(1), None)

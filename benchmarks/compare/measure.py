@@ -83,7 +83,7 @@ def measure(
         folder = work / case.key
         if not (known and folder.exists()):
             conversion = _convert(case.settings, protocol, dense, folder)
-            record = {"settings": case.settings, "conversion": conversion} | record
+            record = {"settings": case.settings, "options": case.options(), "conversion": conversion} | record
     tokenizer = AutoTokenizer.from_pretrained(dense)
     record.setdefault("seconds", {})
     if "perplexity" not in record:
@@ -91,6 +91,8 @@ def measure(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=protocol.dtype).eval()
         record["size"] = _size(model, folder, dense, converted=case.settings is not None)
         record |= _texts(model, tokenizer, protocol, None if case.settings is None else dense)
+        del model
+        gc.collect()
         record["seconds"]["texts"] = round(time.monotonic() - started, 1)
     if protocol.tasks and "tasks" not in record:
         started = time.monotonic()
@@ -165,13 +167,18 @@ def _size(model: Any, folder: Path, dense: Path, converted: bool) -> dict[str, A
     }
 
 
+def evaluated(tokenizer: Any, protocol: Protocol) -> dict[str, Tensor]:
+    """The windows of each text, ids_NW."""
+    texts = {"WikiText-2": (evaluation_text(), protocol.windows), "C4": (sample_text("c4"), protocol.c4_windows)}
+    return {name: token_windows(tokenizer, text, protocol.window, limit) for name, (text, limit) in texts.items()}
+
+
 def _texts(model: Any, tokenizer: Any, protocol: Protocol, dense: Path | None) -> dict[str, Any]:
     """Perplexity on both texts; on the first windows, distance to the dense model and what the routers choose."""
-    contents = {"WikiText-2": (evaluation_text(), protocol.windows), "C4": (sample_text("c4"), protocol.c4_windows)}
+    limits = {"WikiText-2": protocol.windows, "C4": protocol.c4_windows}
     found: dict[str, Any] = {"perplexity": {}}
-    for name, (text, limit) in contents.items():
-        ids_NW = token_windows(tokenizer, text, protocol.window, limit)
-        protocol_of = protocol_name(TEXTS[name], protocol.window, limit)
+    for name, ids_NW in evaluated(tokenizer, protocol).items():
+        protocol_of = protocol_name(TEXTS[name], protocol.window, limits[name])
         found["perplexity"][name] = perplexity(model, ids_NW, protocol_of).to_dict()
         if dense is not None and name == "WikiText-2":
             found["to_dense"] = _distance(model, dense, protocol.dtype, ids_NW[:CLOSE_WINDOWS])

@@ -103,6 +103,9 @@ def markdown(about: Mapping[str, Any], rows: Sequence[Record], reasons: Mapping[
     for fraction in dict.fromkeys(row["fraction"] for row in converted):
         group = [row for row in converted if row["fraction"] == fraction]
         lines += ["", f"## {percent(fraction)} % of the FFN neurons active", "", *_table(group, dense, with_tasks)]
+    for key, options in about.get("older", {}).items():
+        was = ", ".join(f"{name} = {value}" for name, value in options.items())
+        lines += ["", f"`{key}` was measured under older defaults: {was}."]
     lines += ["", "## What is not in the tables", ""]
     lines += [f"* {key}: {reason}" for key, reason in {**LEFT_OUT, **reasons}.items()]
     return "\n".join([*lines, ""])

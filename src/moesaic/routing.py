@@ -8,7 +8,7 @@ Axes: T tokens, D model width, F packed neurons, E routed experts, K active expe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -91,15 +91,14 @@ def fit_linear_router(
     held = SiteInputs(inputs.x_TD[-held_tokens:])
 
     weights = weights.to(inputs.x_TD.dtype)
-    networks = expert_networks(weights, plan)
     chosen_TE = original_sets(weights, plan, held)
-    energy_TE = expert_energies(networks, held)
+    energy_TE = expert_energies(expert_networks(weights, plan), held)
 
     score = _score(config, held, energy_TE if config.mode == "oracle" else chosen_TE, plan.top_k)
     if plan.top_k == len(plan.experts):
         weight_ED, ridge, iterations = torch.zeros(len(plan.experts), weights.d_model), 0.0, 0
     elif config.mode == "oracle":
-        fit_energy_TE = expert_energies(networks, fit)
+        fit_energy_TE = expert_energies(expert_networks(weights, plan), fit)
         target_TE = solver.energy_targets(fit_energy_TE, config.targets)
         margin_TE = solver.energy_margins(fit_energy_TE, plan.top_k)
         weight_ED, ridge, iterations = _fit(config, fit, target_TE, margin_TE, plan.top_k, score)
@@ -114,8 +113,11 @@ def fit_linear_router(
     return replace(plan, router=router, gate="uniform", selection_bias=None, gate_scale=None), report
 
 
-def expert_networks(weights: FFNWeights, plan: LayerPlan) -> list[FFNWeights]:
-    """Every routed expert as it will be written (readout, fade and scales applied), without the output bias."""
+def expert_networks(weights: FFNWeights, plan: LayerPlan) -> Iterator[FFNWeights]:
+    """Every routed expert as it will be written (readout, fade and scales applied), without the output bias.
+
+    One after the other: as copies, the experts of a union may be many times the FFN.
+    """
     tensors = pack(weights, plan)
     packed = FFNWeights(
         activation=weights.activation,
@@ -125,16 +127,18 @@ def expert_networks(weights: FFNWeights, plan: LayerPlan) -> list[FFNWeights]:
         rows = [row_U.nonzero().flatten() + len(plan.shared) for row_U in plan.membership]
     else:
         rows = torch.arange(len(plan.shared), packed.d_ff).split([len(expert) for expert in plan.experts])
-    return [packed.take(row) for row in rows]
+    for row in rows:
+        yield packed.take(row)
 
 
-def expert_energies(networks: list[FFNWeights], inputs: SiteInputs) -> Tensor:
+def expert_energies(networks: Iterable[FFNWeights], inputs: SiteInputs) -> Tensor:
     """Output energy |E_j(x)|^2 of every expert for every token, float32 [T, E]."""
-    batches = [
-        torch.stack([network(x_TD).float().square().sum(dim=1) for network in networks], dim=1)
-        for x_TD in inputs.batches(_BATCH, networks[0].up_FD.dtype)
-    ]
-    return torch.cat(batches)
+
+    def energy(network: FFNWeights) -> Tensor:
+        outputs = (network(x_TD) for x_TD in inputs.batches(_BATCH, network.up_FD.dtype))
+        return torch.cat([y_TD.float().square().sum(dim=1) for y_TD in outputs])
+
+    return torch.stack([energy(network) for network in networks], dim=1)
 
 
 def original_sets(weights: FFNWeights, plan: LayerPlan, inputs: SiteInputs) -> Tensor:

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from moesaic.solvers.limits import MIN_RIDGE
+
 
 class RouterFitConfig(BaseModel):
     """How a linear router z = W x is fitted to a plan. Defaults were chosen on held-out text, see docs/routers.md."""
@@ -22,7 +24,7 @@ class RouterFitConfig(BaseModel):
         description="Ridge targets in mode oracle. raw: e_j. share: e_j over the token's sum, so that tokens count "
         "alike. amplitude: the square root of the share.",
     )
-    ridge: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
+    ridge: tuple[Annotated[float, Field(ge=MIN_RIDGE, allow_inf_nan=False)], ...] = Field(
         (1e-4, 1e-3, 1e-2, 1e-1, 1.0),
         min_length=1,
         description="Ridge strengths to try, relative to the mean square of an input coordinate (lambda); the best on "

@@ -152,7 +152,7 @@ def test_a_run_writes_the_page_deletes_conversions_and_resumes(
     assert grown["active_parameters"] < rows["dense"]["size"]["parameters"] < grown["parameters"]
     assert 0 < rows["cmoe-oracle"]["fidelity"]["overlap"] <= 1
     assert (tmp_path / "results" / "compare_tiny.png").stat().st_size > 10_000
-    text = (tmp_path / "results" / "compare_tiny.md").read_text()
+    text = page_of(tmp_path)
     assert str(tmp_path) not in text
     assert "mlpmoe-fade@50: a linear schedule" in text
     printed = capsys.readouterr().out.splitlines()
@@ -160,9 +160,25 @@ def test_a_run_writes_the_page_deletes_conversions_and_resumes(
 
     main([*asked, "--only", "static", "cmoe"], run)
     assert ran[4:] == ["cmoe@50"]
+
+    file = tmp_path / "work" / "static@50.json"
+    old = json.loads(file.read_text())
+    assert old["options"]["active"] == 0.5
+    old["options"]["active"] = 0.4
+    file.write_text(json.dumps(old))
+    main([*asked, "--only", "cmoe"], run)
+    assert "`static@50` was measured under older defaults: active = 0.4." in page_of(tmp_path)
+    main([*asked, "--only", "static"], run)
+    assert ran[5:] == ["static@50"]
+    assert "older defaults" not in page_of(tmp_path)
+
     with pytest.raises(SystemExit):
         main([*asked, "--windows", "3"], run)
     assert "windows, c4_windows differ" in capsys.readouterr().err
+
+
+def page_of(tmp_path: Path) -> str:
+    return (tmp_path / "results" / "compare_tiny.md").read_text()
 
 
 def test_tasks_are_added_to_finished_cases(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +232,17 @@ def test_refusals_come_before_any_work(
     with pytest.raises(SystemExit):
         main(arguments(dense, tmp_path, *more))
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+def test_evaluated_text_under_another_name_is_no_calibration(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "mine.txt"
+    copy.write_text(sample_text("tiny")[:400])
+    with pytest.raises(SystemExit):
+        main(arguments(dense, tmp_path, "--calib", str(copy)))
+    assert "are in the windows of WikiText-2" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
 
 

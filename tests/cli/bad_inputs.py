@@ -280,6 +280,12 @@ CALIBRATION = [
 OPTIONS = [
     Bad("layout unreadable", "convert model out --layout 3of8", "cannot read layout '3of8'", "SxAyEz"),
     Bad("experts > neurons", "convert model out --layout S1A1E64", "only 37 neurons", "fewer"),
+    Bad(
+        "ridge too small",
+        "convert model out --method token_clusters --set global_ridge=1e-8",
+        "global_ridge: Input should be greater",
+        "",
+    ),
     Bad("branches > neurons", "convert model out --method mlpmoe --set branches=99", "only 37 neurons", "fewer"),
     Bad("top-k > experts", "convert model out --layout S3A6E8", "top-k 6", "z - x"),
     Bad("shared > units", "convert model out --layout S9A0E8", "more shared units than units"),

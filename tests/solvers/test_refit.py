@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moesaic.solvers import refit as module
+from moesaic.solvers.limits import MIN_RIDGE
 from moesaic.solvers.refit import refit, refit_few, token_weights
+from moesaic.solvers.router_fit import fit_ridge
 
 
 def problem(tokens: int, d_ff: int = 12, d_model: int = 5, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,3 +80,12 @@ def test_weights_make_tokens_count_alike_whatever_their_size() -> None:
 
 def test_tokens_without_output_weigh_nothing() -> None:
     assert token_weights(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist() == [0.0, pytest.approx(1 / 25)]
+
+
+def test_the_smallest_ridge_that_options_take_solves_in_single_precision() -> None:
+    """Gram matrices of fp32 products, with fewer tokens than unknowns: nearly singular."""
+    down_DF, h_TF, y_TD, w_T = (tensor.float() for tensor in problem(100, d_ff=400))
+    found_DF = refit(down_DF, [(h_TF, y_TD, w_T)], MIN_RIDGE)
+    left, before = ((y_TD - h_TF @ matrix_DF.T).square().sum() for matrix_DF in (found_DF, down_DF))
+    assert left < 1e-3 * before
+    assert torch.isfinite(fit_ridge([(h_TF, y_TD)], MIN_RIDGE)).all()

@@ -32,7 +32,7 @@ def planted(tokens: int = 400) -> tuple[Tensor, Tensor, Tensor]:
 
 def clusters_of(seed: int = 0, experts: int = GROUPS, rounds: int = 10, shared: int = COMMON) -> tc.TokenClusters:
     x_TD, h_TF, _ = planted()
-    share_TF = tc.energy_share(h_TF, torch.ones(h_TF.shape[1]))
+    share_TF = tc.neuron_shares(h_TF, torch.ones(h_TF.shape[1]))
     sizes = (shared, OWN + COMMON - shared)
     return tc.cluster_tokens(x_TD, share_TF, experts, sizes, rounds=rounds, ridge=1e-2, seed=seed)
 
@@ -40,11 +40,11 @@ def clusters_of(seed: int = 0, experts: int = GROUPS, rounds: int = 10, shared: 
 def test_energy_shares_do_not_depend_on_the_size_of_a_token() -> None:
     h_TF = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     norm_F = torch.arange(1.0, 10)
-    share_TF = tc.energy_share(h_TF, norm_F)
+    share_TF = tc.neuron_shares(h_TF, norm_F)
     torch.testing.assert_close(share_TF.sum(dim=1), torch.ones(6))
-    torch.testing.assert_close(tc.energy_share(h_TF * 1e3, norm_F), share_TF)
+    torch.testing.assert_close(tc.neuron_shares(h_TF * 1e3, norm_F), share_TF)
     torch.testing.assert_close(share_TF[0, 3] / share_TF[0, 1], (h_TF[0, 3] * 4 / (h_TF[0, 1] * 2)).square())
-    assert tc.energy_share(h_TF * 0, norm_F).tolist() == torch.zeros(6, 9).tolist()
+    assert tc.neuron_shares(h_TF * 0, norm_F).tolist() == torch.zeros(6, 9).tolist()
 
 
 @given(st.integers(1, 6), st.integers(0, 10), st.integers(0, 10), st.integers(0, 9))
@@ -91,7 +91,7 @@ def test_refined_routers_keep_more_energy_also_of_other_tokens() -> None:
     generator = torch.Generator().manual_seed(1)
     x_TD = torch.randn(3000, 16, generator=generator)
     gate_FD, up_FD = (torch.randn(48, 16, generator=generator) for _ in range(2))
-    share_TF = tc.energy_share(torch.relu(x_TD @ gate_FD.T) * (x_TD @ up_FD.T), torch.ones(48))
+    share_TF = tc.neuron_shares(torch.relu(x_TD @ gate_FD.T) * (x_TD @ up_FD.T), torch.ones(48))
 
     def kept(router_steps: int) -> tuple[float, float]:
         fit = (x_TD[:2000], share_TF[:2000])
@@ -113,7 +113,7 @@ def test_same_seed_same_clusters() -> None:
 def test_fewer_tokens_than_experts_and_silence() -> None:
     x_TD, h_TF, _ = planted(8)
     for h_tF in (h_TF[:1], h_TF[:3] * 0):
-        share_TF = tc.energy_share(h_tF, torch.ones(h_TF.shape[1]))
+        share_TF = tc.neuron_shares(h_tF, torch.ones(h_TF.shape[1]))
         found = tc.cluster_tokens(x_TD[: len(h_tF)], share_TF, 6, (2, 4), rounds=3, ridge=1e-2, seed=0)
         assert found.own_EF.sum(dim=1).tolist() == [4] * 6
         assert torch.isfinite(found.router_ED).all()
@@ -121,7 +121,7 @@ def test_fewer_tokens_than_experts_and_silence() -> None:
 
 def test_pattern_products_are_those_of_the_predictions() -> None:
     x_TD, h_TF, _ = planted()
-    share_TF = tc.energy_share(h_TF, torch.ones(h_TF.shape[1]))
+    share_TF = tc.neuron_shares(h_TF, torch.ones(h_TF.shape[1]))
     rows_FD = tc.predicted_patterns(x_TD, share_TF, 1e-3)
     predicted_TF = x_TD @ RidgeStatistics.collect([(x_TD, share_TF.sqrt())]).solve(1e-3).T
     expected_FF = predicted_TF.T @ predicted_TF / len(x_TD)

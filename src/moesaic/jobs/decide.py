@@ -87,6 +87,8 @@ def decide_layers(
                 check(plans)
             if staged is not None:
                 staged.write_plans(step_of(layer), plans, fits)
+                # From the disk, mapped: the readouts of all layers together may be larger than memory.
+                plans, fits, _ = staged.read_plans(step_of(layer))
         if stream is not None and first <= layer < layers - 1:
             _move_on(stream, plans)
             if staged is not None:

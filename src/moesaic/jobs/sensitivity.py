@@ -1,6 +1,6 @@
 """How much each layer matters: what the model loses when one FFN alone keeps its strongest neurons only.
 
-Source: ours [OURS]. Neurons are kept by mean energy share (:func:`moesaic.solvers.token_clusters.energy_share`), the
+Source: ours [OURS]. Neurons are kept by mean energy share (:func:`moesaic.solvers.token_clusters.neuron_shares`), the
 cheapest control; loss is KL(dense || cut) of the next-token distributions, on calibration tokens that did not choose
 the neurons. The forward pass is taken up at the layer that is cut: with L layers it costs (L + 1) / 2 of them per cut.
 
@@ -22,7 +22,7 @@ from moesaic.errors import InputError
 from moesaic.methods.base import SiteInputs
 from moesaic.nn.ffn import FFNWeights
 from moesaic.progress import Progress
-from moesaic.solvers.token_clusters import energy_share, largest
+from moesaic.solvers.token_clusters import largest, neuron_shares
 
 WINDOW = 256
 """Tokens per window here: short ones are cheap, and more places of the text are seen."""
@@ -99,7 +99,7 @@ def _mean_share(weights: FFNWeights, x_TD: Tensor) -> Tensor:
     norm_F = weights.down_DF.float().norm(dim=0)
     total_F = torch.zeros(weights.d_ff)
     for x_BD in SiteInputs(x_TD).batches():
-        total_F += energy_share(weights.hidden(x_BD), norm_F).sum(dim=0)
+        total_F += neuron_shares(weights.hidden(x_BD), norm_F).sum(dim=0)
     return total_F / len(x_TD)
 
 

@@ -42,7 +42,7 @@ class TokenClusters:
     kept: float
 
 
-def energy_share(h_TF: Tensor, norm_F: Tensor) -> Tensor:
+def neuron_shares(h_TF: Tensor, norm_F: Tensor) -> Tensor:
     """(h_i |W_d[:, i]|)^2 over the token's sum, so that every token counts alike, float32 [T, F].
 
     Without this a few tokens with massive activations would own most of a layer's energy.
@@ -65,7 +65,7 @@ def cluster_tokens(
 
     Args:
         x_TD: Inputs of the FFN, float32.
-        share_TF: From :func:`energy_share`.
+        share_TF: From :func:`neuron_shares`.
         experts: E.
         sizes: (S, M).
         rounds: Most rounds with the ridge router; they end early when no token moves.

@@ -120,6 +120,16 @@ def test_masks_and_router_start_where_a_blueprint_is(tmp_path: Path, kind: str) 
             assert torch.equal(head.router(x).argmax(-1), own)
 
 
+def test_a_static_blueprint_is_a_start_for_one_expert(tmp_path: Path) -> None:
+    kept = [torch.arange(5, 18), torch.arange(20, 33)]
+    plans = {f"model.layers.{layer}.mlp": LayerPlan(37, index) for layer, index in enumerate(kept)}
+    (tmp_path / "plan").mkdir()
+    Blueprint("llama", "", "", {}, plans).save(tmp_path / "plan")
+    task = started(tmp_path, start=str(tmp_path / "plan"), experts=1, counted="ffn", active=13 / 37)
+    masks = task.chosen_masks(*task.decode())
+    assert [mask_NF[0].nonzero().flatten().tolist() for mask_NF in masks] == [index.tolist() for index in kept]
+
+
 def test_a_blueprint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     folder, _ = written_blueprint(tmp_path / "plan", experts=3)
     with pytest.raises(InputError, match="3 experts"):

@@ -11,6 +11,7 @@ from pydantic import Field
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.sizes import Sizes
+from moesaic.solvers.limits import MIN_RIDGE
 
 MIN_TOKENS_PER_NEURON = 1.0  # experts of an existing MoE that got less stay whole
 _OVERLAPPING = 16
@@ -51,7 +52,7 @@ class Config(MethodConfig):
     )
     router_ridge: float = Field(
         default=1e-2,
-        gt=0,
+        ge=MIN_RIDGE,
         allow_inf_nan=False,
         description="Ridge of the linear router, relative to the mean square of an input coordinate.",
     )
@@ -68,13 +69,13 @@ class Config(MethodConfig):
     )
     global_ridge: float = Field(
         default=0.1,
-        gt=0,
+        ge=MIN_RIDGE,
         allow_inf_nan=False,
         description="Shrinkage of the global refit to the dense projection, relative to the mean square activation.",
     )
     expert_ridge: float = Field(
         default=1.0,
-        gt=0,
+        ge=MIN_RIDGE,
         allow_inf_nan=False,
         description="Shrinkage of an expert's refit to the global one, relative to its mean square activation.",
     )

@@ -34,7 +34,7 @@ from moesaic.solvers.energy import mean_output_energy
 from moesaic.solvers.kmeans import balanced_kmeans
 from moesaic.solvers.refit import refit, refit_few, token_weights
 from moesaic.solvers.router_fit import energy_targets, fit_ridge, top_k_sets
-from moesaic.solvers.token_clusters import cluster_tokens, energy_share, largest, predicted_patterns
+from moesaic.solvers.token_clusters import cluster_tokens, largest, neuron_shares, predicted_patterns
 
 _BATCH = 2048
 
@@ -62,9 +62,9 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     work = weights.to(torch.float32)
     x_TD = torch.cat(list(inputs.batches(dtype=torch.float32)))
     h_TF = torch.cat([work.hidden(x_BD) for x_BD in x_TD.split(_BATCH)])
-    share_TF = energy_share(h_TF, work.down_DF.norm(dim=0))
+    share_TF = neuron_shares(h_TF, work.down_DF.norm(dim=0))
     if not parts.own:
-        routing = _static(share_TF, mean_output_energy([h_TF], work.down_DF), parts)
+        routing = _static(share_TF, mean_output_energy(h_TF.split(_BATCH), work.down_DF), parts)
     elif config.split != "disjoint":
         routing = _overlapping(x_TD, share_TF, parts, config, seed)
     else:

@@ -20,7 +20,7 @@ from moesaic.methods.tomoe.hard import expert_masks
 from moesaic.methods.tomoe.samplers import MEDIAN
 from moesaic.methods.tomoe.task import ToMoETask
 from moesaic.solvers.router_fit import energy_targets, fit_ridge, top_k_sets
-from moesaic.solvers.token_clusters import cluster_tokens, energy_share
+from moesaic.solvers.token_clusters import cluster_tokens, neuron_shares
 from moesaic.train.data import derived_seed
 
 _TOKENS = 8192
@@ -51,7 +51,7 @@ def begin(task: ToMoETask, checkpoint: Checkpoint, ids_NW: Tensor) -> None:
     embeddings = task.controller.hypernetwork()
     for place, (site, head) in enumerate(zip(task.ffns, task.controller.ffn_heads, strict=True)):
         weights = load_ffn(checkpoint, site, task.anatomy.activation).to(inputs[place].dtype)
-        share_TF = energy_share(weights.hidden(inputs[place]), weights.down_DF.float().norm(dim=0))
+        share_TF = neuron_shares(weights.hidden(inputs[place]), weights.down_DF.float().norm(dim=0))
         x_TD = inputs[place].float()
         if plans is None:
             seed = derived_seed(task.seed, place)
@@ -183,7 +183,7 @@ def _run_dense(task: ToMoETask, ids_BW: Tensor, handles: Sequence[Any]) -> None:
 
 
 def _from_plan(plan: LayerPlan, x_TD: Tensor, share_TF: Tensor) -> tuple[Tensor, Tensor]:
-    held_NF = (expert_masks(plan) > 0).float()
+    held_NF = (expert_masks(plan) > 0).float() if plan.experts else torch.zeros(1, plan.d_ff)
     held_NF[:, plan.shared[plan.shared >= 0]] = 1.0
     router = plan.router
     if router.kind == "linear" and not router.normalise_input and "bias" not in router.tensors:
@@ -201,9 +201,10 @@ def _plans_of(folder: Path, task: ToMoETask) -> Sequence[LayerPlan]:
         raise InputError(f"the blueprint in {folder} leaves {missing[0]} dense", "keep the same layers dense")
     plans = [sites[site.path] for site in task.ffns]
     for site, plan in zip(task.ffns, plans, strict=True):
-        if plan.d_ff != site.d_ff or len(plan.experts) != task.config.experts:
+        experts = max(1, len(plan.experts))  # all that is always on is one expert
+        if plan.d_ff != site.d_ff or experts != task.config.experts:
             raise InputError(
-                f"{site.path} has {len(plan.experts)} experts of {plan.d_ff} neurons in the blueprint in {folder}",
+                f"{site.path} has {experts} experts of {plan.d_ff} neurons in the blueprint in {folder}",
                 f"it must have {task.config.experts} of {site.d_ff}: set experts, or take another blueprint",
             )
     return plans
