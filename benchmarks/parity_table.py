@@ -33,8 +33,9 @@ from moesaic.evaluate.llama_cpp import llama_cpp_parity, stock_logits
 from moesaic.evaluate.native_parity import parity_ids
 from moesaic.evaluate.vllm import find_python, otherwise_in_vllm, vllm_parity
 from moesaic.jobs.convert import convert
-from moesaic.jobs.export import export, read_converted
+from moesaic.jobs.export import export
 from moesaic.jobs.export_gguf import export_gguf
+from moesaic.jobs.native import read_converted
 from moesaic.targets import TARGETS, get_target
 from moesaic.targets.base import TargetOptions
 

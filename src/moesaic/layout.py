@@ -45,10 +45,10 @@ class Layout:
 
     @classmethod
     def from_active_fraction(cls, fraction: float, units: int = 8) -> Layout:
-        """The layout of ``units`` units nearest to an active fraction, half of the active units shared (rounded up).
+        """The layout of ``units`` units nearest to an active fraction, half of the active units shared (rounded down).
 
         0.75 with 8 units is S3A3E8, 0.5 is S2A2E8, 0.25 with 16 units is S2A2E16. Raises InputError when the fraction
-        is not in (0, 1] or does not land within half a unit.
+        is not in (0, 1].
         """
         if not 0.0 < fraction <= 1.0:
             raise InputError(f"active fraction {fraction} is not in (0, 1]", "use e.g. --active 0.75")

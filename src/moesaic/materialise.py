@@ -121,9 +121,11 @@ def build_ffn(weights: FFNWeights, plan: LayerPlan) -> MoEFeedForward:
 
 
 @torch.no_grad()
-def apply_blueprint(model: nn.Module, blueprint: Blueprint, anatomy: Anatomy) -> None:
+def apply_blueprint(model: nn.Module, blueprint: Blueprint, anatomy: Anatomy, dtype: torch.dtype | None = None) -> None:
     """Convert a loaded transformers model in place: every FFN that the blueprint names becomes its MoE form, every
     attention its pruned form.
+
+    FFNs are split in ``dtype``, which rounds what the split computes; by default in that of the model.
 
     In an existing MoE, a block of experts is converted as a whole: the blueprint names all of its experts or none.
 
@@ -144,7 +146,8 @@ def apply_blueprint(model: nn.Module, blueprint: Blueprint, anatomy: Anatomy) ->
     blocks: dict[str, list[nn.Module]] = {}
     for path, plan in blueprint.sites.items():
         site = sites[path]
-        module = build_ffn(ffn_of_model(model, site, anatomy.activation), plan)
+        weights = ffn_of_model(model, site, anatomy.activation)
+        module = build_ffn(weights if dtype is None else weights.to(dtype), plan)
         parent = path.rpartition(".")[0]
         if site.expert is not None:
             blocks.setdefault(parent, []).insert(site.expert, module)

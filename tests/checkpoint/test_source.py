@@ -197,6 +197,17 @@ def test_hub_id_offline(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "local folder" in caught.value.hint
 
 
+def test_a_hub_model_without_safetensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "hub" / "models--owner--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(InputError, match="owner/model has no safetensors"):
+        resolve_model("owner/model")
+
+
 def test_hub_id_in_the_local_cache(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repo = tmp_path / "hub" / "models--owner--model"
     snapshot = repo / "snapshots" / ("0" * 40)

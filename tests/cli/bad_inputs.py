@@ -291,6 +291,7 @@ OPTIONS = [
     Bad("shared > units", "convert model out --layout S9A0E8", "more shared units than units"),
     Bad("nothing active", "convert model out --layout S0A0E8", "nothing active"),
     Bad("active out of range", "convert model out --active 1.5", r"not in \(0, 1\]"),
+    Bad("active no eighths", "convert model out --active 0.7", "no number of eighths", "S3A3E8"),
     Bad("layout and active", "convert model out --layout S3A3E8 --active 0.5", "both --layout and --active", "one"),
     Bad("unknown method", "convert model out --method cmoo", "unknown method 'cmoo'", "cmoe"),
     Bad("unknown method, listed", "methods cmoo", "unknown method 'cmoo'", "cmoe"),
@@ -394,6 +395,14 @@ VERBS = [
     Bad("eval: text missing", "eval done --text no.txt", "no.txt cannot be read", "UTF-8"),
     Bad("eval: text too short", "eval done --text t.txt", "token", arrange=write("t.txt", "Hello there.")),
     Bad("eval: controls alone", "eval done --controls --window 64", "controls need", "--baseline"),
+    Bad("eval: speed alone", "eval done --speed --window 64", "beside the dense model", "--baseline"),
+    Bad(
+        "eval: another baseline",
+        "eval done --baseline model --window 64",
+        "not the model that",
+        "--baseline",
+        put(UP, 0.5),
+    ),
     Bad("eval: window too long", "eval done --window 4096", "the model reads 512", "--window 512"),
     Bad("eval: window of one", "eval done --window 1", "window", code=2),
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moesaic.errors import VerificationError
 from moesaic.targets import TARGETS
 
 Tiny = Callable[[str], Path]
@@ -55,6 +56,18 @@ def test_a_stock_folder_becomes_a_gguf(run: Run, tiny: Tiny, tmp_path: Path) -> 
         code, _, err = run("export", tiny("llama"), tmp_path / "other.gguf", *wrong)
         assert code == 1
         assert wrong[2] in err
+
+
+def test_a_gguf_that_computes_something_else_does_not_stay(
+    run: Run, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def differs(*_given: object) -> None:
+        raise VerificationError("differs")
+
+    monkeypatch.setattr("moesaic.jobs.native.check_gguf", differs)
+    code, _, err = run("export", tiny("llama"), tmp_path / "model.gguf", "--to", "gguf")
+    assert (code, err.splitlines()[-1]) == (3, "error: differs")
+    assert not list(tmp_path.iterdir())
 
 
 def test_targets_are_listed_and_a_model_without_any_has_its_reason(run: Run, tiny: Tiny) -> None:

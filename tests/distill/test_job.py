@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from moesaic.calibration.text import build_windows
 from moesaic.distill.config import DistillConfig, trials
 from moesaic.distill.sweep import run_trial
 from moesaic.errors import InputError, MoesaicError
@@ -96,6 +98,32 @@ def test_a_stopped_sweep_goes_on_where_it_was(
     done = distill(tiny("llama"), 1, tmp_path / "out", config=config())
     assert len(seen) == len(trials(config(), 32)) - 5
     assert without_times(done.results) == without_times(swept.results)
+
+
+def test_a_sweep_killed_while_it_cleans_up_needs_no_training_again(
+    swept: Distilled, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_given: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "_appear", killed)
+        with pytest.raises(KeyboardInterrupt):
+            distill(tiny("llama"), 1, tmp_path / "out", config=config())
+    (tmp_path / "out.partial" / "data" / "about.json").unlink(missing_ok=True)
+    monkeypatch.setattr("moesaic.distill.sweep.run_trial", killed)
+    done = distill(tiny("llama"), 1, tmp_path / "out", config=config())
+    assert without_times(done.results) == without_times(swept.results)
+    names = {path.name for path in done.output.iterdir()}
+    assert {"results.json", "report.html"} <= names
+    assert not names & {"data", "trials", "key.json"}
+
+
+@pytest.mark.real
+def test_the_shipped_text_is_enough_for_the_defaults(smollm2: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    asked = DistillConfig().data
+    assert build_windows(asked, tokenizer, None).ids_NW.numel() == asked.tokens
 
 
 def test_two_processes_find_what_one_does(swept: Distilled, tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def test_a_process_that_is_left_early_is_ended(tmp_path: Path) -> None:
     assert work.exists()
     windows.close()
     assert not work.exists()
+
+
+def test_a_process_that_dies_between_two_windows_is_reported(tmp_path: Path) -> None:
+    dying = ANSWER.replace("sys.stdin.readline()", "sys.exit('out of memory')")
+    windows = answers(command(dying), tmp_path / "work", IDS, engine="adder", environment={"OFFSET": "0"})
+    next(windows)
+    time.sleep(1)  # it is gone when it is spoken to
+    with pytest.raises(VerificationError, match="out of memory"):
+        next(windows)
 
 
 @pytest.mark.parametrize(("code", "words"), [(STOP, "last words"), ("raise SystemExit(0)", "without a message")])

@@ -37,6 +37,8 @@ def test_model_dense_and_controls_share_one_protocol(tiny: Callable[[str], Path]
         assert row["value"] > 1
         assert ("ratio_to_dense" in row) == (label != "dense")
     assert results["active_ffn_fraction"] == pytest.approx(0.75, abs=0.03)
+    for control in ("static", "random"):
+        assert results["perplexity"][control]["active_ffn_fraction"] == pytest.approx(0.75, abs=0.03)
     assert set(results["proxy"]) == {"dense", "model", "static", "random"}
     assert set(results["speed"]) == {"dense", "model"}
     assert len(results["fidelity"]["sites"]) == 2

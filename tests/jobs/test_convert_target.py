@@ -50,7 +50,7 @@ def oracle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Conversion:
 @pytest.fixture
 def no_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine that has no room for two models."""
-    monkeypatch.setattr(native, "too_large", lambda dense: "two models take more than there is")
+    monkeypatch.setattr(native, "too_large", lambda *_: "two models take more than there is")
 
 
 @torch.inference_mode()

@@ -14,8 +14,8 @@ from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, ResourceError
 from moesaic.jobs import forecast, native
 from moesaic.jobs.convert import expected_bytes
-from moesaic.jobs.export import read_converted
 from moesaic.jobs.job import prepare
+from moesaic.jobs.native import read_converted
 from moesaic.jobs.request import check_request
 from moesaic.settings import ConvertSettings
 from moesaic.targets.base import TargetOptions
@@ -40,7 +40,7 @@ def disk_of(folder: Path, **values: Any) -> forecast.DiskForecast:
 @pytest.fixture
 def no_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine that has no room for two models: sizes are the matter here."""
-    monkeypatch.setattr(native, "too_large", lambda dense: "two models take more than there is")
+    monkeypatch.setattr(native, "too_large", lambda *_: "two models take more than there is")
 
 
 @pytest.fixture(scope="module")

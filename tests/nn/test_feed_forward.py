@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor
 
 from moesaic.blueprint import LayerPlan, Router
@@ -253,6 +254,20 @@ def test_meta_tensors_pass_through() -> None:
     weights = random_ffn(37, 16)
     plan = random_plan(weights)
     assert build_ffn(weights, plan).to("meta")(torch.empty(5, 16, dtype=torch.float64, device="meta")).shape == (5, 16)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_weights_that_accelerate_has_offloaded_are_used(router: str) -> None:
+    weights = random_ffn(37, 16, gated=not router.endswith("ungated"), biases=True)
+    module = build_ffn(weights, random_plan(weights, "S0A2E7", router, "uniform", "none"))
+    x_TD = random_inputs(200)
+    with torch.no_grad():
+        expected = [module(x_TD[:count]) for count in (1, 200)]
+        cpu_offload(torch.nn.Sequential(module), execution_device=torch.device("cpu"), offload_buffers=True)
+        assert module.up_proj.weight.is_meta
+        for count, expected_TD in zip((1, 200), expected, strict=True):
+            torch.testing.assert_close(module(x_TD[:count]), expected_TD)
+    assert module.up_proj.weight.is_meta
 
 
 def test_state_dict_is_what_pack_writes() -> None:

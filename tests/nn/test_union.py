@@ -51,6 +51,18 @@ def as_union(plan: LayerPlan) -> LayerPlan:
     return dataclasses.replace(plan, union=True)
 
 
+def test_a_forward_in_inference_mode_does_not_hinder_training() -> None:
+    weights = random_ffn(24, 16)
+    ffn = build_ffn(weights, as_union(plan_of(random_members(2, 24, 0.6))))
+    x_TD = random_inputs(200, 16)
+    with torch.inference_mode():
+        ffn(x_TD[:3])
+    for parameter in ffn.parameters():
+        parameter.requires_grad_(True)
+    ffn(x_TD).sum().backward()
+    assert ffn.up_proj.weight.grad is not None
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[FFNWeights, LayerPlan]:
     """Experts of any width from 0 to F, disjoint or overlapping, with and without shared neurons."""

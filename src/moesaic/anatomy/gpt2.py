@@ -19,5 +19,6 @@ FAMILY = Family(
     activation="activation_function",
     d_ff_default=lambda config: 4 * config["n_embd"],
     prefix="transformer",
+    buffers=(".attn.bias", ".attn.masked_bias"),
     refuse=_refuse,
 )

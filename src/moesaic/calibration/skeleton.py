@@ -107,6 +107,9 @@ class Skeleton:
         anatomy: Of the same model.
         dtype: In which the parameters are loaded.
 
+    Attributes:
+        names: Of the tensors that the model has.
+
     Raises:
         CheckpointError: transformers cannot build the model that config.json describes.
     """
@@ -116,6 +119,7 @@ class Skeleton:
         self.anatomy = anatomy
         self.dtype = dtype
         self.model = _without_weights(checkpoint.folder, dtype)
+        self.names = frozenset(self.model.state_dict())
         self._layers = list(self.model.get_submodule(anatomy.family.layers).children())
         self.stand_ins = [LayerStandIn() for _ in self._layers]
         self.model.set_submodule(anatomy.family.layers, nn.ModuleList(self.stand_ins))

@@ -82,7 +82,7 @@ def build_windows(
         if cut and not source.builtin:
             notes.append(f"calibration source {source.label}: only its first {len(text):,} characters are used")
         if share == 0:
-            notes.append(f"calibration source {source.label} is too light for a window; raise --calib-tokens")
+            notes.append(f"calibration source {source.label} is too light for a window; raise the number of tokens")
         ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         _check_length(source, len(ids), window, share)
         starts = _starts(len(ids), window, share, random.Random(f"{config.seed}:{index}"))
@@ -225,7 +225,8 @@ def _check_length(source: Source, found: int, window: int, share: int) -> None:
     if found < share * window:
         raise InputError(
             f"calibration source {source.label} has {found} tokens, its share is {share} windows of {window}",
-            f"give more text, or lower --calib-tokens so that its share is at most {found // window * window}",
+            "give more text, or lower --calib-tokens (tune, distill: --tokens) so that its share is at most "
+            f"{found // window * window}",
         )
 
 

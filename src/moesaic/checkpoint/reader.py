@@ -109,6 +109,11 @@ class Checkpoint:
         return tuple(self._handles)
 
     @property
+    def dtype(self) -> str:
+        """torch's name for the dtype of the largest tensor, which is that of nearly all."""
+        return self.info(max(self.names, key=lambda name: self.info(name).nbytes)).dtype
+
+    @property
     def nbytes(self) -> int:
         """Size of all tensors on disk."""
         return sum(info.nbytes for info in self._tensors.values())

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from moesaic.checkpoint.origin import write_gguf_card
+from moesaic.checkpoint.placement import check_space
 from moesaic.errors import CheckpointError, InputError, MoesaicError, ResourceError, UnsupportedModelError
 from moesaic.paths import cache_folder
 
@@ -125,6 +126,8 @@ def _save_dequantised(gguf: Path, folder: Path) -> None:
     import torch
     import transformers
 
+    from moesaic.checkpoint.durable import disk_errors
+
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     # Recent releases of transformers keep the packed blocks unless they are told otherwise.
     config_class = getattr(transformers, "GgufConfig", None)
@@ -141,7 +144,9 @@ def _save_dequantised(gguf: Path, folder: Path) -> None:
     # The tensors are ordinary ones now; these marks would make save_pretrained refuse and readers dequantise again.
     vars(model).pop("hf_quantizer", None)
     vars(model.config).pop("quantization_config", None)
-    model.save_pretrained(folder)
+    check_space(folder, 4 * model.num_parameters())
+    with disk_errors(folder):
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     from gguf import GGUFReader  # there, as transformers has just read the file with it
 
@@ -164,7 +169,7 @@ def _download(model: str) -> Path:
 
     local = "give a local folder or a .gguf file"
     try:
-        return Path(snapshot_download(model, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        folder = Path(snapshot_download(model, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except GatedRepoError as error:
         raise InputError(f"access to {model} must be granted first", "accept its terms, then: hf auth login") from error
     except RepositoryNotFoundError as error:
@@ -175,3 +180,9 @@ def _download(model: str) -> Path:
     except Exception as error:  # whatever the network stack raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"cannot fetch {model}: {reason}", local) from error
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"{model} has no safetensors on the hub",
+            "load it with transformers where you trust its author, and save_pretrained: that writes safetensors",
+        )
+    return folder

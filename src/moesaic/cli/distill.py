@@ -73,7 +73,7 @@ def run(
     if given := {key: value for key, value in text.items() if value is not None}:
         section = values.get("data", {})
         if not isinstance(section, dict):
-            raise InputError("distill: data holds no mapping", "write e.g. --tokens 200000")
+            raise InputError("distill: data holds no mapping", "write e.g. --tokens 65536")
         values["data"] = {**section, **given}
     settings = build(DistillConfig, values, "distill")
     workers = processes if processes is not None else os.cpu_count() or 1

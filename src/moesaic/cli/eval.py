@@ -10,6 +10,8 @@ import typer
 from moesaic.cli import options as opt
 from moesaic.cli.console import ConsoleProgress, emit, emit_json, quiet_libraries, table
 
+_QUICK = 1024
+
 
 def attach(app: typer.Typer) -> None:
     """Add the verb."""
@@ -29,7 +31,7 @@ def run(
         typer.Option("--window", help="Tokens per window. Default: 2048, or the model's context if shorter.", min=2),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Windows to evaluate. Default: all.", min=1)] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="16 windows of 1024 tokens.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="16 windows of 1024 tokens, if not told otherwise.")] = False,
     controls: Annotated[
         bool, typer.Option("--controls", help="Also static pruning and a random partition at the same active fraction.")
     ] = False,
@@ -55,7 +57,7 @@ def run(
         folder,
         baseline=dense[0] if dense else None,
         text=text,
-        window=1024 if quick else window,
+        window=_QUICK if quick and window is None else window,
         limit=16 if quick and limit is None else limit,
         controls=controls,
         fidelity=fidelity,

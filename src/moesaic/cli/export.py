@@ -9,7 +9,7 @@ import typer
 
 from moesaic.cli import options as opt
 from moesaic.cli.console import ConsoleProgress, emit, emit_json, native_line, quiet_libraries
-from moesaic.errors import InputError
+from moesaic.errors import InputError, VerificationError
 
 GGUF = "gguf"
 
@@ -55,7 +55,8 @@ def run(
         emit_json({"output": str(done.output), "target": done.target, "refused": done.refused} | done.results)
         return
     emit(f"{done.output}: {done.target}")
-    emit(native_line(done.results["native_parity"]))
+    if "native_parity" in done.results:
+        emit(native_line(done.results["native_parity"]))
 
 
 def _gguf(
@@ -66,7 +67,11 @@ def _gguf(
 
     done = export_gguf(folder, out, dtype, tokenizer_gguf=tokenizer_gguf, progress=progress)
     progress.note("comparing: llama.cpp on the file with transformers on the folder")
-    parity = check_gguf(done.output, folder, done.dtype)
+    try:
+        parity = check_gguf(done.output, folder, done.dtype)
+    except VerificationError:
+        done.output.unlink()  # nobody shall take it for a good one
+        raise
     if as_json:
         report = {"output": str(done.output), "architecture": done.architecture, "bytes": done.nbytes}
         emit_json(report | {"llama_cpp_parity": None if parity is None else parity.to_dict()})

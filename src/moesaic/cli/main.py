@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 
 import typer
@@ -38,6 +37,9 @@ for _verb in (demo, plan, convert, eval, export, inspect, tune, distill, verify,
     _verb.attach(app)
 
 
+_INTERRUPTED = 130
+
+
 @app.callback()
 def _options(debug: bool = typer.Option(False, "--debug", help="Show the trace of an error.")) -> None:
     """Exit codes: 0 ok, 1 user or input error, 2 usage, 3 verification failed, 4 out of resources, 130 interrupted."""
@@ -53,11 +55,10 @@ def main() -> None:
         if debug:
             raise
         fail(error.message, error.hint, error.exit_code)
-    except KeyboardInterrupt:
-        fail("interrupted", "the same command resumes an unfinished conversion", 130)
-    except BrokenPipeError:  # the reader of our stdout (head, less) is gone: not an error, and nothing more can be said
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # typer's only word on it
+            fail("interrupted", "the same command resumes what it had begun to write", _INTERRUPTED)
+        raise
     except MemoryError:
         fail("out of memory", "lower --calib-tokens, or use a machine with more memory", 4)
     except OSError as error:

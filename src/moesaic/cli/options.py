@@ -88,7 +88,7 @@ def make_settings(
     if layout is not None:
         method_options["layout"] = str(Layout.parse(layout))
     if active is not None:
-        method_options["layout"] = str(Layout.from_active_fraction(active))
+        method_options |= _active(method or values.get("method"), active)
     calibration = _section(values, "calibration")
     given = {"sources": calib, "tokens": calib_tokens, "window": calib_window, "seed": seed}
     calibration |= {key: value for key, value in given.items() if value is not None}
@@ -102,6 +102,23 @@ def make_settings(
         flags[name] = value
     values |= {key: value for key, value in flags.items() if value is not None}
     return build(ConvertSettings, values | {"options": method_options, "calibration": calibration}, "settings")
+
+
+def _active(method: str | None, fraction: float) -> dict[str, Any]:
+    """The method's own option of that name, or the layout of eight units for one that has none."""
+    from moesaic.methods import get_config
+    from moesaic.settings import ConvertSettings
+
+    chosen = method or ConvertSettings.model_fields["method"].default
+    if "active" in get_config(chosen).Config.model_fields:
+        return {"active": fraction}
+    layout = Layout.from_active_fraction(fraction)
+    if layout.active_fraction != fraction:
+        raise InputError(
+            f"method {chosen} has units, and {fraction:g} is no number of eighths",
+            f"the nearest layout of eight is {layout}; or give a --layout of more units",
+        )
+    return {"layout": str(layout)}
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:

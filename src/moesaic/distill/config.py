@@ -16,7 +16,7 @@ from moesaic.errors import InputError
 
 Law = Literal["real", "gaussian"]
 
-_DATA = CalibrationConfig(sources=(Source.parse("wikitext"),), tokens=200_000, window=512, compute_dtype="float32")
+_DATA = CalibrationConfig(sources=(Source.parse("wikitext"),), tokens=65_536, window=512, compute_dtype="float32")
 
 
 class ProbeConfig(BaseModel):

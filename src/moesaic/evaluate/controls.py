@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,30 @@ def active_fraction(blueprint: Blueprint) -> float:
     return active / sum(plan.d_ff for plan in blueprint.sites.values())
 
 
+def _of_the_split(blueprint: Blueprint) -> float:
+    """The active fraction of the FFNs that are split, those left whole not counted."""
+    split = [plan for plan in blueprint.sites.values() if plan.experts or not plan.keeps_all]
+    return sum(plan.active_neurons for plan in split) / sum(plan.d_ff for plan in split) if split else 1.0
+
+
 def control_model(
     name: str, baseline: Path, blueprint: Blueprint, calibration: CalibrationConfig, progress: Progress
-) -> Any:
-    """The dense model, in memory, converted by a control at the active fraction and in the layers of ``blueprint``."""
+) -> tuple[Any, float]:
+    """The dense model, in memory, converted by a control at the active fraction and in the layers of ``blueprint``, and
+    its own active fraction.
+
+    An expert of an existing MoE that ``blueprint`` leaves whole stays whole. A control that is calibrated may leave
+    others whole too, which saw too little text: then its active fraction is larger.
+    """
     from transformers import AutoModelForCausalLM
 
     job = control_job(name, baseline, blueprint, calibration)
     control = decide(job, progress)
+    whole = {path: plan for path, plan in blueprint.sites.items() if not plan.experts and plan.keeps_all}
+    control = replace(control, sites={**control.sites, **whole})
     model = AutoModelForCausalLM.from_pretrained(baseline, dtype="auto")
     apply_blueprint(model, control, job.anatomy)
-    return model.eval()
+    return model.eval(), active_fraction(control)
 
 
 def control_job(name: str, baseline: Path, blueprint: Blueprint, calibration: CalibrationConfig) -> Job:
@@ -48,7 +62,7 @@ def control_job(name: str, baseline: Path, blueprint: Blueprint, calibration: Ca
     layout = options.get("layout") if counts else None
     settings = ConvertSettings(
         method=name,
-        options={"layout": layout} if layout else {"active": active_fraction(blueprint)},
+        options={"layout": layout} if layout else {"active": _of_the_split(blueprint)},
         calibration=calibration,
         hierarchical=hierarchical,
         dense_layers=tuple(sorted(dense)),

@@ -9,6 +9,7 @@ Axes: N windows, W tokens per window.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import tempfile
@@ -50,15 +51,19 @@ def answers(
             assert process.stdin is not None
             assert process.stdout is not None
             try:
-                for _ in ids_NW:
+                for window in range(len(ids_NW)):
+                    if window:
+                        with contextlib.suppress(BrokenPipeError):  # it is dead: seen below
+                            process.stdin.write("\n")
+                            process.stdin.flush()
                     if not any(line.startswith("@ready") for line in process.stdout):
                         process.wait()
                         raise VerificationError(f"{engine} cannot run {folder}: {_last_line(errors)}", "report it")
                     yield load_file(Path(work) / "result.safetensors")
-                    process.stdin.write("\n")
-                    process.stdin.flush()
             finally:
                 process.kill()
+                with contextlib.suppress(BrokenPipeError):  # of what it did not read any more
+                    process.stdin.close()
 
 
 def _last_line(errors: TextIO) -> str:

@@ -25,6 +25,7 @@ from moesaic.evaluate.fidelity import router_fidelity, summarise
 from moesaic.evaluate.perplexity import Perplexity, perplexity, protocol_name, token_windows
 from moesaic.evaluate.proxy import ProxyPerplexity, proxy_change, proxy_perplexity
 from moesaic.evaluate.speed import measure
+from moesaic.jobs.request import check_source, check_sources
 from moesaic.progress import Progress, Silent
 from moesaic.report.card import write_card
 
@@ -43,6 +44,7 @@ class _Run:
     tokenizer: Any = None  # set when proxy perplexity is wanted
     measured: dict[str, Perplexity] = field(default_factory=dict)
     proxies: dict[str, ProxyPerplexity] = field(default_factory=dict)
+    active: dict[str, float] = field(default_factory=dict)  # of the controls
 
     def perplexity(self, label: str, model: Any) -> None:
         self.progress.note(f"perplexity of {label}")
@@ -55,6 +57,7 @@ class _Run:
         return {
             label: result.to_dict()
             | ({"ratio_to_dense": compare(result, dense).to_dict()} if dense and label != "dense" else {})
+            | ({"active_ffn_fraction": self.active[label]} if label in self.active else {})
             for label, result in self.measured.items()
         }
 
@@ -99,8 +102,8 @@ def evaluate_model(
         ``{"protocol", "perplexity": {label: ...}, "fidelity", "speed", "parameters", ...}``, ready for JSON.
 
     Raises:
-        InputError: A path or text that cannot be used; a window longer than the model's context; ``controls`` without
-            ``baseline`` or blueprint.
+        InputError: A path or text that cannot be used; a window longer than the model's context; ``baseline`` is not
+            what the model was made from; ``controls`` or ``speed`` without ``baseline``.
     """
     folder = resolve_model(str(model))
     blueprint = Blueprint.load(folder) if (folder / JSON_NAME).exists() else None
@@ -108,13 +111,19 @@ def evaluate_model(
         raise InputError(
             "controls need the dense model and a blueprint", "add --baseline MODEL; evaluate a moesaic output"
         )
+    dense_folder = None if baseline is None else resolve_model(str(baseline))
+    if blueprint is not None and dense_folder is not None:
+        check_source(Checkpoint(dense_folder), Checkpoint(folder))
+    if controls:
+        check_sources(_calibration(folder))  # now, as they are read last
+    if speed and dense_folder is None:
+        raise InputError("speed is measured beside the dense model", "add --baseline MODEL")
     dataset = "wikitext2-raw/test" if text is None else Path(text).name
     tokenizer = _tokenizer(folder)
     window = _window(window, Checkpoint(folder).config)
     ids_NW = token_windows(tokenizer, _read(text), window, limit)
     run = _Run(protocol_name(dataset, window, limit), ids_NW, progress or Silent(), tokenizer if proxy else None)
     results: dict[str, Any] = {"protocol": run.name}
-    dense_folder = None if baseline is None else resolve_model(str(baseline))
     if dense_folder is not None:
         with _loaded(dense_folder) as dense:
             results["parameters_dense"] = dense.num_parameters()
@@ -154,7 +163,7 @@ def _speed_beside(dense_folder: Path, converted: Any) -> dict[str, Any]:
 def _measure_controls(run: _Run, dense_folder: Path, blueprint: Blueprint, calibration: CalibrationConfig) -> None:
     """Perplexity of each control, one model in memory at a time."""
     for name in CONTROLS:
-        control = control_model(name, dense_folder, blueprint, calibration, run.progress)
+        control, run.active[name] = control_model(name, dense_folder, blueprint, calibration, run.progress)
         run.perplexity(name, control)
         del control
         gc.collect()

@@ -203,7 +203,7 @@ def _summary(made: Decisions) -> dict[str, Any]:
 def _check(job: Job, folder: Path, blueprint: Blueprint, choice: Choice, progress: Progress) -> dict[str, Any]:
     """Parity of the staged folder, for results.json; raises VerificationError before the output appears."""
     from moesaic.evaluate.parity import stream_parity
-    from moesaic.jobs.native import check_native, too_large
+    from moesaic.jobs.native import check_native, proves_exactly, too_large
     from moesaic.jobs.verify import check_tensors
 
     if choice.name == "moesaic":
@@ -211,11 +211,12 @@ def _check(job: Job, folder: Path, blueprint: Blueprint, choice: Choice, progres
         check_tensors(Checkpoint(folder))
         parity = stream_parity(job.checkpoint, job.anatomy, folder, blueprint, _parity_ids(job))
         return {"parity": parity.to_dict()}
-    if reason := too_large(job.checkpoint):
+    if reason := too_large(job.checkpoint, Checkpoint(folder)):
         progress.note(f"not verified in stock transformers: {reason}; run moesaic verify --parity where there is room")
         return {"native_parity_skipped": reason}
     progress.note("verifying: logits in stock transformers against those of the blueprint")
-    exact = choice.module.exact(read_split(job.checkpoint, job.anatomy, blueprint.sites), job.settings.target_options)
+    split = read_split(job.checkpoint, job.anatomy, blueprint.sites)
+    exact = proves_exactly(choice.name, split, job.settings.target_options, job.checkpoint.dtype)
     return {"native_parity": check_native(folder, job.checkpoint, job.anatomy, blueprint, exact=exact).to_dict()}
 
 

@@ -34,6 +34,8 @@ from moesaic.routing import fit_linear_router
 from moesaic.train.launch import processes
 
 Plans = dict[str, LayerPlan]
+_ROUTER_TOKENS = 16
+"""Fewest tokens that a router is fitted to; an expert of an existing MoE may get fewer."""
 MODEL_STEP = "model"
 """Name of the step in which a method decides the whole model."""
 
@@ -194,7 +196,10 @@ def _decide_layer(
         plan = _decide_site(job, site, weights, inputs, progress)
         if plan is None:
             continue
-        if job.settings.router is not None and inputs is not None and plan.router.kind != "static":
+        fits_router = job.settings.router is not None and plan.router.kind != "static"
+        if fits_router and inputs is not None and inputs.tokens < _ROUTER_TOKENS:
+            progress.note(f"{site.path} keeps its own router: {inputs.tokens} tokens came to fit another")
+        elif job.settings.router is not None and fits_router and inputs is not None:
             plan, fit = fit_linear_router(plan, weights, inputs, job.settings.router)
             fits[site.path] = fit.to_dict()
         plans[site.path] = plan
@@ -211,7 +216,8 @@ def _decide_site(
         return job.given.sites.get(site.path)
     if inputs is not None and job.anatomy.family.moe is not None:
         needed = getattr(get_config(job.settings.method), "MIN_TOKENS_PER_NEURON", 0.0) * site.d_ff
-        if inputs.tokens < max(needed, 1):
+        needed = max(needed, 1 if job.settings.router is None else _ROUTER_TOKENS)
+        if inputs.tokens < needed:
             progress.note(
                 f"{site.path} stays whole: its router sent it {inputs.tokens} tokens, {needed:.0f} are needed"
             )

@@ -77,6 +77,9 @@ def distill(
     with durable.full_disk_errors(partial):
         if restart:
             durable.remove_tree(partial)
+        if (partial / PAGE_NAME).exists():  # it was killed while it cleaned up
+            _appear(request)
+            return Distilled(request.output, json.loads((request.output / RESULTS_NAME).read_text(encoding="utf-8")))
         partial.mkdir(exist_ok=True)
         try:
             durable.replace_text(partial / KEY_NAME, json.dumps(request.key(), indent=1) + "\n")
@@ -165,8 +168,13 @@ def _finish(request: DistillRequest, results: dict[str, Any], progress: Progress
         durable.replace_text(partial / f"figure-{place}.svg", svg)
     durable.replace_text(partial / RESULTS_NAME, json.dumps(results, indent=1) + "\n")
     durable.replace_text(partial / PAGE_NAME, page(results, drawn))
-    shutil.rmtree(partial / "data")
-    shutil.rmtree(partial / "trials")
-    (partial / KEY_NAME).unlink()
-    partial.rename(request.output)
+    _appear(request)
+
+
+def _appear(request: DistillRequest) -> None:
+    """Drop what was needed only on the way, and rename; may be called again after a kill."""
+    for name in ("data", "trials"):
+        shutil.rmtree(request.partial / name, ignore_errors=True)
+    request.partial.rename(request.output)
+    (request.output / KEY_NAME).unlink()
     durable.sync(request.output.parent)

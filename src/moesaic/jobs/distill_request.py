@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import moesaic
-from moesaic.anatomy import read_anatomy
+from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy, FFNSite
 from moesaic.anatomy.weights import ffn_tensor_names
 from moesaic.checkpoint.placement import absolute, check_output, partial_of
@@ -62,9 +62,10 @@ def check_distill(
     out = absolute(output)
     check_output(out, local_folder(model))
     checkpoint = Checkpoint(resolve_model(str(model)))
+    family = FAMILIES.get(str(checkpoint.config.get("model_type")))
+    if family is not None and family.moe is not None:
+        raise UnsupportedModelError("the laboratory takes dense FFNs; this model is MoE already", "give a dense model")
     anatomy = read_anatomy(checkpoint.config)
-    if anatomy.family.moe is not None:
-        raise UnsupportedModelError("the laboratory takes dense FFNs; this model is MoE already")
     if not -anatomy.num_layers <= layer < anatomy.num_layers:
         raise InputError(f"layer {layer} of a model with {anatomy.num_layers} layers", "layers count from 0")
     sites = anatomy.sites_of(layer % anatomy.num_layers)

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 import moesaic
-from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import clipped
-from moesaic.blueprint import Blueprint
 from moesaic.checkpoint.origin import CARD
 from moesaic.checkpoint.output import write_side_files
 from moesaic.checkpoint.reader import Checkpoint
@@ -25,7 +23,8 @@ from moesaic.checkpoint.writer import RESULTS_NAME, StagedOutput
 from moesaic.errors import InputError
 from moesaic.evaluate.native_parity import native_parity, parity_ids
 from moesaic.evaluate.runtime import Runtime
-from moesaic.jobs import forecast
+from moesaic.jobs import forecast, native
+from moesaic.jobs.native import read_converted
 from moesaic.progress import Progress, Silent
 from moesaic.report.card import model_card
 from moesaic.settings import build
@@ -93,34 +92,22 @@ def export(
         results = _earlier_results(folder) | {"export": {"target": choice.name, "options": settings.model_dump()}}
 
         def verify(staged_folder: Path) -> None:
-            progress.note("verifying: logits in stock transformers against those of the source folder")
-            window = clipped(_PARITY_WINDOW, split.anatomy.config)
-            ids_NW = parity_ids(staged_folder, int(split.anatomy.config["vocab_size"]), window)
-            parity = native_parity(
-                staged_folder, ids_NW, moesaic_runtime(folder), exact=choice.module.exact(split, settings)
-            )
-            results["native_parity"] = parity.to_dict()
-            parity.require(output.name)
+            if reason := native.too_large(checkpoint, Checkpoint(staged_folder)):
+                progress.note(f"not verified in stock transformers: {reason}")
+                results["native_parity_skipped"] = reason
+            else:
+                progress.note("verifying: logits in stock transformers against those of the source folder")
+                window = clipped(_PARITY_WINDOW, split.anatomy.config)
+                ids_NW = parity_ids(staged_folder, int(split.anatomy.config["vocab_size"]), window)
+                exact = native.proves_exactly(choice.name, split, settings, checkpoint.dtype)
+                parity = native_parity(staged_folder, ids_NW, moesaic_runtime(folder), exact=exact)
+                results["native_parity"] = parity.to_dict()
+                parity.require(output.name)
             config = json.loads((staged_folder / "config.json").read_text(encoding="utf-8"))
             staged.write_text(CARD, model_card(config, results))
 
         staged.finish(results=results, verify=verify)
     return Export(output, choice.name, choice.refused, results)
-
-
-def read_converted(folder: Path) -> tuple[Checkpoint, Blueprint, Split]:
-    """A folder of the ``moesaic`` architecture. Raises InputError for anything else."""
-    checkpoint = Checkpoint(folder)
-    if checkpoint.config.get("model_type") != "moesaic":
-        raise InputError(
-            f"{folder} is a {checkpoint.config.get('model_type')} model, not one of the moesaic architecture",
-            "export starts from an output of `moesaic convert` with --target moesaic",
-        )
-    blueprint = Blueprint.load(folder)
-    dense_config = checkpoint.config["text_config"]
-    hierarchical = FAMILIES[dense_config["model_type"]].moe is not None
-    anatomy = read_anatomy(dense_config, hierarchical=hierarchical)
-    return checkpoint, blueprint, Split(anatomy, blueprint.sites, checkpoint.config["ffn_sites"], blueprint.attention)
 
 
 def moesaic_runtime(folder: Path) -> Runtime:

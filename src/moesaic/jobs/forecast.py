@@ -197,7 +197,10 @@ def memory(settings: ConvertSettings, anatomy: Anatomy, source: Source) -> Memor
     """The peak while layers are decided: one layer in fp32, embeddings, states of all tokens, one FFN's activations."""
     if getattr(get_config(settings.method), "WHOLE_MODEL", False):
         return MemoryForecast(round(_training_memory(settings, anatomy, source)), source.nbytes)
-    per_layer = (3 if anatomy.gated else 2) * anatomy.d_model * anatomy.d_ff + 4 * anatomy.d_model**2
+    neurons: dict[int, int] = {}
+    for site in anatomy.sites:  # all experts of a MoE layer are held together
+        neurons[site.layer] = neurons.get(site.layer, 0) + site.d_ff
+    per_layer = (3 if anatomy.gated else 2) * anatomy.d_model * max(neurons.values()) + 4 * anatomy.d_model**2
     embeddings = anatomy.d_model * int(anatomy.config.get("vocab_size") or 0)
     tokens = _calibration_tokens(settings)
     held = getattr(get_config(settings.method), "held", None)

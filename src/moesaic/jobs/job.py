@@ -14,6 +14,7 @@ from moesaic.anatomy.weights import load_ffn
 from moesaic.blueprint import Blueprint
 from moesaic.calibration.skeleton import Skeleton
 from moesaic.calibration.text import Windows, build_windows
+from moesaic.checkpoint.output import output_names
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import CheckpointError, InputError
 from moesaic.jobs.request import at_active, check_request
@@ -79,13 +80,12 @@ def prepare(
     given = None if blueprint is None else Blueprint.load(blueprint)
     if given is not None:
         _check_blueprint(given, anatomy)
-        if settings.allocation is not None:
-            raise InputError("a blueprint says already which layers are dense", "leave allocation out")
+        if settings.allocation is not None or settings.dense_layers:
+            raise InputError("a blueprint says already which layers are dense", "leave allocation and dense layers out")
         if settings.router is not None and all(plan.router.kind == "static" for plan in given.sites.values()):
             raise InputError("the blueprint routes nothing: all it keeps is always on", "leave --router out")
-    # In the dtype of the largest tensor, which is that of nearly all: then looking at the weights copies none.
-    largest = max(checkpoint.names, key=lambda name: checkpoint.info(name).nbytes)
-    skeleton = Skeleton(checkpoint, anatomy, getattr(torch, checkpoint.info(largest).dtype))
+    # In the dtype of nearly all tensors: then looking at the weights copies none.
+    skeleton = Skeleton(checkpoint, anatomy, getattr(torch, checkpoint.dtype))
     _check_target(anatomy, settings.target)
     windows = None
     decides = given is None and get_config(settings.method).needs_calibration(config)
@@ -131,6 +131,13 @@ def _check_weights(skeleton: Skeleton) -> None:
     One pass over the weights; the checkpoint remembers which are finite.
     """
     checkpoint, anatomy = skeleton.checkpoint, skeleton.anatomy
+    if anatomy.family.moe is None:  # there transformers fuses experts under names of its own
+        strangers = [name for name, out in output_names(checkpoint, anatomy).items() if out not in skeleton.names]
+        if strangers:
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor {strangers[0]} has no place in a {anatomy.family.name} model",
+                "load the model with transformers and save_pretrained: that leaves out what it does not read",
+            )
     skeleton.load_outer()
     skeleton.unload()
     for layer in range(anatomy.num_layers):

@@ -7,6 +7,8 @@ import math
 import os
 from pathlib import Path
 
+import torch
+
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy, clipped
 from moesaic.blueprint import Blueprint
@@ -19,10 +21,10 @@ from moesaic.evaluate.engine_parity import WINDOW, WINDOWS, EngineParity
 from moesaic.evaluate.llama_cpp import available, llama_cpp_parity, stock_logits
 from moesaic.evaluate.native_parity import NativeParity, native_parity, parity_ids
 from moesaic.evaluate.runtime import Runtime
-from moesaic.jobs.export import read_converted
 from moesaic.materialise import apply_blueprint
 from moesaic.targets import TARGETS, get_target
 from moesaic.targets.base import Split, TargetOptions
+from moesaic.targets.common import geometry
 from moesaic.tune.mark import tuned
 
 _WINDOW = 256
@@ -46,9 +48,24 @@ def check_native(
     return parity
 
 
-def too_large(dense: Checkpoint) -> str | None:
+def proves_exactly(target: str, split: Split, options: TargetOptions, dtype: str) -> bool:
+    """Whether a written folder must agree with its blueprint to the rounding of fp32.
+
+    Not where weights of 1 are approached, nor where down projections of ``dtype`` were multiplied by a number that
+    16 bits round.
+    """
+    if not get_target(target).exact(split, options):
+        return False
+    if dtype == "float32" or target in ("dense", "glm4_moe") or not any(p.experts for p in split.plans.values()):
+        return True
+    sizes = geometry(split, options)
+    factor = sizes.experts if target == "qwen2_moe" else sizes.top_k
+    return factor.bit_count() == 1  # a power of two
+
+
+def too_large(model: Checkpoint, written: Checkpoint) -> str | None:
     """Why both models should not be in memory at once on this machine, or None."""
-    needed = 2 * 4 * sum(math.prod(dense.info(name).shape) for name in dense.names)
+    needed = 4 * sum(math.prod(one.info(name).shape) for one in (model, written) for name in one.names)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed <= _MEMORY_SHARE * memory:
         return None
@@ -72,7 +89,7 @@ def verify_native(folder: str | Path, baseline: str | Path | None, *, windows: i
     anatomy = read_anatomy(dense.config, hierarchical=FAMILIES[dense.config["model_type"]].moe is not None)
     made = output.config["moesaic"]
     options = TargetOptions.model_validate(made.get("target_options") or {})
-    exact = get_target(made["target"]).exact(read_split(dense, anatomy, blueprint.sites), options)
+    exact = proves_exactly(made["target"], read_split(dense, anatomy, blueprint.sites), options, dense.dtype)
     return check_native(output.folder, dense, anatomy, blueprint, exact=exact, windows=windows)
 
 
@@ -98,6 +115,21 @@ def read_stock(folder: str | Path, baseline: str | Path | None) -> tuple[Checkpo
     if dense.fingerprint() != made.get("source"):
         raise InputError(f"{baseline} is not the model that {folder} was made from", "check --baseline")
     return output, dense, Blueprint.load(output.folder)
+
+
+def read_converted(folder: Path) -> tuple[Checkpoint, Blueprint, Split]:
+    """A folder of the ``moesaic`` architecture. Raises InputError for anything else."""
+    checkpoint = Checkpoint(folder)
+    if checkpoint.config.get("model_type") != "moesaic":
+        raise InputError(
+            f"{folder} is a {checkpoint.config.get('model_type')} model, not one of the moesaic architecture",
+            "export starts from an output of `moesaic convert` with --target moesaic",
+        )
+    blueprint = Blueprint.load(folder)
+    dense_config = checkpoint.config["text_config"]
+    hierarchical = FAMILIES[dense_config["model_type"]].moe is not None
+    anatomy = read_anatomy(dense_config, hierarchical=hierarchical)
+    return checkpoint, blueprint, Split(anatomy, blueprint.sites, checkpoint.config["ffn_sites"], blueprint.attention)
 
 
 def check_gguf(gguf: Path, folder: str | Path, dtype: str) -> EngineParity | None:
@@ -160,7 +192,7 @@ def blueprint_runtime(dense: Checkpoint, anatomy: Anatomy, blueprint: Blueprint)
     """The dense model under the blueprint, as our runtime computes it, in fp32."""
     from transformers import AutoModelForCausalLM
 
-    # Split in the checkpoint's dtype first: scaled weights are rounded as they are on disk.
-    model = AutoModelForCausalLM.from_pretrained(dense.folder, dtype="auto")
-    apply_blueprint(model, blueprint, anatomy)
+    # FFNs are split in the checkpoint's dtype: scaled weights are rounded as they are on disk.
+    model = AutoModelForCausalLM.from_pretrained(dense.folder, dtype=torch.float32)
+    apply_blueprint(model, blueprint, anatomy, getattr(torch, dense.dtype))
     return Runtime(model.float())

@@ -74,7 +74,7 @@ def read_config(model: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        hint = "give the folder of a Hugging Face checkpoint; a .gguf or hub id is planned after its first conversion"
+        hint = "give the folder of a Hugging Face checkpoint; of a .gguf or hub id, the folder in the cache"
         raise InputError(f"{path} does not exist", hint) from error
     except NotADirectoryError as error:
         raise InputError(
@@ -115,7 +115,8 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
     fraction = computed if layout is None else layout.active_fraction  # of a layout without padding
     converted = sum(site.d_ff for site in sites) * per_neuron
     experts, width = shape.experts, shape.width
-    padding = sum(width - size for size in layout.expert_sizes(d_ff)) if layout is not None else 0
+    own = get_config(settings.method).sizes(config, d_ff).own
+    padding = len(own) * max(own) - sum(own) if own else 0
     return PlanReport(
         family=anatomy.family.name,
         model_type=str(anatomy.config.get("model_type")),
@@ -230,7 +231,7 @@ def _remarks(width: int, padding: int, anatomy: Anatomy) -> tuple[str, ...]:
         if missing:
             remarks.append(f"expert width {width} is not a multiple of {', '.join(missing)}")
     if padding:
-        remarks.append(f"{padding} padding neurons per layer, because the units do not divide {anatomy.d_ff} neurons")
+        remarks.append(f"{padding} padding neurons per layer, because the experts are not all as wide")
     return tuple(remarks)
 
 

@@ -119,6 +119,12 @@ def _check_whole_model(settings: ConvertSettings) -> None:
     check_shared(train.batch, train.accumulate)
 
 
+def check_source(dense: Checkpoint, output: Checkpoint) -> None:
+    """Refuse a dense model that is not the one ``output``, a folder of moesaic, was made from."""
+    if dense.fingerprint() != output.config["moesaic"].get("source"):
+        raise InputError(f"{dense.folder} is not the model that {output.folder} was made from", "check --baseline")
+
+
 def check_sources(calibration: CalibrationConfig) -> None:
     """Refuse calibration texts that are not there; what is in them is seen when they are read."""
     for source in calibration.expanded():

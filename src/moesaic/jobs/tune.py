@@ -356,7 +356,9 @@ def _check(job: _Job, folder: Path, model: nn.Module, blueprint: Blueprint) -> d
         if difference > TOLERANCE:
             raise VerificationError(f"{folder.name} differs from the trained model by {difference:.1e}", "report it")
         return {"tune_parity": {"relative": difference, "tokens": ids_NW.numel()}}
-    exact = get_target(request.target).exact(_split(request, blueprint), request.options)
+    from moesaic.jobs.native import proves_exactly
+
+    exact = proves_exactly(request.target, _split(request, blueprint), request.options, request.source.dtype)
     parity = native_parity(folder, ids_NW, Runtime(model), exact=exact)
     parity.require(folder.name)
     return {"native_parity": parity.to_dict()}

@@ -30,6 +30,7 @@ from moesaic.evaluate.llama_cpp import stock_logits
 from moesaic.evaluate.native_parity import APPROXIMATE_KL, parity_ids
 from moesaic.evaluate.parity import TOLERANCE, relative_difference
 from moesaic.evaluate.vllm import otherwise_in_vllm, vllm_parity
+from moesaic.jobs.request import check_source
 from moesaic.tune.mark import tuned
 
 if TYPE_CHECKING:
@@ -234,8 +235,7 @@ def check_tensors(output: Checkpoint) -> None:
 
 def _dense_checkpoint(baseline: str, output: Checkpoint) -> Checkpoint:
     dense = Checkpoint(resolve_model(baseline))
-    if dense.fingerprint() != output.config["moesaic"].get("source"):
-        raise InputError(f"{baseline} is not the model that {output.folder} was made from", "check --baseline")
+    check_source(dense, output)
     return dense
 
 

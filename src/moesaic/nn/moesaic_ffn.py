@@ -155,6 +155,17 @@ class MoEFeedForward(KeptInFloat32):
 
     def forward(self, x: Tensor) -> Tensor:
         """y of the shape of x, [..., D]."""
+        # Offloaded weights (``device_map``) come with accelerate's hooks of the layers' own forwards, not called here.
+        layers: list[Any] = [layer for layer in (self.gate_proj, self.up_proj, self.down_proj) if layer is not None]
+        offloaded = [layer for layer in layers if hasattr(layer, "_hf_hook")]
+        for layer in offloaded:
+            layer._hf_hook.pre_forward(layer)
+        y = self._forward(x)
+        for layer in offloaded:
+            layer._hf_hook.post_forward(layer, None)
+        return y
+
+    def _forward(self, x: Tensor) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
         matrices = self.matrices()
         if self.static or self.all_experts_on:

@@ -51,7 +51,8 @@ class UnionFeedForward(MoEFeedForward):
     def places(self) -> tuple[list[Tensor], list[list[Run]]]:
         """Of each expert: the rows [M] that it has, and their runs, bridged over gaps of up to ``GAP_ROWS``."""
         if self._places is None or self._places[0] is not self.membership:
-            rows = [row_U.nonzero().flatten() + self.shared for row_U in self.membership]
+            with torch.inference_mode(False):  # kept, and a later forward may be one of training
+                rows = [row_U.nonzero().flatten() + self.shared for row_U in self.membership]
             self._places = self.membership, rows, [_runs_of(row_M) for row_M in rows]
         return self._places[1:]
 

@@ -195,7 +195,8 @@ def untied_rest(split: Split, copied: Mapping[str, Tensor]) -> dict[str, Tensor]
     """The tensors outside the layers, with a head of its own: several engines overlook ``tie_word_embeddings``."""
     rest = {name: tensor for name, tensor in copied.items() if not name.endswith(_STALE)}
     if read_backbone(split.anatomy).tied:
-        rest["lm_head.weight"] = rest["model.embed_tokens.weight"].clone()
+        # A head that is stored beside a config that ties it is read by transformers where it differs.
+        rest.setdefault("lm_head.weight", rest["model.embed_tokens.weight"].clone())
     return rest
 
 

@@ -84,8 +84,8 @@ def load_converted(source: Checkpoint, dense: Checkpoint | None, blueprint: Blue
         model: Any = MoesaicForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
     else:
         assert dense is not None
-        model = AutoModelForCausalLM.from_pretrained(dense.folder, dtype="auto")
-        apply_blueprint(model, blueprint, anatomy)
+        model = AutoModelForCausalLM.from_pretrained(dense.folder, dtype=torch.float32)
+        apply_blueprint(model, blueprint, anatomy, getattr(torch, dense.dtype))
     return model.float().requires_grad_(False).eval()
 
 

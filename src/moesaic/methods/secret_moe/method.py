@@ -39,13 +39,13 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     """
     if inputs is None or inputs.tokens < 2:
         raise InputError("Secret MoE needs calibration inputs to learn from", "give calibration text")
-    start = clusters(weights, inputs, config.start(weights.d_ff), seed)
+    # Windows lie in random order, so that the last tokens are a sample of all; a small run holds out at least one.
+    held = max(1, round(config.held_out * inputs.tokens))
+    start = clusters(weights, SiteInputs(inputs.x_TD[:-held]), config.start(weights.d_ff), seed)
     work = weights.to(torch.float32)
     x_TD = torch.cat(list(inputs.batches(dtype=torch.float32)))
     with torch.no_grad():
         y_TD = torch.cat([work(x_BD) for x_BD in x_TD.split(_EVAL)])
-    # Windows lie in random order, so that the last tokens are a sample of all; a small run holds out at least one.
-    held = max(1, round(config.held_out * len(x_TD)))
     student = CoarseStudent(work, start, x_TD[:-held][:8192], config.rank, config.spread)
     _train(student, (x_TD[:-held], y_TD[:-held]), (x_TD[-held:], y_TD[-held:]), config, seed)
     return student.plan()
