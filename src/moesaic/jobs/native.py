@@ -21,6 +21,7 @@ from moesaic.evaluate.engine_parity import WINDOW, WINDOWS, EngineParity
 from moesaic.evaluate.llama_cpp import available, llama_cpp_parity, stock_logits
 from moesaic.evaluate.native_parity import NativeParity, native_parity, parity_ids
 from moesaic.evaluate.runtime import Runtime
+from moesaic.jobs.request import check_source
 from moesaic.materialise import apply_blueprint
 from moesaic.targets import TARGETS, get_target
 from moesaic.targets.base import Split, TargetOptions
@@ -112,8 +113,7 @@ def read_stock(folder: str | Path, baseline: str | Path | None) -> tuple[Checkpo
     if reason := tuned(output.config):
         raise InputError(f"{folder} cannot be compared with {baseline}: {reason}", "verify it without --parity")
     dense = Checkpoint(resolve_model(str(baseline)))
-    if dense.fingerprint() != made.get("source"):
-        raise InputError(f"{baseline} is not the model that {folder} was made from", "check --baseline")
+    check_source(dense, output)
     return output, dense, Blueprint.load(output.folder)
 
 

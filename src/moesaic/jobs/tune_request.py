@@ -15,7 +15,7 @@ from moesaic.checkpoint.placement import absolute, check_output
 from moesaic.checkpoint.reader import CONFIG, Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import InputError
-from moesaic.jobs.request import check_sources
+from moesaic.jobs.request import check_source, check_sources
 from moesaic.targets import TARGETS
 from moesaic.targets.base import TargetOptions
 from moesaic.train.launch import check_shared, is_sharded
@@ -80,8 +80,7 @@ def check_tune(
         raise InputError(f"the dense model is missing: {why}", "add --baseline MODEL")
     if baseline is not None:
         dense = Checkpoint(resolve_model(str(baseline)))
-        if dense.fingerprint() != made.get("source"):
-            raise InputError(f"{baseline} is not the model that {folder} was made from", "check --baseline")
+        check_source(dense, source)
     if own:
         dense_config: dict[str, Any] = source.config["text_config"]
     else:
