@@ -25,7 +25,6 @@ from moesaic.jobs.request import check_source
 from moesaic.materialise import apply_blueprint
 from moesaic.targets import TARGETS, get_target
 from moesaic.targets.base import Split, TargetOptions
-from moesaic.targets.common import geometry
 from moesaic.tune.mark import tuned
 
 _WINDOW = 256
@@ -55,13 +54,12 @@ def proves_exactly(target: str, split: Split, options: TargetOptions, dtype: str
     Not where weights of 1 are approached, nor where down projections of ``dtype`` were multiplied by a number that
     16 bits round.
     """
-    if not get_target(target).exact(split, options):
+    module = get_target(target)
+    if not module.exact(split, options):
         return False
-    if dtype == "float32" or target in ("dense", "glm4_moe") or not any(p.experts for p in split.plans.values()):
+    if dtype == "float32" or not any(plan.experts for plan in split.plans.values()):
         return True
-    sizes = geometry(split, options)
-    factor = sizes.experts if target == "qwen2_moe" else sizes.top_k
-    return factor.bit_count() == 1  # a power of two
+    return module.factor(split, options).bit_count() == 1  # a power of two
 
 
 def too_large(model: Checkpoint, written: Checkpoint) -> str | None:

@@ -94,6 +94,11 @@ class TargetModule(Protocol):
         ...
 
     @staticmethod
+    def factor(split: Split, options: TargetOptions) -> int:
+        """What the down projections of routed experts are multiplied by on disk; rounded unless a power of two."""
+        ...
+
+    @staticmethod
     def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:
         """config.json, with ``provenance`` as its block ``moesaic``."""
         ...

@@ -200,6 +200,16 @@ def untied_rest(split: Split, copied: Mapping[str, Tensor]) -> dict[str, Tensor]
     return rest
 
 
+def times_one(split: Split, options: TargetOptions) -> int:
+    """Down projections as they are: see :meth:`TargetModule.factor`."""
+    return 1
+
+
+def times_top_k(split: Split, options: TargetOptions) -> int:
+    """Down projections times K, where the weights of K chosen experts sum to 1: see :meth:`TargetModule.factor`."""
+    return geometry(split, options).top_k
+
+
 def no_files() -> dict[str, str]:
     """Stock architectures need no further files."""
     return {}

@@ -21,6 +21,7 @@ from moesaic.targets.base import Packed, Split, TargetOptions
 from moesaic.targets.limits import stock_attention_reasons
 
 files = common.no_files
+factor = common.times_one
 _PACKED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 

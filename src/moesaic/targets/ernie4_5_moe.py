@@ -30,6 +30,7 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _FFN = ("gate_proj", "up_proj", "down_proj")
 
 files = common.no_files
+factor = common.times_top_k
 
 
 def reasons(split: Split) -> list[str]:
@@ -100,7 +101,7 @@ def _moe_tensors(
     backbone = read_backbone(split.anatomy)
     geo = common.geometry(split, options)
     moe = common.moe_layer(split, layer, copied, packed, options, normalised=True)
-    experts = [expert.padded(geo.width).scaled(geo.top_k) for expert in moe.experts]
+    experts = [expert.padded(geo.width).scaled(factor(split, options)) for expert in moe.experts]
     bias_E = torch.zeros(geo.experts)
     if biased_selection(moe.plan) and moe.plan.selection_bias is not None:
         bias_E = moe.plan.selection_bias.float()

@@ -24,6 +24,7 @@ LIMITS = Limits(qkv_bias=True, o_bias=True, qk_norm=("full",), post_norm=True)
 
 rest_tensors = common.untied_rest
 files = common.no_files
+factor = common.times_top_k
 
 
 def reasons(split: Split) -> list[str]:

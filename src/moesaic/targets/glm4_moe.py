@@ -54,6 +54,7 @@ _BEHIND = -1.0
 
 rest_tensors = common.untied_rest
 files = common.no_files
+factor = common.times_one
 
 
 def reasons(split: Split) -> list[str]:

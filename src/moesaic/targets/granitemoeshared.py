@@ -27,6 +27,7 @@ from moesaic.targets.limits import Limits, approximates, reasons_against
 LIMITS = Limits(qkv_bias=True, o_bias=True, any_head_dim=False, multipliers=True)
 
 files = common.no_files
+factor = common.times_top_k
 
 
 def reasons(split: Split) -> list[str]:
@@ -62,7 +63,7 @@ def layer_tensors(
     kept = common.kept_tensors(split, layer, copied)
     moe = common.moe_layer(split, layer, copied, packed, options, normalised=True)
     path = split.anatomy.layer_path(layer)
-    experts = [expert.padded(geo.width).scaled(geo.top_k) for expert in moe.experts]
+    experts = [expert.padded(geo.width).scaled(factor(split, options)) for expert in moe.experts]
     tensors = {
         f"{path}.block_sparse_moe.input_linear.weight": torch.stack([torch.cat([e.gate_MD, e.up_MD]) for e in experts]),
         f"{path}.block_sparse_moe.output_linear.weight": torch.stack([e.down_DM for e in experts]),

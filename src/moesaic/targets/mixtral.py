@@ -23,6 +23,7 @@ LIMITS = Limits(window=True)
 
 rest_tensors = common.untied_rest
 files = common.no_files
+factor = common.times_top_k
 
 
 def reasons(split: Split) -> list[str]:

@@ -37,6 +37,11 @@ def exact(split: Split, options: TargetOptions) -> bool:
     return True
 
 
+def factor(split: Split, options: TargetOptions) -> int:
+    """See :class:`TargetModule`."""
+    return 1
+
+
 def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:
     """See :class:`TargetModule`. The dense config stands verbatim in ``text_config``."""
     dense = split.anatomy.config

@@ -41,6 +41,11 @@ def exact(split: Split, options: TargetOptions) -> bool:
     return not approximates(split, normalised=False)
 
 
+def factor(split: Split, options: TargetOptions) -> int:
+    """See :class:`TargetModule`. All N experts share weights that sum to 1."""
+    return common.geometry(split, options).experts
+
+
 def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:
     """See :class:`TargetModule`."""
     backbone = read_backbone(split.anatomy)
@@ -73,7 +78,7 @@ def layer_tensors(
         return kept | common.dense_ffn(split, layer, copied, packed, geo.dense_width)
     moe = common.moe_layer(split, layer, copied, packed, options, normalised=False)
     gate_1D = torch.randn(1, split.anatomy.d_model, generator=torch.Generator().manual_seed(layer)) * _GATE
-    experts = [expert.padded(geo.width).scaled(geo.experts) for expert in moe.experts]
+    experts = [expert.padded(geo.width).scaled(factor(split, options)) for expert in moe.experts]
     shared = moe.shared.padded(geo.shared or options.align).scaled(2)
     return (
         kept

@@ -23,6 +23,7 @@ LIMITS = Limits(qkv_bias=True, o_bias=True, qk_norm=("head",), window=True, dens
 
 rest_tensors = common.untied_rest
 files = common.no_files
+factor = common.times_top_k
 
 
 def reasons(split: Split) -> list[str]:
