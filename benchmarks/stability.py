@@ -223,7 +223,7 @@ def _run(arguments: argparse.Namespace) -> None:
             raise InputError(f"layer {layer} of a model with {anatomy.num_layers} layers", "layers count from 0")
         if len(anatomy.sites_of(layer)) != 1:
             raise InputError(f"layer {layer} has no single FFN that all tokens read", "give a dense model")
-    shape, fraction = Shape(anatomy.num_layers, anatomy.d_ff), arguments.active / 100
+    shape, fraction = Shape(anatomy.num_layers, anatomy.d_ff, anatomy.gated), arguments.active / 100
     settings = {name: _settings(name, fraction, shape) for name in arguments.only}
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     dtype = CalibrationConfig().resolved_dtype()

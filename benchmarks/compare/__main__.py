@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, run: Runner = in_child) -> None:
 def _main(arguments: argparse.Namespace, run: Runner) -> None:
     protocol = _protocol(arguments)
     anatomy = read_anatomy(Checkpoint(arguments.model).config)
-    shape = Shape(anatomy.num_layers, anatomy.d_ff)
+    shape = Shape(anatomy.num_layers, anatomy.d_ff, anatomy.gated)
     wanted, reasons = cases(shape, arguments.fractions, arguments.leading, arguments.only)
     if arguments.list:
         for case in wanted:

@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from moesaic.layout import Layout
+from moesaic.methods.token_clusters.config import Config, sizes
 from moesaic.settings import ConvertSettings, method_config
 
 UNITS = range(8, 49)
@@ -26,10 +27,11 @@ class InexpressibleError(Exception):
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the dense model: decoder layers, and neurons of each FFN."""
+    """Sizes of the dense model: decoder layers, neurons of each FFN, and whether these have a gate."""
 
     layers: int
     d_ff: int
+    gated: bool = True
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,14 @@ class Recipe:
     Attributes:
         label: What the tables call it.
         method: moesaic's name of the method.
-        options: The method's options at an active fraction of the layers it converts, for FFNs of a width.
+        options: The method's options at an active fraction of the layers it converts.
         router: Linear router fitted in place of the method's own, or None.
         leading: Leave the first layers dense.
     """
 
     label: str
     method: str
-    options: Callable[[Fraction, int], dict[str, Any]]
+    options: Callable[[Fraction, Shape], dict[str, Any]]
     router: str | None = None
     leading: bool = False
 
@@ -92,46 +94,55 @@ def _layout(share: Fraction, half_shared: bool) -> dict[str, Any]:
     return {"layout": f"S0A{int(share * units)}E{units}"}
 
 
-def _half_shared(share: Fraction, _d_ff: int) -> dict[str, Any]:
+def _half_shared(share: Fraction, _shape: Shape) -> dict[str, Any]:
     return _layout(share, half_shared=True)
 
 
-def _routed(share: Fraction, _d_ff: int) -> dict[str, Any]:
+def _routed(share: Fraction, _shape: Shape) -> dict[str, Any]:
     return _layout(share, half_shared=False)
 
 
-def _narrow(share: Fraction, d_ff: int) -> dict[str, Any]:
-    return _layout(share, half_shared=False) | {"expert_width": min(32, d_ff)}
+def _narrow(share: Fraction, shape: Shape) -> dict[str, Any]:
+    return _layout(share, half_shared=False) | {"expert_width": min(32, shape.d_ff)}
 
 
-def _active(share: Fraction, _d_ff: int) -> dict[str, Any]:
+def _active(share: Fraction, _shape: Shape) -> dict[str, Any]:
     return {"active": float(share)}
 
 
-def _refit(share: Fraction, d_ff: int) -> dict[str, Any]:
-    return _active(share, d_ff) | {"experts": 1}
+def _refit(share: Fraction, shape: Shape) -> dict[str, Any]:
+    return _active(share, shape) | {"experts": 1}
 
 
-def _disjoint(share: Fraction, d_ff: int) -> dict[str, Any]:
-    return _active(share, d_ff) | {"split": "disjoint"}
+def _disjoint(share: Fraction, shape: Shape) -> dict[str, Any]:
+    return _active(share, shape) | {"split": "disjoint"}
 
 
-def _union(share: Fraction, d_ff: int) -> dict[str, Any]:
-    return _active(share, d_ff) | {"split": "union"}
+def _union(share: Fraction, shape: Shape) -> dict[str, Any]:
+    return _active(share, shape) | {"split": "union"}
 
 
-def _kept_branches(share: Fraction, _d_ff: int) -> dict[str, Any]:
+def _counted(share: Fraction, shape: Shape) -> dict[str, Any]:
+    """The union with its router taken out of both budgets: E D numbers are what E / 3 neurons of a gated FFN have."""
+    experts = len(sizes(Config(split="union"), shape.d_ff).own)
+    router = Fraction(experts, (3 if shape.gated else 2) * shape.d_ff)
+    if share <= router:
+        raise InexpressibleError(f"a router of {experts} experts alone is {float(router):.1%} of an FFN")
+    return _union(share - router, shape) | {"max_params": float(1 - router)}
+
+
+def _kept_branches(share: Fraction, _shape: Shape) -> dict[str, Any]:
     keep = share * BRANCHES
     if keep.denominator != 1:
         raise InexpressibleError(f"{float(share):.2%} of {BRANCHES} branches is no whole number")
     return {"branches": BRANCHES, "keep": int(keep)}
 
 
-def _oracle_branches(share: Fraction, d_ff: int) -> dict[str, Any]:
-    return _kept_branches(share, d_ff) | {"prune_factor": "oracle"}
+def _oracle_branches(share: Fraction, shape: Shape) -> dict[str, Any]:
+    return _kept_branches(share, shape) | {"prune_factor": "oracle"}
 
 
-def _faded(share: Fraction, _d_ff: int) -> dict[str, Any]:
+def _faded(share: Fraction, _shape: Shape) -> dict[str, Any]:
     """The linear schedule from 0 to s_max removes s_max / 2 in the mean."""
     fade_max = 2 * (1 - share)
     if fade_max >= 1:
@@ -146,6 +157,9 @@ RECIPES: dict[str, Recipe] = {
     "clusters-lead": Recipe("token clusters, overlapping, first layers dense", "token_clusters", _active, leading=True),
     "union": Recipe("token clusters, stored once", "token_clusters", _union),
     "union-lead": Recipe("token clusters, stored once, first layers dense", "token_clusters", _union, leading=True),
+    "counted-lead": Recipe(
+        "token clusters, stored once, router counted, first layers dense", "token_clusters", _counted, leading=True
+    ),
     "disjoint": Recipe("token clusters, disjoint", "token_clusters", _disjoint),
     "disjoint-lead": Recipe("token clusters, disjoint, first layers dense", "token_clusters", _disjoint, leading=True),
     "refit": Recipe("control: static, refitted", "token_clusters", _refit),
@@ -209,7 +223,7 @@ def settings_of(recipe: Recipe, fraction: Fraction, shape: Shape, leading: int) 
         raise InexpressibleError(f"{dense} dense layers of {shape.layers} are more than {percent(fraction)} % already")
     return {
         "method": recipe.method,
-        "options": recipe.options(share, shape.d_ff),
+        "options": recipe.options(share, shape),
         "router": recipe.router,
         "dense_layers": tuple(range(dense)),
     }

@@ -23,7 +23,7 @@ from moesaic.settings import ConvertSettings, build
 from tests.tiny_models import build_tiny, tiny_tokenizer
 
 SMOLLM2, QWEN = Shape(30, 1536), Shape(24, 4864)
-FADE = "mlpmoe-fade"
+FADE, COUNTED = "mlpmoe-fade", "counted-lead"
 
 
 @pytest.mark.parametrize("shape", [SMOLLM2, QWEN])
@@ -35,13 +35,28 @@ def test_settings_are_valid_and_meet_the_budget(shape: Shape) -> None:
         assert case.settings is not None
         settings = build(ConvertSettings, case.settings, case.key)
         parts = shape_of(settings, shape.d_ff)
-        if case.name == FADE:  # its widths are known only when it has run
+        if case.name in (FADE, COUNTED):  # the widths of the one are known only when it has run; of the other, below
             continue
         dense = len(settings.dense_layers)
         active = parts.shared + parts.top_k * parts.width  # with the padding of shorter experts
         total = (dense * shape.d_ff + (shape.layers - dense) * active) / (shape.layers * shape.d_ff)
         assert abs(total - float(case.fraction)) < 0.012, case.key
         assert settings.dense_layers == (tuple(range(3)) if case.name.endswith("-lead") else ())
+
+
+@pytest.mark.parametrize("shape", [SMOLLM2, QWEN, Shape(12, 512, gated=False)])
+def test_a_union_whose_router_is_counted_keeps_both_budgets(shape: Shape) -> None:
+    matrices = 3 if shape.gated else 2
+    for text in ("75", "50"):
+        fraction = Fraction(text) / 100
+        settings = settings_of(RECIPES[COUNTED], fraction, shape, 3)
+        parts = shape_of(build(ConvertSettings, settings, text), shape.d_ff)
+        router = parts.experts / matrices  # E D numbers, in neurons
+        assert shape.d_ff - 1 < parts.neurons + router <= shape.d_ff
+        active = 3 * shape.d_ff + (shape.layers - 3) * (parts.width + router)
+        assert active == pytest.approx(float(fraction) * shape.layers * shape.d_ff, abs=shape.layers)
+    with pytest.raises(InexpressibleError, match="a router of 128 experts alone"):
+        settings_of(RECIPES[COUNTED], Fraction(5, 100), Shape(30, 512), 1)
 
 
 @pytest.mark.parametrize("shape", [SMOLLM2, QWEN])

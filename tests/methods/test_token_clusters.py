@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "overlapping": {"experts": 4},
     "free": {"experts": 4, "max_params": None},
     "union": {"split": "union", "experts": 4},
+    "union, less": {"split": "union", "experts": 4, "max_params": 0.9},
     "disjoint": {"split": "disjoint", "experts": 8, "shared": 0.5},
     "static": {"experts": 1},
 }
@@ -70,7 +72,7 @@ def test_one_token_uses_what_was_asked_and_storage_is_within_its_bound(
     stored = sizes(Config(active=active, **options), 40).stored
     assert len(plan.packed) <= stored if plan.union else len(plan.packed) == stored
     if plan.union:
-        assert len(plan.packed) <= 40
+        assert len(plan.packed) <= min(1.0, options.get("max_params", 1.0)) * 40
     elif "split" in options:
         real = plan.packed[plan.packed >= 0]
         assert real.sort().values.tolist() == list(range(40))
@@ -200,6 +202,8 @@ def test_refusals() -> None:
         check(Config(split="disjoint"), 100)
     with pytest.raises(InputError, match="one of 2 disjoint experts has more"):
         check(Config(split="disjoint", experts=2, active=0.25), 40)
+    with pytest.raises(InputError, match=r"max_params 0\.7 stores 28 of 40 neurons, one token uses 30"):
+        check(Config(split="union", max_params=0.7), 40)
     with pytest.raises(ValidationError):
         Config(active=0.0)
 
@@ -212,6 +216,14 @@ def test_a_union_is_what_copies_with_one_readout_are() -> None:
     assert len(once.packed) < 0.6 * len(copies.packed)
     y_TD = [build_ffn(weights.to(torch.float32), plan)(x_TD.float()) for plan in (once, copies)]
     assert torch.allclose(*y_TD, atol=1e-5)
+
+
+def test_a_smaller_union_leaves_out_what_writes_least() -> None:
+    weights, x_TD = clustered()
+    loud_F = torch.arange(48) < 40
+    weights = replace(weights, down_DF=weights.down_DF * torch.where(loud_F, 1.0, 0.01))
+    plan = plan_of(weights, x_TD, active=0.5, split="union", experts=4, max_params=40 / 48)
+    assert set(plan.packed.tolist()) <= set(range(40))
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,9 @@ class Config(MethodConfig):
     max_params: float | None = Field(
         default=2.5,
         gt=0,
-        description="overlapping: most neurons stored, as a multiple of the dense FFN's; the experts share as many as "
-        "that takes. Null: they share none, and experts x active is stored.",
+        description="Most neurons stored, as a multiple of the dense FFN's; the router is not counted. overlapping: "
+        "the experts share as many as that takes; null: they share none, and experts x active is stored. union: below "
+        "1, the neurons of least energy are left out.",
     )
     shared: float = Field(
         default=0.8, ge=0, lt=1, description="disjoint: fraction of the active neurons that every token uses."
@@ -94,7 +95,7 @@ def _parts(config: Config, d_ff: int) -> Sizes:
     if experts == 1:
         return Sizes(active, (), 0)
     if config.split == "union":
-        return Sizes(0, (active,) * experts, 1, union=d_ff)
+        return Sizes(0, (active,) * experts, 1, union=_union(config, d_ff, active))
     if config.split == "disjoint":
         return _disjoint(config, d_ff, active, experts)
     if config.max_params is None:
@@ -110,6 +111,19 @@ def _parts(config: Config, d_ff: int) -> Sizes:
     # Stock targets pad the shared part to a multiple of an expert's width: make the two fit.
     own = math.ceil(active / math.ceil(active / own))
     return Sizes(active - own, (own,) * experts, 1)
+
+
+def _union(config: Config, d_ff: int, active: int) -> int:
+    """Neurons that the experts choose from."""
+    if config.max_params is None or config.max_params >= 1:
+        return d_ff
+    stored = math.floor(config.max_params * d_ff)
+    if stored < active:
+        raise InputError(
+            f"max_params {config.max_params:g} stores {stored} of {d_ff} neurons, one token uses {active}",
+            "raise max_params, or lower active",
+        )
+    return stored
 
 
 def _least_padded(config: Config, d_ff: int, active: int) -> Sizes:

@@ -64,8 +64,11 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     h_TF = torch.cat([work.hidden(x_BD) for x_BD in x_TD.split(_BATCH)])
     share_TF = neuron_shares(h_TF, work.down_DF.norm(dim=0))
     if not parts.own:
-        routing = _static(share_TF, mean_output_energy(h_TF.split(_BATCH), work.down_DF), parts)
+        kept_F = _static_choice(share_TF, h_TF, work.down_DF, parts.shared)
+        routing = _Routing(kept_F.nonzero().flatten(), (), STATIC, share_TF.new_zeros(len(share_TF), 0))
     elif config.split != "disjoint":
+        if parts.union is not None and parts.union < weights.d_ff:
+            share_TF *= _static_choice(share_TF, h_TF, work.down_DF, parts.union)
         routing = _overlapping(x_TD, share_TF, parts, config, seed)
     else:
         routing = _disjoint(x_TD, share_TF, parts, config, seed)
@@ -83,12 +86,12 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     return replace(plan, readout=_readout(plan, work.down_DF, h_TF, routing, config))
 
 
-def _static(share_TF: Tensor, energy_F: Tensor, parts: Sizes) -> _Routing:
-    """The same neurons for all tokens: of largest mean share, to which the share of all energy is added. Without that
-    the neurons of a few tokens with massive activations would go, which no other expert has here."""
+def _static_choice(share_TF: Tensor, h_TF: Tensor, down_DF: Tensor, count: int) -> Tensor:
+    """The same neurons for all tokens, bool [F]: of largest mean share, to which the share of all energy is added.
+    Without that the neurons of a few tokens with massive activations would go, which no expert has then."""
+    energy_F = mean_output_energy(h_TF.split(_BATCH), down_DF)
     score_F = share_TF.mean(dim=0) + (energy_F / energy_F.sum().clamp(min=1e-30)).float()
-    kept_S = largest(score_F[None], parts.shared)[0].nonzero().flatten()
-    return _Routing(kept_S, (), STATIC, share_TF.new_zeros(len(share_TF), 0))
+    return largest(score_F[None], count)[0]
 
 
 def _overlapping(x_TD: Tensor, share_TF: Tensor, parts: Sizes, config: Config, seed: int) -> _Routing:
