@@ -10,6 +10,8 @@ from moesaic.blueprint import LayerPlan, Router
 from moesaic.evaluate.fidelity import expert_energy, router_fidelity, summarise
 from moesaic.materialise import build_ffn
 from moesaic.nn.ffn import FFNWeights
+from moesaic.nn.moesaic_union import UnionFeedForward
+from tests.ffns import random_ffn
 
 D, F, E, K = 16, 64, 8, 2
 
@@ -75,6 +77,19 @@ def test_a_collapsed_router_shows_dead_experts() -> None:
     assert site.load[-1] == pytest.approx(0.5)
     assert site.load_entropy < 0.4
     assert summarise([site])["dead_experts"] == E - K
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_energies_of_a_union_are_those_of_its_experts(gated: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    experts = torch.stack([torch.randperm(F, generator=generator)[:20].sort().values for _ in range(E)])
+    router = Router("linear", {"weight": torch.randn(E, D, generator=generator)})
+    plan = LayerPlan(F, torch.arange(0), tuple(experts), 1, router, union=True)
+    module = build_ffn(random_ffn(F, gated=gated).to(torch.float32), plan)
+    x_TD = torch.randn(30, D, generator=generator)
+    assert isinstance(module, UnionFeedForward)
+    expected = torch.stack([module.expert(e, x_TD).square().sum(dim=1) for e in range(E)], dim=1)
+    torch.testing.assert_close(expert_energy(module, x_TD), expected)
 
 
 def test_expert_energy_is_that_of_the_experts_alone() -> None:

@@ -9,6 +9,7 @@ Axes: T tokens, E routed experts, K active.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.methods.base import SiteInputs
-from moesaic.nn.moesaic_ffn import MoEFeedForward
+from moesaic.nn.moesaic_ffn import MoEFeedForward, down, hidden
+from moesaic.nn.moesaic_union import UnionFeedForward
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,18 @@ class _Tally:
 
 def expert_energy(ffn: MoEFeedForward, x_TD: Tensor) -> Tensor:
     """Output energy |E_j(x)|^2 of every routed expert at gate weight 1, fp32 [T, E]."""
-    return torch.stack([ffn.expert(j, x_TD).float().square().sum(dim=1) for j in range(ffn.experts)], dim=1)
+    alone = (ffn.expert(j, x_TD) for j in range(ffn.experts))
+    each = _of_union(ffn, x_TD) if isinstance(ffn, UnionFeedForward) else alone
+    return torch.stack([y_TD.float().square().sum(dim=1) for y_TD in each], dim=1)
+
+
+def _of_union(ffn: UnionFeedForward, x_TD: Tensor) -> Iterator[Tensor]:
+    """Output [T, D] of each expert: the neurons that they share are computed once, and no rows are copied."""
+    matrices = ffn.matrices()
+    stored = len(matrices.up_PD)
+    h_TU = hidden(matrices, ffn.act, x_TD, ffn.shared, stored)
+    for member_U in ffn.membership:
+        yield down(matrices, h_TU * member_U, ffn.shared, stored)
 
 
 @torch.inference_mode()
