@@ -1,6 +1,7 @@
 """What the records of all cases come to: paired intervals, one table per fraction, JSON and Markdown.
 
-"Best other" of a row: the converted model of lowest WikiText-2 perplexity among the other rows of its fraction.
+"Best other" of a row: the converted model of lowest WikiText-2 perplexity among the rows of other methods at its
+fraction. Each control counts as a method of its own.
 """
 
 from __future__ import annotations
@@ -68,12 +69,17 @@ def comparisons(records: Sequence[Record]) -> list[Record]:
     rows = [dense | _accuracies(dense, dense, None)]
     for group in by_fraction(records).values():
         for record in group:
-            other = next((one for one in group if one is not record), None)
+            other = next((one for one in group if compared_as(one) != compared_as(record)), None)
             row = record | {"ratio_to_dense": _ratios(record, dense)} | _accuracies(record, dense, other)
             if other is not None:
                 row |= {"best_other": other["case"], "ratio_to_best_other": _ratios(record, other)}
             rows.append(row)
     return rows
+
+
+def compared_as(record: Record) -> str:
+    """Rows for which this is the same are variants of one method, and not each other's "best other"."""
+    return record["case"] if record["label"].startswith("control") else record["settings"]["method"]
 
 
 def _ratios(record: Record, other: Record) -> dict[str, dict[str, float]]:
@@ -119,7 +125,8 @@ def _conditions(about: Mapping[str, Any], with_tasks: bool) -> list[str]:
         f"Perplexity: {about['windows']} windows of WikiText-2 test and {about['c4_windows']} of C4, {about['window']} "
         f"tokens each{_dtype(about, 'dtype')}. *-lead* leaves the first {about['leading']} layers dense and gives the "
         "others less. Ratios are paired over windows, with their 95 % interval; *best other* is the row of lowest "
-        "WikiText-2 perplexity among the others, so below 1 is a win. KL (nats): first two windows of WikiText-2; "
+        "WikiText-2 perplexity among other methods and controls, so below 1 is a win; variants of one method are not "
+        "compared. KL (nats): first two windows of WikiText-2; "
         "router, on their first tokens: share of the oracle's experts that the router picks, with chance in brackets. "
         "Seconds: of the conversion."
     )

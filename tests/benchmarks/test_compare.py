@@ -93,13 +93,14 @@ def test_accuracy_difference_is_paired() -> None:
     assert accuracy_difference(ours, ours) == (0, 0)
 
 
-def record(name: str, nll: tuple[float, ...], fraction: float = 0.5) -> dict[str, Any]:
+def record(name: str, nll: tuple[float, ...], fraction: float = 0.5, method: str | None = None) -> dict[str, Any]:
     value = math.exp(sum(nll) / len(nll))
     table = {"name": "p", "value": value, "predicted": len(nll), "window_nll": list(nll)}
     size = {"parameters": 10, "active_parameters": 5, "active_ffn": fraction, "stored_ffn": 1.0, "disk_bytes": 40}
     return {
         "case": name,
         "label": name,
+        "settings": {"method": method or name},
         "fraction": fraction,
         "size": size,
         "perplexity": {text: dict(table) for text in measure.TEXTS},
@@ -119,6 +120,14 @@ def test_rows_are_ordered_and_compared_with_the_best_other() -> None:
     ratio = best["ratio_to_best_other"]["C4"]
     assert (ratio["ratio"], ratio["high"]) == (pytest.approx(math.exp(-1)), pytest.approx(math.exp(-1)))
     assert worst["ratio_to_dense"]["WikiText-2"]["low"] == pytest.approx(math.exp(2))
+
+
+def test_variants_of_a_method_are_not_its_best_other_but_a_control_of_the_same_method_is() -> None:
+    first, second = (record(name, (start, start + 1), method="m") for name, start in (("m", 2.0), ("m-lead", 2.1)))
+    control = record("c", (2.5, 3.5), method="m") | {"label": "control: c"}
+    last = record("l", (3.0, 4.0))
+    rows = comparisons([record("dense", (1.0, 2.0), 1.0), last, control, second, first])
+    assert {row["case"]: row.get("best_other") for row in rows[1:]} == {"m": "c", "m-lead": "c", "c": "m", "l": "m"}
 
 
 @pytest.fixture
