@@ -176,3 +176,31 @@ def test_trained_neurons_and_low_rank_routers_are_saved_digested_and_diffed(tmp_
     assert not plan.keeps_all
     assert plain.keeps_all
     torch.testing.assert_close(router.rows(), router.tensors["weight"] @ router.tensors["reduce"])
+
+
+@pytest.mark.parametrize(
+    "change", [{"readout": torch.ones(8, 12)}, {"expert_scale": torch.ones(3)}, {"fade": WeightFade((0.1,) * 3, "row")}]
+)
+def test_diff_is_empty_only_when_two_convert_alike(change: dict) -> None:
+    torch.manual_seed(0)
+    plan = routed_plan()
+    assert plan.diff(plan) == []
+    if "fade" in change:
+        plan = LayerPlan(5, torch.arange(0), (torch.arange(2), torch.arange(2, 4), torch.arange(4, 5)), 3)
+    changed = replace(plan, **change)
+    assert plan.diff(changed)
+    assert changed.diff(plan)
+
+
+def test_files_may_be_read_by_others_and_a_blueprint_is_found_by_its_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = blueprint()
+    made.save(tmp_path)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+    assert modes.pop() & 0o600 == 0o600
+    for given in (str(tmp_path), tmp_path / "blueprint.json"):
+        assert Blueprint.load(given).digest() == made.digest()
+    (tmp_path / "blueprint.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"blueprint\.safetensors is missing"):
+        Blueprint.load(tmp_path)

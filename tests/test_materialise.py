@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from moesaic.materialise import (
 from moesaic.nn.ffn import FFNWeights
 from moesaic.nn.modeling_moesaic import MoEFeedForward
 from moesaic.nn.reference import reference_ffn
-from tests.tiny_models import FAMILIES, MOE_FAMILIES, MOE_VARIANTS, VARIANTS
+from tests.tiny_models import FAMILIES, MOE_FAMILIES, MOE_VARIANTS, VARIANTS, build_tiny
 
 D = 8
 
@@ -294,3 +295,19 @@ def test_trained_neurons_of_another_form_are_refused(projections: dict[str, torc
     plan = LayerPlan(37, torch.arange(37), projections=projections)
     with pytest.raises(InputError, match=message):
         pack(weights, plan)
+
+
+def test_experts_of_a_block_keep_their_places_and_are_all_named(tmp_path: Path) -> None:
+    folder = build_tiny("qwen3_moe", tmp_path / "model", d_ff=8, num_experts=104)
+    anatomy = anatomy_of(folder)
+    whole = {site.path: LayerPlan(site.d_ff, torch.arange(site.d_ff)) for site in anatomy.sites}
+    by_name = Blueprint("qwen3_moe", "", "test", {}, dict(sorted(whole.items())))  # 0, 1, 10, 100, 101, ...
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.arange(13)[None] * 7
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits
+        apply_blueprint(model, by_name, anatomy)
+        assert (model(input_ids=ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    whole.pop(anatomy.sites[0].path)
+    with pytest.raises(InputError, match="names 103 of the 104 experts"):
+        apply_blueprint(AutoModelForCausalLM.from_pretrained(folder), replace(by_name, sites=whole), anatomy)

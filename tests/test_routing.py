@@ -196,3 +196,12 @@ def test_config_needs_no_torch_and_explains_itself() -> None:
     code = "import sys, moesaic.routing_config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert all(field.description for field in RouterFitConfig.model_fields.values())
+
+
+def test_all_experts_active_with_a_bias_needs_no_fit_either() -> None:
+    weights = network()
+    config = RouterFitConfig(bias=True)
+    fitted, _ = fit_linear_router(plan_of(gated_router(weights), top_k=4), weights, inputs_of(64), config)
+    assert fitted.router.tensors["bias"].shape == (EXPERTS,)
+    x_TD = inputs_of(8).x_TD
+    torch.testing.assert_close(build_ffn(weights, fitted)(x_TD), weights(x_TD), rtol=1e-4, atol=1e-5)

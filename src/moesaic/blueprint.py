@@ -68,17 +68,20 @@ class Blueprint:
 
     def save(self, folder: Path) -> None:
         """Write ``blueprint.json`` and ``blueprint.safetensors`` into an existing folder."""
-        from safetensors.torch import save_file
+        from moesaic.checkpoint.durable import save_tensors
 
         structure, tensors = _encode(self)
-        save_file(tensors, folder / TENSORS_NAME)
+        save_tensors(folder / TENSORS_NAME, tensors)
         (folder / JSON_NAME).write_text(json.dumps(structure, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> Blueprint:
+    def load(cls, folder: str | Path) -> Blueprint:
         """Read what :meth:`save` wrote. Raises CheckpointError when a file is missing, damaged or of another format."""
         from safetensors.torch import load_file
 
+        folder = Path(folder).expanduser()
+        if folder.name == JSON_NAME and not folder.is_dir():
+            folder = folder.parent
         try:
             structure = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
             tensors = load_file(folder / TENSORS_NAME)
@@ -88,7 +91,8 @@ class Blueprint:
                 )
             return _decode(structure, tensors)
         except FileNotFoundError as error:
-            raise CheckpointError(f"no blueprint in {folder}: {Path(str(error.filename)).name} is missing") from error
+            missing = next((name for name in (JSON_NAME, TENSORS_NAME) if not (folder / name).exists()), "a file")
+            raise CheckpointError(f"no blueprint in {folder}: {missing} is missing") from error
         except CheckpointError:
             raise
         except Exception as error:

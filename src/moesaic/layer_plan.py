@@ -238,7 +238,7 @@ class LayerPlan:
 
     def diff(self, other: LayerPlan) -> list[str]:
         """Human-readable differences."""
-        a, b = ({"union": False, "router_rank": None} | plan.spec() for plan in (self, other))
+        a, b = ({"union": False, "router_rank": None, "fade": plan.fade} | plan.spec() for plan in (self, other))
         changed = [f"{key} {value!r} -> {b[key]!r}" for key, value in a.items() if value != b[key]]
         if not torch.equal(torch.unique(self.shared), torch.unique(other.shared)):
             kept = len(set(self.shared.tolist()) & set(other.shared.tolist()))
@@ -249,7 +249,9 @@ class LayerPlan:
             if moved:
                 changed.append(f"{moved} of {len(self.experts)} experts have other neurons")
         ours, theirs = self.tensors(), other.tensors()
-        for name in sorted(ours.keys() & theirs.keys()):
-            if name not in ("shared", "experts", "widths") and not torch.equal(ours[name], theirs[name]):
+        for name in sorted((ours.keys() | theirs.keys()) - {"shared", "experts", "widths"}):
+            if name not in ours or name not in theirs:
+                changed.append(f"{name} {'added' if name in theirs else 'gone'}")
+            elif not torch.equal(ours[name], theirs[name]):
                 changed.append(f"{name} differs")
         return changed

@@ -130,7 +130,8 @@ def apply_blueprint(model: nn.Module, blueprint: Blueprint, anatomy: Anatomy, dt
     In an existing MoE, a block of experts is converted as a whole: the blueprint names all of its experts or none.
 
     Raises:
-        InputError: the blueprint names an FFN or attention that the model does not have or that has another width.
+        InputError: the blueprint names an FFN or attention that the model does not have or that has another width, or
+            only some experts of a block.
     """
     from torch import nn
 
@@ -143,21 +144,24 @@ def apply_blueprint(model: nn.Module, blueprint: Blueprint, anatomy: Anatomy, dt
         )
     if reasons := pruning_reasons(anatomy, blueprint.attention):
         raise InputError(f"the attention cannot be pruned: {reasons[0]}")
-    blocks: dict[str, list[nn.Module]] = {}
+    blocks: dict[str, dict[int, nn.Module]] = {}
     for path, plan in blueprint.sites.items():
         site = sites[path]
         weights = ffn_of_model(model, site, anatomy.activation)
         module = build_ffn(weights if dtype is None else weights.to(dtype), plan)
         parent = path.rpartition(".")[0]
         if site.expert is not None:
-            blocks.setdefault(parent, []).insert(site.expert, module)
+            blocks.setdefault(parent, {})[site.expert] = module
             continue
         setattr(model.get_submodule(parent), path.rpartition(".")[2], module)
         for bypass in anatomy.family.bypass:
             setattr(model.get_submodule(anatomy.layer_path(site.layer)), bypass, nn.Identity())
     for path, experts in blocks.items():
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, MoesaicExperts(experts))
+        there = sum(other.rpartition(".")[0] == path for other in sites)
+        if len(experts) < there:
+            raise InputError(f"the blueprint names {len(experts)} of the {there} experts in {path}", "name all or none")
+        setattr(model.get_submodule(parent), name, MoesaicExperts([experts[e] for e in sorted(experts)]))
     _apply_attention(model, blueprint)
 
 

@@ -96,7 +96,7 @@ def fit_linear_router(
 
     score = _score(config, held, energy_TE if config.mode == "oracle" else chosen_TE, plan.top_k)
     if plan.top_k == len(plan.experts):
-        weight_ED, ridge, iterations = torch.zeros(len(plan.experts), weights.d_model), 0.0, 0
+        weight_ED, ridge, iterations = torch.zeros(len(plan.experts), weights.d_model + config.bias), 0.0, 0
     elif config.mode == "oracle":
         fit_energy_TE = expert_energies(expert_networks(weights, plan), fit)
         target_TE = solver.energy_targets(fit_energy_TE, config.targets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -102,8 +102,21 @@ def build(model: type[Model], values: dict[str, Any], what: str) -> Model:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or what
         if first["type"] == "extra_forbidden":
-            raise InputError(f"{what} has no option {where!r}", f"known: {', '.join(model.model_fields)}") from error
+            known = _fields_at(model, first["loc"][:-1])
+            raise InputError(f"{what} has no option {where!r}", f"known: {', '.join(known)}") from error
         raise InputError(f"{what}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Names that the model nested at ``path`` knows; those of ``model`` where no model is found there."""
+    inner = model
+    for part in path:
+        field = inner.model_fields.get(str(part))
+        if field is None:
+            return list(inner.model_fields)
+        kinds = (field.annotation, *get_args(field.annotation))
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), inner)
+    return list(inner.model_fields)
 
 
 def method_config(settings: ConvertSettings) -> MethodConfig:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.calibration.config import CalibrationConfig, Source
-from moesaic.calibration.text import build_windows, largest_remainder, read_source
+from moesaic.calibration.text import _fingerprint, build_windows, largest_remainder, read_source
 from moesaic.errors import InputError
 from tests.tiny_models import tiny_tokenizer
 
@@ -214,3 +214,17 @@ def _find(stream: list[int], row: list[int]) -> int:
     places = [i for i in range(len(stream) - len(row) + 1) if stream[i : i + len(row)] == row]
     assert len(places) == 1
     return places[0]
+
+
+def test_windows_of_sources_are_mixed_and_their_places_follow_the_seed(tmp_path: Path) -> None:
+    for name, first in (("a.txt", 0), ("b.txt", 5000)):
+        (tmp_path / name).write_text(words(2000, first), encoding="utf-8")
+    a, b = tmp_path / "a.txt", tmp_path / "b.txt"
+    built = windows(a, b, tokens=32 * 16, window=16)
+    of_a = {tuple(row) for row in windows(a, tokens=16 * 16, window=16).ids_NW.tolist()}
+    is_a = [tuple(row) in of_a for row in built.ids_NW.tolist()]
+    assert is_a != sorted(is_a, reverse=True)
+    assert 0 < sum(is_a[-8:]) < 8  # what is held out at the end is of both
+    one, other = (windows(a, tokens=200, window=50, seed=seed).ids_NW.tolist() for seed in (1, 2))
+    assert sorted(one) != sorted(other)
+    assert _fingerprint(built.ids_NW) != _fingerprint(built.ids_NW.flip(0))

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moesaic.blueprint import Blueprint
 from moesaic.calibration.config import CalibrationConfig
-from moesaic.evaluate.controls import active_fraction, control_job
+from moesaic.evaluate.controls import active_fraction, control_job, control_model
 from moesaic.jobs.decide import decide
 from moesaic.jobs.job import prepare
+from moesaic.progress import Silent
 from moesaic.settings import ConvertSettings
 
 CALIBRATION = {"tokens": 256, "window": 64}
@@ -46,3 +48,27 @@ def test_a_control_has_the_active_fraction_of_the_model(
     beside = decide(control_job(control, tiny("llama"), model, CalibrationConfig.model_validate(CALIBRATION)))
     assert active_fraction(beside) == pytest.approx(active_fraction(model), abs=step)
     assert set(beside.sites) == set(model.sites)
+
+
+def test_the_layout_of_experts_of_a_given_width_is_not_their_active_fraction(tiny: Callable[[str], Path]) -> None:
+    model = made_by(tiny("llama"), "moefication", options={"layout": "S0A6E8", "expert_width": 17})
+    beside = decide(control_job("static", tiny("llama"), model, CalibrationConfig.model_validate(CALIBRATION)))
+    assert active_fraction(model) < 0.72
+    assert active_fraction(beside) == pytest.approx(active_fraction(model), abs=1 / 37)
+
+
+def test_a_control_that_splits_fewer_experts_of_a_moe_still_runs(tiny: Callable[[str], Path]) -> None:
+    calibration = {"tokens": 96, "window": 32}
+    options = {"active": 0.5, "experts": 3, "max_params": None}
+    dense = tiny("mixtral")
+    model = made_by(dense, "token_clusters", options=options, hierarchical=True, calibration=calibration)
+    beside = decide(control_job("static", dense, model, CalibrationConfig.model_validate(calibration)))
+    assert set(beside.sites) < set(model.sites)  # the control asks for more text per expert
+    config = CalibrationConfig.model_validate(calibration)
+    control, active = control_model("static", dense, model, config, Silent())
+    whole = [path for path, plan in model.sites.items() if not plan.experts and plan.keeps_all]
+    kept = sum(plan.active_neurons for path, plan in beside.sites.items() if path not in whole)
+    rest = sum(plan.d_ff for path, plan in model.sites.items() if path in whole or path not in beside.sites)
+    assert active == pytest.approx((kept + rest) / sum(plan.d_ff for plan in model.sites.values()))
+    with torch.inference_mode():
+        assert torch.isfinite(control(input_ids=torch.arange(20)[None]).logits).all()

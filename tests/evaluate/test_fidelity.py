@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from moesaic.blueprint import LayerPlan, Router
-from moesaic.evaluate.fidelity import expert_energy, router_fidelity, summarise
+from moesaic.evaluate.fidelity import expert_energy, router_fidelity, site_fidelity, summarise
 from moesaic.materialise import build_ffn
+from moesaic.methods.base import SiteInputs
 from moesaic.nn.ffn import FFNWeights
+from moesaic.nn.moesaic_ffn import MoEFeedForward
 from moesaic.nn.moesaic_union import UnionFeedForward
 from tests.ffns import random_ffn
 
@@ -98,3 +102,25 @@ def test_expert_energy_is_that_of_the_experts_alone() -> None:
     module = model(ffn, torch.randn(E, D), x_TD).ffn
     expected = torch.stack([ffn.take(torch.arange(8 * e, 8 * e + 8))(x_TD).square().sum(1) for e in range(E)], dim=1)
     torch.testing.assert_close(expert_energy(module, x_TD), expected)
+
+
+def test_every_token_counts_alike() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x_VD = torch.randn(12, D, generator=generator)
+    x_VD[0] *= 100
+    ffn = model(weights(False), torch.randn(E, D, generator=generator), x_VD).ffn
+    assert isinstance(ffn, MoEFeedForward)
+    whole = site_fidelity("", ffn, SiteInputs(x_VD))
+    single = [site_fidelity("", ffn, SiteInputs(x_D[None])) for x_D in x_VD]
+    for name in ("energy_router", "energy_oracle"):
+        assert getattr(whole, name) == pytest.approx(sum(getattr(one, name) for one in single) / 12, rel=1e-5)
+
+
+def test_sites_that_saw_no_token_do_not_count() -> None:
+    generator = torch.Generator().manual_seed(3)
+    ffn = model(weights(False), torch.randn(E, D, generator=generator), torch.zeros(1, D)).ffn
+    assert isinstance(ffn, MoEFeedForward)
+    seen = site_fidelity("seen", ffn, SiteInputs(torch.randn(40, D, generator=generator)))
+    unseen = replace(seen, site="unseen", tokens=0, overlap=0.0, energy_router=0.0, dead=E)
+    assert summarise([seen, unseen]) == summarise([seen]) | {"unseen_sites": 1}
+    assert summarise([unseen]) == {}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
 import moesaic
 from moesaic.errors import InputError
+from moesaic.progress import Silent
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def test_model_dense_and_controls_share_one_protocol(tiny: Callable[[str], Path]
     results = moesaic.evaluate_model(
         output, baseline=tiny("llama"), text=text, window=64, limit=3, controls=True, speed=True, proxy=True
     )
-    assert results["protocol"] == "ppl[held-out.txt w64 n=3]"
+    assert re.fullmatch(r"ppl\[held-out\.txt@[0-9a-f]{8} w64 n=3\]", results["protocol"])
     assert set(results["perplexity"]) == {"dense", "model", "static", "random"}
     for label, row in results["perplexity"].items():
         assert row["value"] > 1
@@ -59,9 +62,50 @@ def test_windows_are_as_long_as_a_short_context(tiny: Callable[[str], Path], tex
     long = tmp_path / "long.txt"
     long.write_text(text.read_text() * 3)
     results = moesaic.evaluate_model(tiny("gpt2"), text=long)
-    assert results["protocol"] == "ppl[long.txt w1024 n=all]"
+    assert results["protocol"].endswith(" w1024 n=all]")
 
 
 def test_controls_need_the_dense_model(output: Path, text: Path) -> None:
     with pytest.raises(InputError, match="controls need the dense model"):
         moesaic.evaluate_model(output, text=text, window=64, controls=True)
+
+
+def test_what_was_measured_before_stays_and_texts_of_one_name_are_told_apart(
+    tiny: Callable[[str], Path], output: Path, text: Path, tmp_path: Path
+) -> None:
+    def stored(name: str) -> dict[str, Any]:
+        return json.loads((output / "results.json").read_text())["evaluation"][name]
+
+    first = moesaic.evaluate_model(output, baseline=tiny("llama"), text=text, window=48, limit=2)
+    moesaic.evaluate_model(output, text=text, window=48, limit=2, fidelity=False)
+    assert stored(first["protocol"]) == first
+    other = tmp_path / text.name
+    other.write_text("The night train leaves the valley behind. " * 40, encoding="utf-8")
+    second = moesaic.evaluate_model(output, text=other, window=48, limit=2)
+    assert second["protocol"] != first["protocol"]
+    assert stored(first["protocol"]) == first
+
+
+def test_a_protocol_names_the_windows_that_were_read(output: Path, text: Path) -> None:
+    every = moesaic.evaluate_model(output, text=text, window=64)
+    more = moesaic.evaluate_model(output, text=text, window=64, limit=1000)
+    assert more["protocol"] == every["protocol"]
+    assert every["protocol"].endswith(" w64 n=all]")
+    with pytest.raises(InputError, match="0 tokens"):
+        moesaic.evaluate_model(output, text=text, window=0)
+
+
+def test_results_that_cannot_be_saved_are_returned(output: Path, text: Path) -> None:
+    class Notes(Silent):
+        said: ClassVar[list[str]] = []
+
+        def note(self, message: str) -> None:
+            self.said.append(message)
+
+    (output / "results.json.tmp").mkdir()  # where the file is written first
+    try:
+        results = moesaic.evaluate_model(output, text=text, window=40, limit=2, progress=Notes())
+    finally:
+        (output / "results.json.tmp").rmdir()
+    assert results["perplexity"]["model"]["value"] > 1
+    assert any("not saved" in note for note in Notes.said)

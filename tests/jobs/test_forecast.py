@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import moesaic
 from moesaic.anatomy import read_anatomy
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, ResourceError
+from moesaic.evaluate.controls import active_fraction
 from moesaic.jobs import forecast, native
 from moesaic.jobs.convert import expected_bytes
+from moesaic.jobs.decide import decide
 from moesaic.jobs.job import prepare
 from moesaic.jobs.native import read_converted
+from moesaic.jobs.plan import GFLOPS_PER_CORE
 from moesaic.jobs.request import check_request
 from moesaic.settings import ConvertSettings
 from moesaic.targets.base import TargetOptions
@@ -228,3 +232,58 @@ def test_a_batch_of_a_training_shows_in_memory(wide: Callable[..., Path]) -> Non
     one = peak(64, batch=1)
     assert peak(64, batch=5) - one == pytest.approx(peak(320, batch=1) - one) == 4 * (peak(64, batch=2) - one)
     assert peak(64, batch=4, accumulate=4) == one < peak(64, batch=1, precision="fp32")
+
+
+def test_plan_counts_what_is_active_and_trained(wide: Callable[..., Path]) -> None:
+    dense = wide("llama")
+    report = moesaic.plan(dense, method="random", options={"layout": "S3A3E8"}, dense_layers=(0,))
+    assert report.active_ffn_parameters == pytest.approx(report.ffn_parameters * 7 / 8, rel=2e-3)
+    assert report.router_parameters == 5 * 128
+    assert report.padding_per_layer == 0  # what is over is shared
+    assert moesaic.plan(dense, method="random", options={"layout": "S0A4E8"}).padding_per_layer == 8 * 65 - 515
+    assert moesaic.plan(dense, method="cmoe", options={"layout": "S3A3E8"}).router_parameters == 2 * 2 * 5 * 128
+
+    def seconds(steps: int) -> float:
+        return moesaic.plan(dense, method="secret_moe", options={"steps": steps}).seconds
+
+    per_step = 3 * 6 * 2 * 128 * 515 * 0.75  # a batch of tokens: counted by the next line
+    batch = moesaic.methods.get_config("secret_moe").Config().batch
+    expected = 400_000 * per_step * batch / (GFLOPS_PER_CORE * 1e9 * (os.cpu_count() or 1))
+    assert seconds(400_001) - seconds(1) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("cmoe", {"layout": "S3A3E9"}),
+        ("moefication", {"layout": "S0A6E8", "expert_width": 17}),
+        ("mlpmoe", {"branches": 4, "fade_max": 0.6, "fade_unit": "neuron"}),
+        ("mlpmoe", {"branches": 4, "keep": 2, "fade_max": 0.5, "fade_unit": "neuron"}),
+    ],
+)
+def test_plan_says_the_active_fraction_that_convert_makes(
+    method: str, options: dict[str, Any], tiny: Callable[[str], Path]
+) -> None:
+    values = {"method": method, "options": options, "calibration": {"tokens": 256, "window": 64}}
+    made = decide(prepare(tiny("llama"), ConvertSettings.model_validate(values)))
+    expected = moesaic.plan(tiny("llama"), **values).active_ffn_fraction
+    pruned = "keep" in options  # which branches are kept shows later
+    assert expected == pytest.approx(active_fraction(made), abs=0.15 if pruned else 0.02)
+
+
+@pytest.mark.parametrize(
+    ("values", "target"),
+    [
+        ({"method": "moefication"}, "moesaic"),
+        ({"method": "moefication", "router": "oracle"}, "glm4_moe"),
+        ({"method": "llama_moe", "options": {"layout": "S0A2E4", "gate": "softmax_topk"}}, "mixtral"),
+        ({"method": "llama_moe", "options": {"layout": "S0A2E4"}}, "glm4_moe"),
+        ({"method": "mlpmoe", "options": {"branches": 4}}, "moesaic"),
+    ],
+)
+def test_the_likely_target_is_the_one_that_auto_takes(
+    values: dict[str, Any], target: str, tiny: Callable[[str], Path], tmp_path: Path, no_parity: None
+) -> None:
+    values = {"calibration": {"tokens": 256, "window": 64}} | values
+    assert moesaic.plan(tiny("llama"), **values).target == target
+    assert moesaic.convert(tiny("llama"), tmp_path / "out", **values).target == target

@@ -260,3 +260,17 @@ def test_one_readout_for_all_experts() -> None:
     expected_TD = build_ffn(weights, readouts[False])(x_TD).detach()
     assert relative_error(build_ffn(weights, readouts[True])(x_TD).detach(), expected_TD) < 1e-6
     assert relative_error(reference_ffn(weights, readouts[True], x_TD), expected_TD) < 1e-6
+
+
+def test_rows_are_those_of_the_weights_loaded_last() -> None:
+    weights, x_TD = random_ffn(24), random_inputs(300)
+    plans = []
+    for seed in (1, 2):
+        member_EF = random_members(4, 24, 0.5, seed)
+        member_EF[0] |= ~member_EF[1:].any(0)  # every neuron is somebody's, so that both are of one size
+        plans.append(as_union(plan_of(member_EF)))
+    ffn = build_ffn(weights, plans[0])
+    with torch.no_grad():
+        ffn(x_TD)
+        ffn.load_state_dict(pack(weights, plans[1]))
+        assert relative_error(ffn(x_TD), reference_ffn(weights, plans[1], x_TD)) < 1e-5

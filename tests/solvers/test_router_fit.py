@@ -180,3 +180,25 @@ def test_normalised_targets_give_every_token_the_same_say(form: str) -> None:
     louder_TE = energy_TE * torch.logspace(0, 6, 20).unsqueeze(1)
     torch.testing.assert_close(rf.energy_targets(louder_TE, form), rf.energy_targets(energy_TE, form))
     assert not torch.allclose(rf.energy_targets(louder_TE, "raw"), rf.energy_targets(energy_TE, "raw"))
+
+
+def test_the_best_ridge_wins_and_of_equal_ones_the_stronger() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(50, 6, generator=generator), torch.randn(50, 4, generator=generator)
+    statistics, grid = rf.RidgeStatistics.collect([batch]), (1e-2, 1e-4, 1.0)
+    assert rf.choose_ridge(statistics, grid, lambda weight_ED: float(weight_ED.norm()))[1] == 1e-4
+    assert rf.choose_ridge(statistics, grid, lambda weight_ED: -float(weight_ED.norm()))[1] == 1.0
+    assert rf.choose_ridge(statistics, grid, lambda _: 0.0)[1] == 1.0
+
+
+def test_a_refinement_that_is_worth_less_is_not_taken() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_TD, start_ED = torch.randn(50, 6, generator=generator), torch.randn(4, 6, generator=generator)
+    margin_TE = rf.energy_margins(torch.rand(50, 4, generator=generator), 2)
+
+    def worth(weight_ED: Tensor) -> float:
+        return float(torch.equal(weight_ED, start_ED))
+
+    made_ED, step = rf.refine_logistic(start_ED, lambda: [(x_TD, margin_TE)], 2, 20, worth)
+    assert step == 0
+    assert torch.equal(made_ED, start_ED)

@@ -94,7 +94,15 @@ def replace_text(path: Path, text: str) -> None:
 def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """:func:`replace_file` with a safetensors file. One metadata entry at most: their order on disk is not fixed."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    replace_file(path, lambda temporary: save_file(contiguous, temporary, metadata=dict(metadata or {"format": "pt"})))
+    replace_file(path, lambda temporary: save_tensors(temporary, contiguous, metadata or {"format": "pt"}))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file that may be read by whom other new files may be: the library makes them the owner's alone."""
+    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:

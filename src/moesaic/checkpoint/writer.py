@@ -35,6 +35,7 @@ from moesaic.blueprint import Blueprint, LayerPlan
 from moesaic.checkpoint import durable
 from moesaic.checkpoint.manifest import MANIFEST_NAME, build_manifest, hash_file
 from moesaic.checkpoint.placement import absolute, check_output, check_space, partial_of
+from moesaic.checkpoint.results import RESULTS_NAME
 from moesaic.errors import InputError, VerificationError
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,6 @@ log = logging.getLogger(__name__)
 LOCK_NAME = ".moesaic.lock"
 
 INDEX_NAME = "model.safetensors.index.json"
-RESULTS_NAME = "results.json"
 _LINE_KEYS = {"step", "sha256", "bytes", "plans", "tensors"}
 _STEP = re.compile(r"[A-Za-z0-9._-]+")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 from moesaic.cli import options as opt
 from moesaic.cli.console import ConsoleProgress, emit, emit_json, native_line, quiet_libraries
+from moesaic.errors import InputError
 
 
 def attach(app: typer.Typer) -> None:
@@ -36,7 +38,8 @@ def run(
     router: opt.RouterText = None,
     target: opt.Target = None,
     blueprint: Annotated[
-        Path | None, typer.Option("--blueprint", help="Apply a saved blueprint in place of a method.")
+        Path | None,
+        typer.Option("--blueprint", help="Apply the blueprint of another output, a folder, in place of a method."),
     ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away an unfinished run of another conversion.")
@@ -65,7 +68,11 @@ def run(
 
     if model.endswith(".gguf"):
         quiet_libraries()  # transformers dequantises it
-    source = check_request(model, settings, out).checkpoint.folder  # a slip is answered before torch is imported
+    own = {"--method": method, "--layout": layout, "--active": active, "--set": options}
+    if blueprint is not None and (given := [name for name, value in own.items() if value is not None]):
+        raise InputError("a blueprint says already how every FFN is split", f"leave {' and '.join(given)} out")
+    # A slip is answered before torch is imported.
+    source = check_request(model, settings, out, decided=blueprint is not None).checkpoint.folder
     quiet_libraries()
     from moesaic.jobs.convert import convert
 
@@ -77,10 +84,11 @@ def run(
         emit_json({"output": str(done.output)} | done.results)
         return
     seconds = done.results["conversion"]["seconds"]
-    emit(f"{done.output}: {done.target}, {len(done.blueprint.sites)} FFNs by {settings.method} in {seconds:.0f} s")
+    made = f"{len(done.blueprint.sites)} FFNs by {done.blueprint.method}"
+    emit(f"{done.output}: {done.target}, {made} in {seconds:.0f} s")
     for line in _findings(done.results):
         emit(line)
-    emit(f"next: moesaic eval {done.output} --baseline {model}")
+    emit(f"next: {shlex.join(['moesaic', 'eval', str(done.output), '--baseline', model])}")
 
 
 def _findings(results: dict[str, Any]) -> Iterator[str]:

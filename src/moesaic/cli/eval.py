@@ -44,20 +44,23 @@ def run(
     quiet: opt.Quiet = False,
 ) -> None:
     """Measure a converted model beside the dense one. Results go to stdout and into OUT/results.json."""
+    from moesaic.anatomy.base import clipped
     from moesaic.checkpoint.reader import Checkpoint
     from moesaic.checkpoint.source import resolve_model
 
     if model.endswith(".gguf") or (baseline or "").endswith(".gguf"):
         quiet_libraries()  # transformers dequantises it
-    folder, *dense = [Checkpoint(resolve_model(name)).folder for name in (model, baseline) if name is not None]
+    checkpoint, *dense = [Checkpoint(resolve_model(name)) for name in (model, baseline) if name is not None]
+    if quick and window is None:
+        window = clipped(_QUICK, checkpoint.config)
     quiet_libraries()
     from moesaic.evaluate.run import evaluate_model
 
     results = evaluate_model(
-        folder,
-        baseline=dense[0] if dense else None,
+        checkpoint.folder,
+        baseline=dense[0].folder if dense else None,
         text=text,
-        window=_QUICK if quick and window is None else window,
+        window=window,
         limit=16 if quick and limit is None else limit,
         controls=controls,
         fidelity=fidelity,

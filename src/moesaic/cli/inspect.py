@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from moesaic.checkpoint.results import read_results
 from moesaic.cli import options as opt
 from moesaic.cli.console import emit, emit_json, table
-from moesaic.errors import InputError
 
 
 def attach(app: typer.Typer) -> None:
@@ -31,7 +31,7 @@ def run(
         emit_json(lines) if as_json else emit("\n".join(lines) or "the two convert alike")
         return
     rows = [_row(path, plan) for path, plan in blueprint.sites.items()]
-    results = _results(folder)
+    results = read_results(folder)
     if as_json:
         emit_json({"method": blueprint.method, "config": blueprint.config, "digest": blueprint.digest(), "sites": rows})
         return
@@ -60,13 +60,3 @@ def _row(path: str, plan: Any) -> dict[str, Any]:
         "router": plan.router.kind,
         "gate": plan.gate,
     }
-
-
-def _results(folder: Path) -> dict[str, Any]:
-    import json
-
-    path = folder / "results.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}", "delete it: it holds only measurements") from error

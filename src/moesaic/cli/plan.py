@@ -56,7 +56,7 @@ def run(
     ffn = f"{kind} FFN of {report.d_ff} neurons, width {report.d_model}"
     emit(f"model       {report.model_type}: {report.layers} layers, {ffn}")
     emit(f"method      {report.method}" + (f" {report.layout}" if report.layout else ""))
-    if report.layout:
+    if report.experts:
         routed = f"{report.experts} routed experts of {report.expert_width}, top-{report.top_k}"
         emit(f"each FFN    shared expert of {report.shared_width} + {routed}")
     layers = f"{report.converted_layers} of {report.layers} layers"

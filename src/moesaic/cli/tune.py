@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,7 +93,7 @@ def run(
     for line in _report(str(done.output), done.target, done.results):
         emit(line)
     if baseline is not None:
-        emit(f"next: moesaic eval {done.output} --baseline {baseline}")
+        emit(f"next: {shlex.join(['moesaic', 'eval', str(done.output), '--baseline', str(baseline)])}")
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moesaic.anatomy import FAMILIES, read_anatomy
-from moesaic.blueprint import Blueprint
+from moesaic.blueprint import Blueprint, LayerPlan
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.jobs.decide import decide
@@ -44,8 +46,9 @@ def control_model(
 
     job = control_job(name, baseline, blueprint, calibration)
     control = decide(job, progress)
+    untouched = {path: LayerPlan(plan.d_ff, torch.arange(plan.d_ff)) for path, plan in blueprint.sites.items()}
     whole = {path: plan for path, plan in blueprint.sites.items() if not plan.experts and plan.keeps_all}
-    control = replace(control, sites={**control.sites, **whole})
+    control = replace(control, sites={**untouched, **control.sites, **whole})
     model = AutoModelForCausalLM.from_pretrained(baseline, dtype="auto")
     apply_blueprint(model, control, job.anatomy)
     return model.eval(), active_fraction(control)
@@ -57,8 +60,9 @@ def control_job(name: str, baseline: Path, blueprint: Blueprint, calibration: Ca
     hierarchical = FAMILIES[dense_config["model_type"]].moe is not None
     anatomy = read_anatomy(dense_config, hierarchical=hierarchical)
     dense = {site.layer for site in anatomy.sites if site.path not in blueprint.sites}
-    options = blueprint.config  # where they have an active fraction or a budget over layers, their layout did not count
-    counts = options.get("active") is None and "allocation" not in options
+    options = blueprint.config
+    # Where they have an active fraction, a width of experts or a budget over layers, their layout is not what was made.
+    counts = all(options.get(name) is None for name in ("active", "expert_width", "allocation"))
     layout = options.get("layout") if counts else None
     settings = ConvertSettings(
         method=name,

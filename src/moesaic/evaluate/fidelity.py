@@ -140,9 +140,14 @@ def router_fidelity(model: nn.Module, ids_NW: Tensor) -> list[SiteFidelity]:
 
 
 def summarise(sites: list[SiteFidelity]) -> dict[str, float]:
-    """Means over the sites, and the number of dead experts in all."""
+    """Means over the sites that saw a token, and the number of dead experts in all of these; {} when none did.
+
+    Experts of an existing MoE are sites of their own, and few windows do not reach all of them.
+    """
+    unseen, sites = sum(not site.tokens for site in sites), [site for site in sites if site.tokens]
     if not sites:
         return {}
     keys = ("overlap", "chance", "energy_router", "energy_oracle", "load_entropy")
     summary = {key: sum(getattr(site, key) for site in sites) / len(sites) for key in keys}
-    return summary | {"dead_experts": float(sum(site.dead for site in sites))}
+    summary["dead_experts"] = float(sum(site.dead for site in sites))
+    return summary | ({"unseen_sites": float(unseen)} if unseen else {})

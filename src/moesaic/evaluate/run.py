@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,11 @@ from moesaic.anatomy.base import Config, clipped
 from moesaic.blueprint import JSON_NAME, Blueprint
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.calibration.samples import evaluation_text
+from moesaic.checkpoint.durable import replace_text
 from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.results import RESULTS_NAME, merged, read_results
 from moesaic.checkpoint.source import resolve_model
-from moesaic.errors import InputError
+from moesaic.errors import InputError, ResourceError
 from moesaic.evaluate.comparison import compare
 from moesaic.evaluate.controls import CONTROLS, active_fraction, control_model
 from moesaic.evaluate.fidelity import router_fidelity, summarise
@@ -29,7 +32,6 @@ from moesaic.jobs.request import check_source, check_sources
 from moesaic.progress import Progress, Silent
 from moesaic.report.card import write_card
 
-RESULTS = "results.json"
 _FIDELITY_WINDOWS = 2
 _WINDOW = 2048
 
@@ -118,11 +120,15 @@ def evaluate_model(
         check_sources(_calibration(folder))  # now, as they are read last
     if speed and dense_folder is None:
         raise InputError("speed is measured beside the dense model", "add --baseline MODEL")
-    dataset = "wikitext2-raw/test" if text is None else Path(text).name
+    if save and blueprint is not None:
+        read_results(folder)  # damaged, it is refused before the work
+    written = _read(text)
     tokenizer = _tokenizer(folder)
     window = _window(window, Checkpoint(folder).config)
-    ids_NW = token_windows(tokenizer, _read(text), window, limit)
-    run = _Run(protocol_name(dataset, window, limit), ids_NW, progress or Silent(), tokenizer if proxy else None)
+    ids_NW = token_windows(tokenizer, written, window, limit)
+    limit = limit if len(ids_NW) == limit else None  # a shorter text is read whole
+    name = protocol_name(_dataset(text, written), window, limit)
+    run = _Run(name, ids_NW, progress or Silent(), tokenizer if proxy else None)
     results: dict[str, Any] = {"protocol": run.name}
     if dense_folder is not None:
         with _loaded(dense_folder) as dense:
@@ -143,12 +149,15 @@ def evaluate_model(
     if proxy:
         results["proxy"] = run.proxy_table()
     if save and blueprint is not None:
-        merge_results(folder, {"evaluation": {run.name: results}})
+        try:
+            merge_results(folder, {"evaluation": {run.name: results}})
+        except (OSError, ResourceError) as error:
+            run.progress.note(f"the results are not saved: {error}")
     return results
 
 
 def _window(asked: int | None, config: Config) -> int:
-    longest = clipped(asked or _WINDOW, config)
+    longest = clipped(_WINDOW if asked is None else asked, config)
     if asked is not None and asked > longest:
         raise InputError(f"a window of {asked} tokens, the model reads {longest}", f"use --window {longest}")
     return longest
@@ -199,6 +208,13 @@ def _read(text: str | Path | None) -> str:
         raise InputError(f"evaluation text {text} cannot be read", "give a UTF-8 text file") from error
 
 
+def _dataset(text: str | Path | None, written: str) -> str:
+    """What a protocol calls the text: a file by its name and content, as names are not unique."""
+    if text is None:
+        return "wikitext2-raw/test"
+    return f"{Path(text).name}@{hashlib.sha256(written.encode()).hexdigest()[:8]}"
+
+
 def _calibration(folder: Path) -> CalibrationConfig:
     """The calibration that the converted model was made with, so that controls see the same text."""
     recorded = Checkpoint(folder).config["moesaic"].get("calibration")
@@ -206,13 +222,10 @@ def _calibration(folder: Path) -> CalibrationConfig:
 
 
 def merge_results(folder: Path, new: dict[str, Any]) -> None:
-    """Merge entries into the folder's results.json, atomically, and renew its model card."""
-    path = folder / RESULTS
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for key, value in new.items():
-        merged = {**results.get(key, {}), **value} if isinstance(value, dict) else value
-        results[key] = merged
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Merge entries into the folder's results.json, atomically, and renew its model card.
+
+    Raises ResourceError or OSError when it cannot be written.
+    """
+    results = merged(read_results(folder), new)
+    replace_text(folder / RESULTS_NAME, json.dumps(results, indent=1) + "\n")
     write_card(folder)

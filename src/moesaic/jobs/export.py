@@ -19,7 +19,8 @@ from moesaic.anatomy.base import clipped
 from moesaic.checkpoint.origin import CARD
 from moesaic.checkpoint.output import write_side_files
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.checkpoint.writer import RESULTS_NAME, StagedOutput
+from moesaic.checkpoint.results import read_results
+from moesaic.checkpoint.writer import StagedOutput
 from moesaic.errors import InputError
 from moesaic.evaluate.native_parity import native_parity, parity_ids
 from moesaic.evaluate.runtime import Runtime
@@ -28,7 +29,7 @@ from moesaic.jobs.native import read_converted
 from moesaic.progress import Progress, Silent
 from moesaic.report.card import model_card
 from moesaic.settings import build
-from moesaic.targets import AUTO, Choice, choose_target
+from moesaic.targets import AUTO, Choice, choose_target, get_target
 from moesaic.targets.base import Split, TargetOptions
 
 _PARITY_WINDOW = 256
@@ -75,6 +76,7 @@ def export(
     settings = options if isinstance(options, TargetOptions) else build(TargetOptions, dict(options or {}), "target")
     StagedOutput.check(output, folder)
     checkpoint, blueprint, split = read_converted(folder)
+    earlier = read_results(folder)
     choice = _choose(split, target)
     key = {
         "moesaic": moesaic.__version__,
@@ -89,7 +91,7 @@ def export(
         _write_tensors(checkpoint, split, choice, settings, staged, progress)
         provenance = {**checkpoint.config["moesaic"], "target": choice.name, "target_options": settings.model_dump()}
         write_side_files(checkpoint, staged, split, blueprint, provenance, choice.module, settings)
-        results = _earlier_results(folder) | {"export": {"target": choice.name, "options": settings.model_dump()}}
+        results = earlier | {"export": {"target": choice.name, "options": settings.model_dump()}}
 
         def verify(staged_folder: Path) -> None:
             if reason := native.too_large(checkpoint, Checkpoint(staged_folder)):
@@ -120,12 +122,18 @@ def moesaic_runtime(folder: Path) -> Runtime:
 def _choose(split: Split, target: str) -> Choice:
     if target == "moesaic":
         raise InputError("the folder is of the moesaic architecture already", "choose another target, or auto")
+    as_it_is = "serve the folder as it is, with transformers"
+    if target != AUTO and (reasons := get_target(target).reasons(split)):
+        fits = choose_target(split).name
+        hint = as_it_is if fits == "moesaic" else f"use --to {fits}"
+        raise InputError(f"target {target} cannot hold this model: {'; '.join(reasons)}", hint)
     choice = choose_target(split, target)
     if choice.name == "moesaic":
+        if able := [name for name in choice.refused if not get_target(name).reasons(split)]:
+            why = " and ".join(choice.refused[able[0]])
+            raise InputError(f"auto takes no stock architecture: {able[0]}: {why}", f"name it: --to {able[0]}")
         text = "; ".join(f"{name}: {' and '.join(reasons)}" for name, reasons in choice.refused.items())
-        raise InputError(
-            f"no stock architecture holds this model: {text}", "serve the folder as it is, with transformers"
-        )
+        raise InputError(f"no stock architecture holds this model: {text}", as_it_is)
     return choice
 
 
@@ -166,8 +174,3 @@ def _layer(checkpoint: Checkpoint, split: Split, layer: int) -> tuple[dict[str, 
         else:
             packed[owner][name.removeprefix(f"{owner}.")] = checkpoint.finite_tensor(name)
     return copied, packed
-
-
-def _earlier_results(folder: Path) -> dict[str, Any]:
-    path = folder / RESULTS_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

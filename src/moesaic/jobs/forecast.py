@@ -39,7 +39,8 @@ class Shape:
 
     ``shared``: always-on neurons; ``width``: M, padding included; ``top_k``: K; ``gated``: a gated router has two
     matrices, as the FFN has a gate path; ``rewritten``: matrices of each neuron that the blueprint holds; ``union``:
-    neurons of all experts together where they are stored once, else None.
+    neurons of all experts together where they are stored once, else None; ``normalised``: the router reads inputs of
+    length 1; ``softmax``: its scores weigh the chosen experts.
     """
 
     d_ff: int
@@ -51,6 +52,8 @@ class Shape:
     gated: bool = True
     rewritten: int = 0
     union: int | None = None
+    normalised: bool = False
+    softmax: bool = False
 
     @property
     def neurons(self) -> int:
@@ -110,10 +113,20 @@ def shape_of(settings: ConvertSettings, d_ff: int, gated: bool = True) -> Shape:
     """The shape of an FFN of ``d_ff`` neurons."""
     parts = get_config(settings.method).sizes(method_config(settings), d_ff)
     kind = parts.router if parts.own else "static"
-    if kind != "static" and settings.router is not None:
-        kind = "linear"
-    width = max(parts.own, default=0)
-    return Shape(d_ff, parts.shared, len(parts.own), width, parts.top_k, kind, gated, parts.rewritten, parts.union)
+    fitted = kind != "static" and settings.router is not None
+    return Shape(
+        d_ff,
+        parts.shared,
+        len(parts.own),
+        max(parts.own, default=0),
+        parts.top_k,
+        "linear" if fitted else kind,
+        gated,
+        parts.rewritten,
+        parts.union,
+        normalised=parts.normalised and not fitted,
+        softmax=parts.softmax and not fitted,
+    )
 
 
 def shape_of_plan(plan: LayerPlan, fitted: bool = False) -> Shape:
@@ -133,11 +146,11 @@ def likely_target(settings: ConvertSettings, anatomy: Anatomy, shape: Shape) -> 
         return settings.target
     if no_backbone(anatomy) or anatomy.family.moe is not None or shape.router == "gated" or prunes_attention(settings):
         return "moesaic"
-    if shape.union is not None:
-        return "moesaic"
     if shape.router == "static":
         return "moesaic" if shape.experts else "dense"
-    return "mixtral" if shape.shared == 0 and shape.top_k == 1 else "glm4_moe"
+    if shape.union is not None or shape.normalised:
+        return "moesaic"
+    return "mixtral" if shape.shared == 0 and (shape.top_k == 1 or shape.softmax) else "glm4_moe"
 
 
 def prunes_attention(settings: ConvertSettings) -> bool:
@@ -294,9 +307,9 @@ def _written(target: str, shape: Shape, options: TargetOptions) -> tuple[int, in
     if target == "glm4_moe":
         paired = options.exact_weights and shape.router != "static" and shape.top_k > 1
         experts = max(2, experts) * (2 if paired else 1)
-        return experts * width + max(width, aligned(shared, width)), experts
+        return experts * width + max(width, aligned(shared, max(width, 1))), experts
     if target == "ernie4_5_moe":
-        return experts * width + aligned(shared, width), experts
+        return experts * width + aligned(shared, max(width, 1)), experts
     if target == "qwen2_moe":
         return experts * width + (shared or options.align), experts + 1
     return experts * width + shared, experts

@@ -75,7 +75,7 @@ def prepare(
     model: str | Path, settings: ConvertSettings, blueprint: Path | None = None, output: Path | None = None
 ) -> Job:
     """Resolve and check everything that can be known before the work. Raises InputError for what cannot work."""
-    request = check_request(model, settings, output)
+    request = check_request(model, settings, output, decided=blueprint is not None)
     checkpoint, anatomy, config = request.checkpoint, request.anatomy, request.config
     given = None if blueprint is None else Blueprint.load(blueprint)
     if given is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -14,8 +13,8 @@ from moesaic.anatomy.base import Anatomy, clipped
 from moesaic.blueprint import Blueprint
 from moesaic.checkpoint.output import read_split
 from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.results import read_results
 from moesaic.checkpoint.source import resolve_model
-from moesaic.checkpoint.writer import RESULTS_NAME
 from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.engine_parity import WINDOW, WINDOWS, EngineParity
 from moesaic.evaluate.llama_cpp import available, llama_cpp_parity, stock_logits
@@ -159,9 +158,7 @@ def check_gguf(gguf: Path, folder: str | Path, dtype: str) -> EngineParity | Non
 
 def _approximate(folder: Path) -> bool:
     """Whether the check at the end of its export took the folder for one that only approaches weights of 1."""
-    results = folder / RESULTS_NAME
-    found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
-    return not found.get("native_parity", {}).get("exact", True)
+    return not read_results(folder).get("native_parity", {}).get("exact", True)
 
 
 def fitting_targets(folder: str | Path) -> dict[str, list[str]]:

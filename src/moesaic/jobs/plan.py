@@ -16,7 +16,7 @@ from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
 from moesaic.errors import InputError
 from moesaic.jobs import forecast
-from moesaic.jobs.request import active_neurons, check_allocation
+from moesaic.jobs.request import active_neurons, check_options, check_split
 from moesaic.layout import Layout
 from moesaic.methods import get_config
 from moesaic.settings import ConvertSettings, build, check_fits, method_config
@@ -96,12 +96,14 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
     if not isinstance(settings, ConvertSettings):
         settings = build(ConvertSettings, {**(settings or {}), **values}, "settings")
     config = method_config(settings)
+    check_options(settings, config)
     anatomy = read_anatomy(read_config(model), hierarchical=settings.hierarchical)
     dense_layers = check_fits(settings.method, config, anatomy, settings.dense_layers)
-    check_allocation(settings, config, anatomy)
+    check_split(settings, config, anatomy)
     sites = [site for site in anatomy.sites if site.layer not in dense_layers]
     text = getattr(config, "layout", None)
-    fixed = getattr(config, "active", None) is not None  # an active fraction goes before a layout
+    # An active fraction goes before a layout, a width of experts only keeps its fractions.
+    fixed = any(getattr(config, name, None) is not None for name in ("active", "expert_width"))
     layout = Layout.parse(text) if isinstance(text, str) and not fixed else None
     source = forecast.guess_source(Path(model).expanduser(), anatomy)
     memory = forecast.memory(settings, anatomy, source)
@@ -111,11 +113,10 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
     per_neuron = matrices * anatomy.d_model
     total = sum(site.d_ff for site in anatomy.sites) * per_neuron
     shape = forecast.shape_of(settings, d_ff, anatomy.gated)
-    computed = min(1.0, (shape.shared + shape.top_k * shape.width) / d_ff)
-    fraction = computed if layout is None else layout.active_fraction  # of a layout without padding
     converted = sum(site.d_ff for site in sites) * per_neuron
     experts, width = shape.experts, shape.width
     own = get_config(settings.method).sizes(config, d_ff).own
+    fraction = min(1.0, (shape.shared + (shape.top_k * sum(own) / len(own) if own else 0)) / d_ff)
     padding = len(own) * max(own) - sum(own) if own else 0
     return PlanReport(
         family=anatomy.family.name,
@@ -164,8 +165,6 @@ def _seconds(settings: ConvertSettings, anatomy: Anatomy, ffn_parameters: int, f
         head = anatomy.d_model * int(anatomy.config.get("vocab_size") or 0)
         tokens = train.steps * train.batch * settings.calibration.window
         operations += 6 * tokens * (ffn_parameters + attention + head)
-    elif hasattr(config, "steps"):  # each FFN on its own
-        operations += 6 * config.steps * config.batch * ffn_parameters
     operations += _measuring(settings, anatomy, ffn_parameters + attention) + _deciding(settings, anatomy)
     copying = 3 * 4 * ffn_parameters / 1e9  # read, pack, write, at about 1 GB/s
     return round(operations / (GFLOPS_PER_CORE * 1e9 * (os.cpu_count() or 1)) + copying, 1)
@@ -246,8 +245,10 @@ def _target_remark(settings: ConvertSettings, anatomy: Anatomy, shape: forecast.
         return f"written in {loads}; {reason}"
     if forecast.prunes_attention(settings):
         return f"written in {loads}; no stock architecture has pruned attention"
+    if shape.router == "static" and shape.experts:
+        return f"written in {loads}; --target dense writes the same function for any engine"
     if shape.union is not None:
         return f"written in {loads}; a stock architecture that is named gets a copy per expert"
-    if shape.router == "gated":
+    if shape.router == "gated" or shape.normalised:
         return f"written in {loads}; --router oracle makes it one that stock engines load"
     return "written as a stock architecture where one holds the split, see `moesaic targets MODEL`"

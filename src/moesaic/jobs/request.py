@@ -20,6 +20,7 @@ from moesaic.methods import get_config
 from moesaic.methods.base import MethodConfig
 from moesaic.settings import ConvertSettings, check_fits, method_config
 from moesaic.targets import AUTO
+from moesaic.targets.backbone import no_backbone
 from moesaic.train.launch import check_shared
 
 
@@ -33,37 +34,68 @@ class Request:
     dense_layers: tuple[int, ...]
 
 
-def check_request(model: str | Path, settings: ConvertSettings, output: str | Path | None = None) -> Request:
+def check_request(
+    model: str | Path, settings: ConvertSettings, output: str | Path | None = None, *, decided: bool = False
+) -> Request:
     """Resolve ``model`` (which may fetch or dequantise it) and refuse what cannot work.
 
     Args:
         model: Local folder, .gguf file or hub id.
         settings: The conversion.
         output: The folder to create, when there is to be one.
+        decided: A blueprint says how FFNs are split, not the method.
 
     Raises:
         InputError, UnsupportedModelError, CheckpointError: naming the path, option, file or tensor.
         ResourceError: no room for the dequantised copy of a .gguf.
     """
     config = method_config(settings)
-    _check_whole_model(settings)
-    if (
-        settings.router is not None
-        or settings.allocation is not None
-        or get_config(settings.method).needs_calibration(config)
-    ):
-        check_sources(settings.calibration)
+    check_options(settings, config)
     if output is not None:  # before a model is fetched for it
         check_output(absolute(output), local_folder(model))
     checkpoint = Checkpoint(resolve_model(str(model)))
     anatomy = read_anatomy(checkpoint.config, hierarchical=settings.hierarchical)
     dense_layers = check_fits(settings.method, config, anatomy, settings.dense_layers)
-    if settings.router is not None and shape_of(settings, anatomy.d_ff).router == "static":
-        raise InputError(f"method {settings.method} routes nothing: all it keeps is always on", "leave --router out")
-    check_allocation(settings, config, anatomy)
+    if not decided:
+        check_split(settings, config, anatomy)
     for site in anatomy.sites:
         ffn_tensor_names(checkpoint, site)
     return Request(checkpoint, anatomy, config, dense_layers)
+
+
+def check_options(settings: ConvertSettings, config: MethodConfig) -> None:
+    """Refuse what the settings alone show: needs of the method, calibration texts that are not there."""
+    _check_whole_model(settings)
+    needs_text = get_config(settings.method).needs_calibration(config)
+    if needs_text or settings.router is not None or settings.allocation is not None:
+        check_sources(settings.calibration)
+
+
+def check_split(settings: ConvertSettings, config: MethodConfig, anatomy: Anatomy) -> None:
+    """Refuse a router, a budget over layers or a target that the method's experts cannot have."""
+    shape = shape_of(settings, anatomy.d_ff)
+    if settings.router is not None and shape.router == "static":
+        raise InputError(f"method {settings.method} routes nothing: all it keeps is always on", "leave --router out")
+    check_allocation(settings, config, anatomy)
+    name = settings.target
+    if name in (AUTO, "moesaic"):
+        return
+    if name == "dense":
+        if shape.router != "static":
+            raise InputError(
+                f"target dense cannot hold this model: {settings.method} chooses experts per token", "use --target auto"
+            )
+    elif reason := no_backbone(anatomy):
+        raise InputError(f"target {name} cannot hold this model: {reason}", "use --target auto")
+    elif not shape.experts:
+        raise InputError(
+            f"target {name} cannot hold this model: no FFN has routed experts", "use --target dense, or moesaic"
+        )
+    elif shape.router == "gated" or shape.normalised:
+        raise InputError(
+            f"target {name} has linear routers, those of {settings.method} are of another kind",
+            "add --router oracle, or use --target moesaic",
+        )
 
 
 def check_allocation(settings: ConvertSettings, config: MethodConfig, anatomy: Anatomy) -> None:

@@ -24,7 +24,8 @@ from moesaic.checkpoint.origin import CARD
 from moesaic.checkpoint.output import output_names, read_split, write_side_files
 from moesaic.checkpoint.placement import absolute, partial_of
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.checkpoint.writer import RESULTS_NAME, StagedOutput
+from moesaic.checkpoint.results import read_results
+from moesaic.checkpoint.writer import StagedOutput
 from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.native_parity import native_parity, parity_ids
 from moesaic.evaluate.parity import TOLERANCE, relative_difference
@@ -129,6 +130,7 @@ def tune(
     if not isinstance(config, TuneConfig):
         config = build(TuneConfig, preset(preset_name, dict(config or {})), "tune")
     request = check_tune(folder, config, output, baseline, teacher_cache)
+    earlier = read_results(request.source.folder)
     job = _prepare(request, preset_name, progress)
     if is_worker():
         _train(job, partial_of(absolute(output)) / "training", Silent())
@@ -143,7 +145,6 @@ def tune(
         blueprint = tuned_blueprint(job.blueprint, model)
         about = _about(job, report, trained)
         _write(job, staged, model, changed, blueprint, about)
-        earlier = _earlier_results(request.source.folder)
         results = {name: value for name, value in earlier.items() if name not in _STALE}
         results["tune"] = {**about, "seconds": round(report.seconds, 1), "config": config.model_dump(mode="json")}
 
@@ -362,8 +363,3 @@ def _check(job: _Job, folder: Path, model: nn.Module, blueprint: Blueprint) -> d
     parity = native_parity(folder, ids_NW, Runtime(model), exact=exact)
     parity.require(folder.name)
     return {"native_parity": parity.to_dict()}
-
-
-def _earlier_results(folder: Path) -> dict[str, Any]:
-    path = folder / RESULTS_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -42,6 +42,11 @@ def undo(folder: str | Path, out: str | Path, *, restart: bool = False) -> Path:
     StagedOutput.check(out, folder)
     converted = Checkpoint(Path(folder).expanduser())
     dense_config = converted.config.get("text_config")
+    if converted.config.get("model_type") != "moesaic" and "moesaic" in converted.config:
+        raise InputError(
+            f"{folder} is of the architecture {converted.config.get('model_type')}",
+            "undo takes folders of --target moesaic; keep the dense model instead",
+        )
     if converted.config.get("model_type") != "moesaic" or not isinstance(dense_config, dict):
         raise InputError(f"{folder} is not an output of moesaic convert", "give the folder of a converted model")
     if reason := tuned(converted.config):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.checkpoint.origin import CARD, is_hub_id
+from moesaic.checkpoint.results import read_results
 from moesaic.evaluate.comparison import Comparison
 
 if TYPE_CHECKING:
@@ -57,9 +58,7 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 def write_card(folder: Path) -> None:
     """Write or renew the card of an output folder from its config.json and results.json."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    path = folder / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    (folder / CARD).write_text(model_card(config, results), encoding="utf-8")
+    (folder / CARD).write_text(model_card(config, read_results(folder)), encoding="utf-8")
 
 
 def _metadata(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from moesaic.methods.base import ModelContext, ModelPlan
 from moesaic.methods.tomoe.config import PRESETS, Config, check, needs_calibration
 from moesaic.methods.tomoe.hard import expert_masks
 from moesaic.methods.tomoe.method import plan_model
-from moesaic.methods.tomoe.start import begin, token_clusters
+from moesaic.methods.tomoe.start import begin, standardised, token_clusters
 from moesaic.methods.tomoe.task import ToMoETask
 from moesaic.progress import Silent
 from tests.methods.tomoe.tiny import tokens
@@ -226,3 +226,23 @@ def test_attention_starts_at_what_carries_most_energy(tmp_path: Path) -> None:
         assert sorted(logits_P.topk(3).indices.tolist()) == loud_pairs
         still = head.value_logits(decoded.embeddings[2 * place], torch.zeros(32))
         assert sorted(still.topk(6).indices.tolist()) == loud_dims
+
+
+def test_branches_that_are_always_on_are_one_expert(tmp_path: Path) -> None:
+    branches = tuple(torch.arange(5, 17).split(4))
+    plans = {
+        f"model.layers.{layer}.mlp": LayerPlan(
+            37, torch.arange(4, 5), branches, 3, expert_scale=torch.rand(3, 32) + 0.5
+        )
+        for layer in range(2)
+    }
+    (tmp_path / "plan").mkdir()
+    Blueprint("llama", "", "", {}, plans).save(tmp_path / "plan")
+    task = started(tmp_path, start=str(tmp_path / "plan"), experts=1, counted="ffn", active=13 / 37)
+    masks = task.chosen_masks(*task.decode())
+    assert [mask_NF[0].nonzero().flatten().tolist() for mask_NF in masks] == [list(range(4, 17))] * 2
+
+
+@pytest.mark.parametrize("energy_NF", [torch.zeros(2, 6), torch.ones(1, 1)])
+def test_equal_energies_start_from_finite_logits(energy_NF: torch.Tensor) -> None:
+    assert torch.equal(standardised(energy_NF, 1), torch.zeros_like(energy_NF))

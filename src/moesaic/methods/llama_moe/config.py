@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -51,7 +52,7 @@ def needs_calibration(config: Config) -> bool:
 
 def sizes(config: Config, d_ff: int) -> Sizes:
     """What ``config`` makes of an FFN of ``d_ff`` neurons. Raises InputError when its units are more than these."""
-    return layout_sizes(Layout.parse(config.layout), d_ff)
+    return replace(layout_sizes(Layout.parse(config.layout), d_ff), softmax=config.gate == "softmax_topk")
 
 
 def check(config: Config, d_ff: int) -> None:

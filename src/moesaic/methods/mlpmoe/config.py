@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -9,7 +10,7 @@ from pydantic import Field, model_validator
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.sizes import Sizes
-from moesaic.solvers.fade import Schedule
+from moesaic.solvers.fade import Schedule, fade_fractions
 
 
 class Config(MethodConfig):
@@ -82,9 +83,16 @@ def prunes(config: Config) -> bool:
 
 
 def sizes(config: Config, d_ff: int) -> Sizes:
-    """Branches that are kept, all always on. Branches differ by one neuron at most; what is over counts as shared."""
-    count = config.keep or config.branches
-    kept = d_ff * count // config.branches
+    """Branches that are kept, all always on. Branches differ by one neuron at most; what is over counts as shared.
+    Where neurons fade too, which widths are kept is not known before: those of every N/K-th branch stand for them."""
+    branches, count = config.branches, config.keep or config.branches
+    if config.fade_unit == "neuron" and config.fade_max > 0:
+        fractions = fade_fractions(config.fade_schedule, branches, config.fade_min, config.fade_max, config.fade_gamma)
+        width, longer = divmod(d_ff, branches)
+        slices = [width + (i < longer) for i in range(branches)]
+        widths = [size - math.floor(s * size) for s, size in zip(fractions, slices, strict=True)]
+        return Sizes(0, tuple(widths[i * branches // count] for i in range(count)), count, "static")
+    kept = d_ff * count // branches
     return Sizes(kept % count, (kept // count,) * count, count, "static")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -38,7 +39,7 @@ def needs_calibration(config: Config) -> bool:
 
 def sizes(config: Config, d_ff: int) -> Sizes:
     """What ``config`` makes of an FFN of ``d_ff`` neurons. Raises InputError when its units are more than these."""
-    return layout_sizes(resolve_layout(config, d_ff), d_ff)
+    return replace(layout_sizes(resolve_layout(config, d_ff), d_ff), normalised=True)
 
 
 def check(config: Config, d_ff: int) -> None:

@@ -50,7 +50,11 @@ class Config(MethodConfig):
         default=1e-3, gt=0, allow_inf_nan=False, description="Peak learning rate of neurons, cosine to zero."
     )
     router_rate: float = Field(
-        default=1e-3, ge=0, allow_inf_nan=False, description="Peak learning rate of the router; 0 leaves it as it is."
+        default=1e-3,
+        ge=0,
+        allow_inf_nan=False,
+        description="Peak learning rate of the router; 0 leaves it as it is. overlapping: without effect, as a single "
+        "chosen expert has weight 1 whatever its score.",
     )
     held_out: float = Field(
         default=0.1, gt=0, le=0.5, description="Share of the tokens on which the best state is chosen."

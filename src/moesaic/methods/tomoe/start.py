@@ -16,7 +16,6 @@ from moesaic.anatomy.weights import load_ffn
 from moesaic.blueprint import Blueprint, LayerPlan
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError
-from moesaic.methods.tomoe.hard import expert_masks
 from moesaic.methods.tomoe.samplers import MEDIAN
 from moesaic.methods.tomoe.task import ToMoETask
 from moesaic.solvers.router_fit import energy_targets, fit_ridge, top_k_sets
@@ -91,7 +90,9 @@ def standardised(energy_NF: Tensor, kept: int) -> Tensor:
     """Log energies in standard deviations of their row, 0 at the last of the ``kept`` largest."""
     log_NF = energy_NF.clamp(min=1e-12).log()
     threshold_N1 = log_NF.sort(dim=-1, descending=True).values[:, kept - 1 : kept]
-    return ((log_NF - threshold_N1) / log_NF.std(dim=-1, keepdim=True)).clamp(-_REACH, _REACH)
+    several = log_NF.shape[-1] > 1
+    spread_N1 = log_NF.std(dim=-1, correction=int(several), keepdim=True).clamp(min=1e-6)  # of equal energies 0
+    return ((log_NF - threshold_N1) / spread_N1).clamp(-_REACH, _REACH)
 
 
 def scaled_router(weight_ND: Tensor, x_TD: Tensor) -> Tensor:
@@ -183,15 +184,22 @@ def _run_dense(task: ToMoETask, ids_BW: Tensor, handles: Sequence[Any]) -> None:
 
 
 def _from_plan(plan: LayerPlan, x_TD: Tensor, share_TF: Tensor) -> tuple[Tensor, Tensor]:
-    held_NF = (expert_masks(plan) > 0).float() if plan.experts else torch.zeros(1, plan.d_ff)
-    held_NF[:, plan.shared[plan.shared >= 0]] = 1.0
-    router = plan.router
+    held_NF, router = _held(plan), plan.router
     if router.kind == "linear" and not router.normalise_input and "bias" not in router.tensors:
         router_ND = scaled_router(router.tensors["weight"].float(), x_TD)
     else:  # of another form: what the experts are worth decides
         worth_TN = energy_targets(share_TF @ held_NF.T, "raw")
         router_ND = scaled_router(fit_ridge([(x_TD, worth_TN)], _RIDGE), x_TD)
     return 2 * held_NF - 1, router_ND
+
+
+def _held(plan: LayerPlan) -> Tensor:
+    """Neurons of each expert, shared ones in all, 0/1 [N, F]; all that is always on is one expert."""
+    held_NF = torch.zeros(max(1, len(plan.experts)), plan.d_ff)
+    for held_F, members in zip(held_NF, plan.experts, strict=False):
+        held_F[members[members >= 0].long()] = 1.0
+    held_NF[:, plan.shared[plan.shared >= 0]] = 1.0
+    return held_NF.amax(0, keepdim=True) if plan.router.kind == "static" else held_NF
 
 
 def _plans_of(folder: Path, task: ToMoETask) -> Sequence[LayerPlan]:
@@ -201,7 +209,7 @@ def _plans_of(folder: Path, task: ToMoETask) -> Sequence[LayerPlan]:
         raise InputError(f"the blueprint in {folder} leaves {missing[0]} dense", "keep the same layers dense")
     plans = [sites[site.path] for site in task.ffns]
     for site, plan in zip(task.ffns, plans, strict=True):
-        experts = max(1, len(plan.experts))  # all that is always on is one expert
+        experts = len(_held(plan))
         if plan.d_ff != site.d_ff or experts != task.config.experts:
             raise InputError(
                 f"{site.path} has {experts} experts of {plan.d_ff} neurons in the blueprint in {folder}",
