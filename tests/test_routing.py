@@ -205,3 +205,12 @@ def test_all_experts_active_with_a_bias_needs_no_fit_either() -> None:
     assert fitted.router.tensors["bias"].shape == (EXPERTS,)
     x_TD = inputs_of(8).x_TD
     torch.testing.assert_close(build_ffn(weights, fitted)(x_TD), weights(x_TD), rtol=1e-4, atol=1e-5)
+
+
+def test_experts_of_a_union_beside_shared_neurons_are_those_of_copies() -> None:
+    weights = network()
+    sets = tuple(torch.arange(5 + 4 * e, 21 + 4 * e) for e in range(EXPERTS))
+    copies = LayerPlan(NEURONS, torch.arange(5), sets, 1, linear_router())
+    once = replace(copies, union=True)
+    energies = [expert_energies(expert_networks(weights, plan), inputs_of(64)) for plan in (copies, once)]
+    torch.testing.assert_close(*energies)

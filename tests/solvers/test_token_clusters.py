@@ -126,3 +126,15 @@ def test_pattern_products_are_those_of_the_predictions() -> None:
     predicted_TF = x_TD @ RidgeStatistics.collect([(x_TD, share_TF.sqrt())]).solve(1e-3).T
     expected_FF = predicted_TF.T @ predicted_TF / len(x_TD)
     torch.testing.assert_close(rows_FD @ rows_FD.T, expected_FF, rtol=1e-2, atol=1e-4)
+
+
+def test_a_refinement_that_keeps_less_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    x_TD, h_TF, _ = planted()
+    share_TF = tc.neuron_shares(h_TF, torch.ones(h_TF.shape[1]))
+
+    def kept(steps: int) -> float:
+        sizes = (COMMON, OWN)
+        return tc.cluster_tokens(x_TD, share_TF, GROUPS, sizes, rounds=10, ridge=1e-2, seed=0, router_steps=steps).kept
+
+    monkeypatch.setattr(tc, "refine_softmax", lambda router_ED, *_: torch.zeros_like(router_ED))
+    assert kept(5) == kept(0)
