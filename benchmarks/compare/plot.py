@@ -12,6 +12,8 @@ from moesaic.errors import InputError
 
 _DENSE_MARKER = 30.0
 """Area of the marker of a model as large as the dense one, in square points."""
+_WORST = 6.0
+"""Perplexities above so many times that of the dense model are off the plot, so that the others can be told apart."""
 
 
 def draw(rows: Sequence[dict[str, Any]], title: str, out: Path) -> Path:
@@ -33,7 +35,9 @@ def draw(rows: Sequence[dict[str, Any]], title: str, out: Path) -> Path:
         _panel(axis, panel, dense, [[row for row in rows if row["case"] == name] for name in names])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
-    figure.suptitle(f"{title}; the area of a marker is the number of parameters")
+    figure.suptitle(
+        f"{title}; the area of a marker is the number of parameters; above {_WORST:g} times dense nothing is drawn"
+    )
     figure.savefig(out, dpi=120, metadata={"Software": None})
     return out
 
@@ -56,7 +60,10 @@ def _panel(axis: Any, panel: str, dense: dict[str, Any], series: Sequence[Sequen
     axis.set_ylabel("mean task accuracy, %" if panel == "tasks" else f"perplexity, {panel}")
     axis.grid(alpha=0.3, which="both")
     if panel != "tasks":
+        dense_height = _height(dense, panel)
+        heights = [_height(row, panel) for rows in series for row in rows]
         axis.set_yscale("log")
+        axis.set_ylim(0.9 * dense_height, 1.1 * min(_WORST * dense_height, max(heights, default=dense_height)))
 
 
 def _height(row: dict[str, Any], panel: str) -> float:
