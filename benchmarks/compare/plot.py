@@ -48,12 +48,14 @@ def _panel(axis: Any, panel: str, dense: dict[str, Any], series: Sequence[Sequen
     colours = colormaps["tab20"].colors  # pyright: ignore[reportAttributeAccessIssue]
     axis.axhline(_height(dense, panel), color="black", linewidth=1, label="dense")
     for number, unordered in enumerate(series):
-        rows = sorted(unordered, key=lambda row: row["size"]["active_ffn"])
+        label = unordered[0]["label"]
+        measured = [row for row in unordered if panel != "tasks" or "accuracy" in row]
+        rows = sorted(measured, key=lambda row: row["size"]["active_ffn"])
         xs = [100 * row["size"]["active_ffn"] for row in rows]
         ys = [_height(row, panel) for row in rows]
         growth = [row["size"]["parameters"] / dense["size"]["parameters"] for row in rows]
-        style = {"color": colours[number % len(colours)], "linestyle": "--" if "control" in rows[0]["label"] else "-"}
-        axis.plot(xs, ys, linewidth=1, label=rows[0]["label"], **style)
+        style = {"color": colours[number % len(colours)], "linestyle": "--" if "control" in label else "-"}
+        axis.plot(xs, ys, linewidth=1, label=label, **style)
         axis.scatter(xs, ys, s=[_DENSE_MARKER * g for g in growth], color=style["color"])
     axis.set_xlim(0, 100)
     axis.set_xlabel("FFN neurons that a token uses, %")
@@ -68,5 +70,5 @@ def _panel(axis: Any, panel: str, dense: dict[str, Any], series: Sequence[Sequen
 
 def _height(row: dict[str, Any], panel: str) -> float:
     if panel == "tasks":
-        return 100 * row["accuracy"]["mean"] if "accuracy" in row else float("nan")  # nothing is drawn there
+        return 100 * row["accuracy"]["mean"]
     return row["perplexity"][panel]["value"]
