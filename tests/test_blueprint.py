@@ -104,6 +104,22 @@ def test_attention_is_saved_digested_and_diffed(tmp_path: Path) -> None:
     assert pruned.diff(made[-1]) == [f"{path}: decoder differs"]
 
 
+def test_experts_of_a_union_may_differ_in_width(tmp_path: Path) -> None:
+    experts = (torch.arange(2), torch.arange(11), torch.arange(0))
+    router = Router("linear", {"weight": torch.zeros(3, 4)})
+    load_E = torch.tensor([0.25, 0.5, 0.25])
+    plan = LayerPlan(11, torch.arange(0), experts, 1, router, union=True, load=load_E)
+    assert (plan.varied, plan.expert_width, plan.active_neurons) == (True, 0, 6.0)
+    made = Blueprint("llama", "abc", "token_clusters", {}, {"model.layers.0.mlp": plan})
+    made.save(tmp_path)
+    loaded = Blueprint.load(tmp_path)
+    assert loaded.digest() == made.digest()
+    assert made.diff(loaded) == []
+    (again,) = loaded.sites.values()
+    assert [len(expert) for expert in again.experts] == [2, 11, 0]
+    assert again.active_neurons == 6.0
+
+
 def test_blueprints_without_attention_or_union_have_the_digests_of_earlier_versions(tmp_path: Path) -> None:
     plan = LayerPlan(3, torch.arange(3))
     made = Blueprint("llama", "abc", "static", {}, {"model.layers.0.mlp": plan})

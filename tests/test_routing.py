@@ -180,6 +180,10 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     weights = network()
     with pytest.raises(InputError, match="static"):
         fit_linear_router(LayerPlan(NEURONS, torch.arange(NEURONS)), weights, inputs_of(8), RouterFitConfig())
+    plan = plan_of(linear_router())
+    narrower = (plan.experts[0][:1], *plan.experts[1:])
+    with pytest.raises(InputError, match="different widths"):
+        fit_linear_router(replace(plan, experts=narrower, union=True), weights, inputs_of(8), RouterFitConfig())
     with pytest.raises(InputError, match="1 calibration tokens"):
         fit_linear_router(plan_of(linear_router()), weights, inputs_of(1), RouterFitConfig())
 

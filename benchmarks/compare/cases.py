@@ -122,6 +122,10 @@ def _union(share: Fraction, shape: Shape) -> dict[str, Any]:
     return _active(share, shape) | {"split": "union"}
 
 
+def _equal(share: Fraction, shape: Shape) -> dict[str, Any]:
+    return _union(share, shape) | {"widths": "equal"}
+
+
 def _counted(share: Fraction, shape: Shape) -> dict[str, Any]:
     """The union with its router taken out of both budgets: E D numbers are what E / 3 neurons of a gated FFN have."""
     experts = len(sizes(Config(split="union"), shape.d_ff).own)
@@ -129,6 +133,10 @@ def _counted(share: Fraction, shape: Shape) -> dict[str, Any]:
     if share <= router:
         raise InexpressibleError(f"a router of {experts} experts alone is {float(router):.1%} of an FFN")
     return _union(share - router, shape) | {"max_params": float(1 - router)}
+
+
+def _counted_equal(share: Fraction, shape: Shape) -> dict[str, Any]:
+    return _counted(share, shape) | {"widths": "equal"}
 
 
 def _kept_branches(share: Fraction, _shape: Shape) -> dict[str, Any]:
@@ -159,6 +167,15 @@ RECIPES: dict[str, Recipe] = {
     "union-lead": Recipe("token clusters, stored once, first layers dense", "token_clusters", _union, leading=True),
     "counted-lead": Recipe(
         "token clusters, stored once, router counted, first layers dense", "token_clusters", _counted, leading=True
+    ),
+    "equal-lead": Recipe(
+        "token clusters, stored once, equal widths, first layers dense", "token_clusters", _equal, leading=True
+    ),
+    "counted-equal-lead": Recipe(
+        "token clusters, stored once, equal widths, router counted, first layers dense",
+        "token_clusters",
+        _counted_equal,
+        leading=True,
     ),
     "disjoint": Recipe("token clusters, disjoint", "token_clusters", _disjoint),
     "disjoint-lead": Recipe("token clusters, disjoint, first layers dense", "token_clusters", _disjoint, leading=True),

@@ -26,6 +26,7 @@ from moesaic.blueprint import Blueprint
 from moesaic.calibration.samples import evaluation_text, sample_text
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.cli.console import quiet_libraries
+from moesaic.evaluate.activity import counting
 from moesaic.evaluate.differences import join, logit_differences
 from moesaic.evaluate.fidelity import router_fidelity, summarise
 from moesaic.evaluate.perplexity import perplexity, protocol_name, token_windows
@@ -90,7 +91,8 @@ def measure(
         started = time.monotonic()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=protocol.dtype).eval()
         record["size"] = _size(model, folder, dense, converted=case.settings is not None)
-        record |= _texts(model, tokenizer, protocol, None if case.settings is None else dense)
+        blueprint = None if case.settings is None else Blueprint.load(folder)
+        record |= _texts(model, tokenizer, protocol, blueprint)
         del model
         gc.collect()
         record["seconds"]["texts"] = round(time.monotonic() - started, 1)
@@ -173,17 +175,28 @@ def evaluated(tokenizer: Any, protocol: Protocol) -> dict[str, Tensor]:
     return {name: token_windows(tokenizer, text, protocol.window, limit) for name, (text, limit) in texts.items()}
 
 
-def _texts(model: Any, tokenizer: Any, protocol: Protocol, dense: Path | None) -> dict[str, Any]:
-    """Perplexity on both texts; on the first windows, distance to the dense model and what the routers choose."""
+def _texts(model: Any, tokenizer: Any, protocol: Protocol, blueprint: Blueprint | None) -> dict[str, Any]:
+    """Perplexity on both texts, and of a converted model the share of the FFNs' neurons that their tokens used; on the
+    first windows, distance to the dense model and what the routers choose."""
     limits = {"WikiText-2": protocol.windows, "C4": protocol.c4_windows}
-    found: dict[str, Any] = {"perplexity": {}}
+    found: dict[str, Any] = {"perplexity": {}, "active_on": {}}
     for name, ids_NW in evaluated(tokenizer, protocol).items():
         protocol_of = protocol_name(TEXTS[name], protocol.window, limits[name])
-        found["perplexity"][name] = perplexity(model, ids_NW, protocol_of).to_dict()
-        if dense is not None and name == "WikiText-2":
-            found["to_dense"] = _distance(model, dense, protocol.dtype, ids_NW[:CLOSE_WINDOWS])
+        with counting(model) as activity:
+            found["perplexity"][name] = perplexity(model, ids_NW, protocol_of).to_dict()
+        if blueprint is None:
+            continue
+        found["active_on"][name] = _of_whole_model(activity.fraction(blueprint), blueprint, protocol)
+        if name == "WikiText-2":
+            found["to_dense"] = _distance(model, Path(protocol.model), protocol.dtype, ids_NW[:CLOSE_WINDOWS])
             found["fidelity"] = summarise(router_fidelity(model, ids_NW[:CLOSE_WINDOWS, :ROUTED_TOKENS]))
     return found
+
+
+def _of_whole_model(fraction: float, blueprint: Blueprint, protocol: Protocol) -> float:
+    """A share of the converted FFNs' neurons as one of all FFNs', those of dense layers with it."""
+    neurons = sum(site.d_ff for site in read_anatomy(Checkpoint(protocol.model).config).sites)
+    return 1 - (1 - fraction) * sum(plan.d_ff for plan in blueprint.sites.values()) / neurons
 
 
 @torch.inference_mode()

@@ -50,7 +50,7 @@ class Router:
 
 STATIC = Router("static")
 
-OPTIONAL_TENSORS = ("selection_bias", "gate_scale", "expert_scale", "readout", "bias")
+OPTIONAL_TENSORS = ("selection_bias", "gate_scale", "expert_scale", "readout", "bias", "load")
 """Fields of :class:`LayerPlan` that are a tensor or None."""
 
 
@@ -73,7 +73,7 @@ class LayerPlan:
         d_ff: Neurons F of the dense FFN.
         shared: Neuron indices of the always-on part, int64 [S]; S may be 0.
         experts: Neuron indices per routed expert, int64 [M] each; -1 is a padding neuron of zeros. Equal widths, except
-            under the static router, where every expert is always on and widths are free. Experts may overlap.
+            under the static router, where every expert is always on, and in a union. Experts may overlap.
         top_k: Routed experts per token; ``len(experts)`` under the static router.
         router: How experts are chosen.
         gate: Weight of a chosen expert. ``uniform``: 1. ``scaled``: 1 + p_j s_j with p the softmax of the scores over
@@ -93,6 +93,8 @@ class LayerPlan:
         union: Experts that overlap are stored once, as index sets over the U neurons that are in any of them; what
             they share cannot be changed for one of them, so ``fade``, ``expert_scale`` and ``projections`` are out, and
             ``readout`` is one for all.
+        load: Share of the tokens that each expert got when the split was decided, float [E], in sum ``top_k``; says how
+            many neurons a token uses where widths differ.
 
     Raises:
         InputError: parts that contradict each other, or indices outside the FFN.
@@ -111,6 +113,7 @@ class LayerPlan:
     readout: Tensor | None = None
     bias: Tensor | None = None
     union: bool = False
+    load: Tensor | None = None
     projections: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -122,7 +125,7 @@ class LayerPlan:
             )
         if static and self.gate != "uniform":
             raise InputError(f"static router with gate {self.gate!r}", "experts that are all on have weight 1")
-        if not static and len(widths) != 1:
+        if not static and not self.union and len(widths) != 1:
             raise InputError(f"routed experts of widths {sorted(widths)}", "pad them to one width with -1")
         if not static and not 1 <= self.top_k <= len(self.experts):
             raise InputError(f"top-k {self.top_k} of {len(self.experts)} experts", "choose 1 <= top-k <= experts")
@@ -173,9 +176,14 @@ class LayerPlan:
 
     @property
     def expert_width(self) -> int:
-        """M, the common width of the routed experts; 0 when there are none or when static widths differ."""
+        """M, the common width of the routed experts; 0 when there are none or when widths differ."""
         widths = {len(expert) for expert in self.experts}
         return widths.pop() if len(widths) == 1 else 0
+
+    @property
+    def varied(self) -> bool:
+        """Whether routed experts have different widths."""
+        return self.router.kind != "static" and len({len(expert) for expert in self.experts}) > 1
 
     @property
     def is_partition(self) -> bool:
@@ -192,12 +200,15 @@ class LayerPlan:
 
     @property
     def active_neurons(self) -> float:
-        """Neurons that one token uses, padding not counted (the mean over experts where they differ)."""
+        """Neurons that one token uses, padding not counted. Where experts differ: the mean by :attr:`load`, or over
+        experts without that."""
         shared = int((self.shared >= 0).sum())
         if not self.experts:
             return float(shared)
-        routed = sum(int((expert >= 0).sum()) for expert in self.experts)
-        return shared + routed * self.top_k / len(self.experts)
+        own = [int((expert >= 0).sum()) for expert in self.experts]
+        if self.load is not None:
+            return shared + sum(width * share for width, share in zip(own, self.load.tolist(), strict=True))
+        return shared + sum(own) * self.top_k / len(own)
 
     def spec(self) -> dict[str, Any]:
         """What the runtime must know to build this FFN, as it stands in ``config.json``: shapes and switches."""

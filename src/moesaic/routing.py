@@ -80,10 +80,12 @@ def fit_linear_router(
         config: What to fit and how.
 
     Raises:
-        InputError: the plan routes nothing, or there are fewer than two tokens.
+        InputError: the plan routes nothing, its experts have different widths, or there are fewer than two tokens.
     """
     if plan.router.kind == "static":
         raise InputError("a static plan has no router to fit", "choose a layout with routed experts")
+    if plan.varied:  # more energy is what wider experts have
+        raise InputError("experts of different widths have a router that counts their cost", "leave --router out")
     if inputs.tokens < 2:
         raise InputError(f"{inputs.tokens} calibration tokens cannot fit a router", "give more calibration text")
     held_tokens = min(inputs.tokens - 1, max(1, round(config.holdout * inputs.tokens)))

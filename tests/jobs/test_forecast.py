@@ -154,11 +154,32 @@ def test_what_needs_another_architecture_is_forecast_and_refused_as_such(wide: C
     report = moesaic.plan(dense, method="tomoe", options=options)
     assert (report.target, report.active_ffn_fraction) == ("moesaic", pytest.approx(0.6, abs=0.01))
     assert any("no stock architecture has pruned attention" in remark for remark in report.remarks)
-    report = moesaic.plan(dense, method="token_clusters", options={"split": "union"})
-    assert report.target == "moesaic"
-    assert any("gets a copy per expert" in remark for remark in report.remarks)
+    for widths, says in {"free": "with a copy per expert, add --set widths=equal", "equal": "gets a copy per"}.items():
+        report = moesaic.plan(dense, method="token_clusters", options={"split": "union", "widths": widths})
+        assert (report.target, report.varied_widths) == ("moesaic", widths == "free")
+        assert any(says in remark for remark in report.remarks)
     with pytest.raises(InputError, match="has no pruned attention"):
         check_request(dense, ConvertSettings(method="tomoe", options=options, target="glm4_moe"))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"router": "oracle"}, "experts of different widths cost"),
+        ({"target": "glm4_moe"}, "would compute the widest expert for every token"),
+    ],
+)
+def test_what_needs_equal_widths_is_refused_by_plan_and_convert(
+    more: dict[str, Any], says: str, wide: Callable[..., Path]
+) -> None:
+    values = {"method": "token_clusters", "options": {"split": "union"}} | more
+    with pytest.raises(InputError, match=says) as refused:
+        moesaic.plan(wide("llama"), values)
+    assert "--set widths=equal" in str(refused.value.hint)
+    with pytest.raises(InputError, match=says):
+        check_request(wide("llama"), ConvertSettings.model_validate(values))
+    values["options"] = {"split": "union", "widths": "equal"}
+    assert moesaic.plan(wide("llama"), values).experts == 128
 
 
 @pytest.mark.parametrize(("method", "options"), [("mlpmoe", {"branches": 8}), ("static", {"active": 0.5})])

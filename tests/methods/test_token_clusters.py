@@ -32,6 +32,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "overlapping": {"experts": 4},
     "free": {"experts": 4, "max_params": None},
     "union": {"split": "union", "experts": 4},
+    "union, equal widths": {"split": "union", "experts": 4, "widths": "equal"},
     "union, less": {"split": "union", "experts": 4, "max_params": 0.9},
     "disjoint": {"split": "disjoint", "experts": 8, "shared": 0.5},
     "static": {"experts": 1},
@@ -210,7 +211,7 @@ def test_refusals() -> None:
 
 def test_a_union_is_what_copies_with_one_readout_are() -> None:
     weights, x_TD = clustered()
-    once = plan_of(weights, x_TD, active=0.5, split="union", experts=4)
+    once = plan_of(weights, x_TD, active=0.5, split="union", experts=4, widths="equal")
     copies = plan_of(weights, x_TD, active=0.5, experts=4, max_params=None, refit="global")
     assert once.union
     assert len(once.packed) < 0.6 * len(copies.packed)

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,12 @@ def as_union(plan: LayerPlan) -> LayerPlan:
     return dataclasses.replace(plan, union=True)
 
 
+def unpadded(plan: LayerPlan) -> LayerPlan:
+    """The union with experts of their own widths."""
+    experts = tuple(expert[expert >= 0] for expert in plan.experts)
+    return dataclasses.replace(plan, experts=experts, union=True)
+
+
 def test_a_forward_in_inference_mode_does_not_hinder_training() -> None:
     weights = random_ffn(24, 16)
     ffn = build_ffn(weights, as_union(plan_of(random_members(2, 24, 0.6))))
@@ -78,10 +85,12 @@ def cases(draw: st.DrawFn) -> tuple[FFNWeights, LayerPlan]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(cases(), st.sampled_from([1, 3, 20]))
-def test_a_union_computes_what_copies_compute(case: tuple[FFNWeights, LayerPlan], tokens: int) -> None:
+@given(cases(), st.sampled_from([1, 3, 20]), st.sampled_from([as_union, unpadded]))
+def test_a_union_computes_what_copies_compute(
+    case: tuple[FFNWeights, LayerPlan], tokens: int, stored: Callable[[LayerPlan], LayerPlan]
+) -> None:
     weights, plan = case
-    module, x_TD = build_ffn(weights, as_union(plan)), random_inputs(tokens)
+    module, x_TD = build_ffn(weights, stored(plan)), random_inputs(tokens)
     assert isinstance(module, UnionFeedForward)
     expected_TD = reference_ffn(weights, plan, x_TD)
     scale = expected_TD.abs().max().clamp(min=1.0)

@@ -81,6 +81,15 @@ def test_an_explicit_target_that_does_not_fit_is_refused_with_reason_and_remedy(
     assert error.value.hint == "use --target glm4_moe"
 
 
+def test_experts_of_different_widths_are_ours_alone(tiny: Tiny) -> None:
+    plans = plans_for(tiny("llama"), "S0A1E4")
+    varied = {path: replace(p, experts=(p.experts[0][:2], *p.experts[1:]), union=True) for path, p in plans.items()}
+    split = split_for(tiny("llama"), varied)
+    assert choose_target(split, "auto").name == "moesaic"
+    for target in TARGETS.keys() - {"moesaic", "dense"}:
+        assert "experts of different widths" in reasons(split, target)
+
+
 def test_an_unknown_target_is_refused_with_the_names(tiny: Tiny) -> None:
     with pytest.raises(InputError, match="glm4_moe"):
         choose_target(split_for(tiny("llama"), {}), "deepseek")

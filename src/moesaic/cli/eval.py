@@ -82,10 +82,9 @@ def render(results: dict[str, Any]) -> str:
         rows.append([label, f"{result['value']:.2f}", interval])
     parts = [results["protocol"], "", table(["model", "perplexity", "ratio to dense [95 %]"], rows)]
     if "active_ffn_fraction" in results:
-        parts.append(
-            f"\nactive FFN fraction {results['active_ffn_fraction']:.1%}, "
-            f"{results['parameters'] / 1e6:.1f} M parameters"
-        )
+        fraction, planned = (f"{results[f'active_ffn_{name}']:.1%}" for name in ("fraction", "planned"))
+        on_text = "" if fraction == planned else f" on this text ({planned} planned)"
+        parts.append(f"\nactive FFN fraction {fraction}{on_text}, {results['parameters'] / 1e6:.1f} M parameters")
     if summary := results.get("fidelity", {}).get("summary"):
         parts.append(
             f"router: {summary['overlap']:.1%} of the oracle's experts chosen (chance {summary['chance']:.1%}); "

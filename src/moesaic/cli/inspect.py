@@ -49,12 +49,13 @@ def run(
 
 
 def _row(path: str, plan: Any) -> dict[str, Any]:
+    widths = [len(expert) for expert in plan.experts]
     return {
         "site": path,
         "neurons": plan.d_ff,
         "shared": len(plan.shared),
         "experts": len(plan.experts),
-        "width": plan.expert_width,
+        "width": f"{min(widths)}-{max(widths)}" if plan.varied else plan.expert_width,
         "top_k": plan.top_k,
         "active": f"{plan.active_neurons / plan.d_ff:.1%}",
         "router": plan.router.kind,

@@ -57,7 +57,8 @@ def run(
     emit(f"model       {report.model_type}: {report.layers} layers, {ffn}")
     emit(f"method      {report.method}" + (f" {report.layout}" if report.layout else ""))
     if report.experts:
-        routed = f"{report.experts} routed experts of {report.expert_width}, top-{report.top_k}"
+        width = f"{report.expert_width} in the mean over tokens" if report.varied_widths else str(report.expert_width)
+        routed = f"{report.experts} routed experts of {width}, top-{report.top_k}"
         emit(f"each FFN    shared expert of {report.shared_width} + {routed}")
     layers = f"{report.converted_layers} of {report.layers} layers"
     emit(f"active      {report.active_ffn_fraction:.1%} of the FFN in {layers}")

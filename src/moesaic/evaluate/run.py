@@ -22,6 +22,7 @@ from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.results import RESULTS_NAME, merged, read_results
 from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import InputError, ResourceError
+from moesaic.evaluate.activity import Activity, counting
 from moesaic.evaluate.comparison import compare
 from moesaic.evaluate.controls import CONTROLS, active_fraction, control_model
 from moesaic.evaluate.fidelity import router_fidelity, summarise
@@ -46,11 +47,13 @@ class _Run:
     tokenizer: Any = None  # set when proxy perplexity is wanted
     measured: dict[str, Perplexity] = field(default_factory=dict)
     proxies: dict[str, ProxyPerplexity] = field(default_factory=dict)
+    activity: dict[str, Activity] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)  # of the controls
 
     def perplexity(self, label: str, model: Any) -> None:
         self.progress.note(f"perplexity of {label}")
-        self.measured[label] = perplexity(model, self.ids_NW, self.name, progress=self.progress)
+        with counting(model) as self.activity[label]:
+            self.measured[label] = perplexity(model, self.ids_NW, self.name, progress=self.progress)
         if self.tokenizer is not None:
             self.proxies[label] = proxy_perplexity(model, self.tokenizer)
 
@@ -101,7 +104,8 @@ def evaluate_model(
         save: Merge the results into the folder's results.json when it is a moesaic output.
 
     Returns:
-        ``{"protocol", "perplexity": {label: ...}, "fidelity", "speed", "parameters", ...}``, ready for JSON.
+        ``{"protocol", "perplexity": {label: ...}, "fidelity", "speed", "parameters", ...}``, ready for JSON;
+        ``active_ffn_fraction`` is that of this text, ``active_ffn_planned`` that of the calibration.
 
     Raises:
         InputError: A path or text that cannot be used; a window longer than the model's context; ``baseline`` is not
@@ -142,7 +146,8 @@ def evaluate_model(
         if speed and dense_folder is not None:
             results["speed"] = _speed_beside(dense_folder, converted)
     if blueprint is not None:
-        results["active_ffn_fraction"] = active_fraction(blueprint)
+        results["active_ffn_fraction"] = run.activity["model"].fraction(blueprint)
+        results["active_ffn_planned"] = active_fraction(blueprint)
     if controls and dense_folder is not None and blueprint is not None:
         _measure_controls(run, dense_folder, blueprint, _calibration(folder))
     results["perplexity"] = run.table()

@@ -39,7 +39,8 @@ class Shape:
 
     ``shared``: always-on neurons; ``width``: M, padding included; ``top_k``: K; ``gated``: a gated router has two
     matrices, as the FFN has a gate path; ``rewritten``: matrices of each neuron that the blueprint holds; ``union``:
-    neurons of all experts together where they are stored once, else None; ``normalised``: the router reads inputs of
+    neurons of all experts together where they are stored once, else None; ``varied``: their widths differ, and M is the
+    mean over tokens; ``normalised``: the router reads inputs of
     length 1; ``softmax``: its scores weigh the chosen experts.
     """
 
@@ -52,6 +53,7 @@ class Shape:
     gated: bool = True
     rewritten: int = 0
     union: int | None = None
+    varied: bool = False
     normalised: bool = False
     softmax: bool = False
 
@@ -124,6 +126,7 @@ def shape_of(settings: ConvertSettings, d_ff: int, gated: bool = True) -> Shape:
         gated,
         parts.rewritten,
         parts.union,
+        parts.varied,
         normalised=parts.normalised and not fitted,
         softmax=parts.softmax and not fitted,
     )
@@ -137,7 +140,8 @@ def shape_of_plan(plan: LayerPlan, fitted: bool = False) -> Shape:
     gated = "gate" in plan.router.tensors
     rewritten = sum(name.endswith("_FD") for name in plan.projections) + (plan.readout is not None)
     union = len(plan.union_neurons) if plan.union else None
-    return Shape(plan.d_ff, len(plan.shared), len(plan.experts), width, plan.top_k, kind, gated, rewritten, union)
+    parts = (len(plan.shared), len(plan.experts), width, plan.top_k)
+    return Shape(plan.d_ff, *parts, kind, gated, rewritten, union, plan.varied)
 
 
 def likely_target(settings: ConvertSettings, anatomy: Anatomy, shape: Shape) -> str:

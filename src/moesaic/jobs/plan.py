@@ -48,6 +48,7 @@ class PlanReport:
     layout: str | None
     shared_width: int
     expert_width: int
+    varied_widths: bool
     experts: int
     top_k: int
     padding_per_layer: int
@@ -130,6 +131,7 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
         layout=None if layout is None else str(layout),
         shared_width=shape.shared,
         expert_width=width,
+        varied_widths=shape.varied,
         experts=experts,
         top_k=shape.top_k,
         padding_per_layer=padding,
@@ -247,6 +249,8 @@ def _target_remark(settings: ConvertSettings, anatomy: Anatomy, shape: forecast.
         return f"written in {loads}; no stock architecture has pruned attention"
     if shape.router == "static" and shape.experts:
         return f"written in {loads}; --target dense writes the same function for any engine"
+    if shape.varied:
+        return f"written in {loads}; for a stock architecture, with a copy per expert, add --set widths=equal"
     if shape.union is not None:
         return f"written in {loads}; a stock architecture that is named gets a copy per expert"
     if shape.router == "gated" or shape.normalised:

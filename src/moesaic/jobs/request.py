@@ -76,6 +76,11 @@ def check_split(settings: ConvertSettings, config: MethodConfig, anatomy: Anatom
     shape = shape_of(settings, anatomy.d_ff)
     if settings.router is not None and shape.router == "static":
         raise InputError(f"method {settings.method} routes nothing: all it keeps is always on", "leave --router out")
+    if settings.router is not None and shape.varied:
+        raise InputError(
+            f"the router of {settings.method} counts what experts of different widths cost, another would not",
+            "leave --router out, or add --set widths=equal",
+        )
     check_allocation(settings, config, anatomy)
     name = settings.target
     if name in (AUTO, "moesaic"):
@@ -90,6 +95,11 @@ def check_split(settings: ConvertSettings, config: MethodConfig, anatomy: Anatom
     elif not shape.experts:
         raise InputError(
             f"target {name} cannot hold this model: no FFN has routed experts", "use --target dense, or moesaic"
+        )
+    elif shape.varied:
+        raise InputError(
+            f"target {name} cannot hold this model: it would compute the widest expert for every token",
+            "add --set widths=equal, or use --target moesaic",
         )
     elif shape.router == "gated" or shape.normalised:
         raise InputError(

@@ -22,6 +22,7 @@ class Sizes:
         rewritten: Matrices of each neuron that are new numbers, which the blueprint then holds: 1 is a refitted down
             projection, 3 all of a gated FFN.
         union: Most neurons that all experts have together, where these are stored once; None: a copy for each.
+        varied: Widths of a union's experts differ, and those of ``own`` hold in the mean over tokens.
         normalised: The router reads inputs of length 1.
         softmax: Chosen experts are weighed by the softmax over their scores, not by 1.
     """
@@ -32,6 +33,7 @@ class Sizes:
     router: RouterKind = "linear"
     rewritten: int = 0
     union: int | None = None
+    varied: bool = False
     normalised: bool = False
     softmax: bool = False
 

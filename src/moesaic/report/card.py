@@ -138,9 +138,10 @@ def _what(config: Mapping[str, Any], made: Mapping[str, Any]) -> str:
     )
     if specs:
         first = specs[0]
+        width = "different widths" if first["experts"] and not first["expert_width"] else first["expert_width"]
         text += (
             f" {len(specs)} feed-forward networks were converted; the first has a shared expert of {first['shared']} "
-            f"neurons and {first['experts']} experts of {first['expert_width']}, {first['top_k']} active per token "
+            f"neurons and {first['experts']} experts of {width}, {first['top_k']} active per token "
             f"({first['router']} router)."
         )
     elif config["model_type"] != "moesaic":

@@ -22,7 +22,8 @@ from moesaic.solvers.router_fit import RidgeStatistics, energy_shares, energy_ta
 
 _TINY = 1e-30
 _FIRST_ROUNDS = 5  # of spherical k-means, for the first clusters
-_REFINEMENTS = 2  # of the router, with new sets between them
+REFINEMENTS = 2
+"""Of the router, with new sets between them."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,16 @@ class TokenClusters:
         shared_F: Neurons that every token uses, bool.
         own_EF: Neurons that an expert has besides, bool.
         router_ED: Linear router, float32; the largest score is the token's expert.
-        kept: Share of the output energy that the routed experts keep, mean over the tokens of the fit.
+        kept: Share of the output energy that the routed experts keep, mean over the tokens of the fit; over those that
+            were held out where widths differ.
+        load_E: Share of these tokens that each expert gets, where widths differ.
     """
 
     shared_F: Tensor
     own_EF: Tensor
     router_ED: Tensor
     kept: float
+    load_E: Tensor | None = None
 
 
 def neuron_shares(h_TF: Tensor, norm_F: Tensor) -> Tensor:
@@ -84,10 +88,10 @@ def cluster_tokens(
         return refine_softmax(router_ED, x_TD, kept_TE, router_steps, seed)
 
     alternate = partial(_alternate, x_TD, share_TF, experts, sizes)
-    best = alternate(_first_clusters(share_TF, experts, seed), None, rounds, by_ridge)
+    best = alternate(first_clusters(share_TF, experts, seed), None, rounds, by_ridge)
     if router_steps == 0 or experts == 1:
         return best
-    refined = alternate((x_TD @ best.router_ED.T).argmax(dim=1), best.router_ED, _REFINEMENTS, by_steps)
+    refined = alternate((x_TD @ best.router_ED.T).argmax(dim=1), best.router_ED, REFINEMENTS, by_steps)
     return max(best, refined, key=lambda clusters: clusters.kept)
 
 
@@ -107,7 +111,7 @@ def _alternate(
     best: TokenClusters | None = None
     for _ in range(rounds):
         # One average token more: a cluster without tokens gets the static choice, a small one leans to it.
-        shared_F, own_EF = choose_neurons(_sums(share_TF, expert_T, experts) + mean_F, *sizes)
+        shared_F, own_EF = choose_neurons(sums_by_expert(share_TF, expert_T, experts) + mean_F, *sizes)
         kept_TE = share_TF @ (own_EF | shared_F).float().T
         router_ED = fit(kept_TE, router_ED)
         routed_T = (x_TD @ router_ED.T).argmax(dim=1)
@@ -147,7 +151,7 @@ def predicted_patterns(x_TD: Tensor, share_TF: Tensor, ridge: float) -> Tensor:
     return weight_FD @ torch.linalg.cholesky(gram_DD).float()
 
 
-def _first_clusters(share_TF: Tensor, experts: int, seed: int) -> Tensor:
+def first_clusters(share_TF: Tensor, experts: int, seed: int) -> Tensor:
     """Spherical k-means on the energy patterns (roots of the shares have length 1) from random tokens.
 
     Returns the cluster of each token, int64 [T].
@@ -157,10 +161,10 @@ def _first_clusters(share_TF: Tensor, experts: int, seed: int) -> Tensor:
     centre_EF = pattern_TF[order_T[torch.arange(experts) % len(order_T)]]
     for _ in range(_FIRST_ROUNDS):
         expert_T = (pattern_TF @ centre_EF.T).argmax(dim=1)
-        centre_EF = F.normalize(_sums(pattern_TF, expert_T, experts), dim=1)
+        centre_EF = F.normalize(sums_by_expert(pattern_TF, expert_T, experts), dim=1)
     return (pattern_TF @ centre_EF.T).argmax(dim=1)
 
 
-def _sums(rows_TF: Tensor, expert_T: Tensor, experts: int) -> Tensor:
+def sums_by_expert(rows_TF: Tensor, expert_T: Tensor, experts: int) -> Tensor:
     """Sums of the rows of each expert's tokens [E, F]; a product with 0/1 takes several times as long."""
     return rows_TF.new_zeros(experts, rows_TF.shape[1]).index_add_(0, expert_T, rows_TF)

@@ -98,7 +98,7 @@ def reasons_against(split: Split, limits: Limits) -> list[str]:
     if split.plans:
         reasons += _layer_reasons(split, limits)
         plans = {path: plan for path, plan in split.plans.items() if has_experts(plan)}
-        for check in (_router_reason, _gate_reason, _selection_reason):
+        for check in (_width_reason, _router_reason, _gate_reason, _selection_reason):
             reasons += _grouped(plans.items(), lambda plan, check=check: check(plan, limits))
         reasons += _grouped(split.plans.items(), lambda plan: _bias_reason(plan, limits))
     return reasons
@@ -163,6 +163,12 @@ def _layer_reasons(split: Split, limits: Limits) -> Iterable[str]:
     if len(shapes) > 1 and not limits.unequal_layers:
         text = ", ".join(f"top-{k} of {n}" for n, k in shapes[:4])
         yield f"layers differ in experts and top-k ({text}): glm4_moe takes unequal layers"
+
+
+def _width_reason(plan: LayerPlan, _limits: Limits) -> str | None:
+    if plan.varied:
+        return "experts of different widths: it would compute the widest for every token; convert with widths=equal"
+    return None
 
 
 def _router_reason(plan: LayerPlan, limits: Limits) -> str | None:

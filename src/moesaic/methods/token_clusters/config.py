@@ -38,6 +38,11 @@ class Config(MethodConfig):
         description="Routed experts (E). Default: 16 if overlapping; 128 as a union; if disjoint that number from 48 "
         "to 128 whose sizes need least padding. 1: no routing, static pruning with refit.",
     )
+    widths: Literal["free", "equal"] = Field(
+        default="free",
+        description="union: free: experts have as many neurons as pays for their tokens, and `active` is the mean over "
+        "tokens. equal: each has `active`, as stock architectures need it.",
+    )
     max_params: float | None = Field(
         default=2.5,
         gt=0,
@@ -95,7 +100,8 @@ def _parts(config: Config, d_ff: int) -> Sizes:
     if experts == 1:
         return Sizes(active, (), 0)
     if config.split == "union":
-        return Sizes(0, (active,) * experts, 1, union=_union(config, d_ff, active))
+        varied = config.widths == "free"
+        return Sizes(0, (active,) * experts, 1, union=_union(config, d_ff, active), varied=varied)
     if config.split == "disjoint":
         return _disjoint(config, d_ff, active, experts)
     if config.max_params is None:

@@ -4,7 +4,8 @@ Source: ours [OURS]; docs/methods/token_clusters.md says why. For an FFN of F ne
 
 1. Energy share of neuron i for token t: q_ti = (h_ti |W_d[:, i]|)^2 / sum_j (h_tj |W_d[:, j]|)^2.
 2. ``overlapping`` and ``union``: E sets of neurons and a linear router by alternation
-   (:mod:`moesaic.solvers.token_clusters`), one expert per token. ``disjoint``: the S neurons of largest mean share are
+   (:mod:`moesaic.solvers.token_clusters`), one expert per token; of a union, sets as large as pays for their tokens
+   (:mod:`moesaic.solvers.free_widths`). ``disjoint``: the S neurons of largest mean share are
    shared, the others form E balanced clusters of neurons that the same tokens want, as far as a linear map of x
    predicts it; a linear router, ridge on the amplitudes of the clusters, chooses K of them. Chosen experts have
    weight 1.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ from moesaic.methods.sizes import Sizes
 from moesaic.methods.token_clusters.config import Config, sizes
 from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.energy import mean_output_energy
+from moesaic.solvers.free_widths import cluster_tokens_freely
 from moesaic.solvers.kmeans import balanced_kmeans
 from moesaic.solvers.refit import refit, refit_few, token_weights
 from moesaic.solvers.router_fit import energy_targets, fit_ridge, top_k_sets
@@ -41,12 +44,14 @@ _BATCH = 2048
 
 @dataclass(frozen=True)
 class _Routing:
-    """Neurons shared [S] and per expert, the router, and the experts of the calibration tokens, 0/1 [T, E]."""
+    """Neurons shared [S] and per expert, the router, the experts of the calibration tokens, 0/1 [T, E], and the loads
+    of experts whose widths differ, [E]."""
 
     shared_S: Tensor
     experts: tuple[Tensor, ...]
     router: Router
     chosen_TE: Tensor
+    load_E: Tensor | None = None
 
 
 @torch.no_grad()
@@ -76,10 +81,11 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     plan = LayerPlan(
         d_ff=weights.d_ff,
         shared=routing.shared_S,
-        experts=pad_experts(routing.experts),
+        experts=routing.experts if parts.varied else pad_experts(routing.experts),
         top_k=parts.top_k,
         router=routing.router,
         union=parts.union is not None,
+        load=routing.load_E,
     )
     if config.refit == "none":
         return plan
@@ -95,18 +101,15 @@ def _static_choice(share_TF: Tensor, h_TF: Tensor, down_DF: Tensor, count: int) 
 
 
 def _overlapping(x_TD: Tensor, share_TF: Tensor, parts: Sizes, config: Config, seed: int) -> _Routing:
-    clusters = cluster_tokens(
-        x_TD,
-        share_TF,
-        len(parts.own),
-        (parts.shared, parts.own[0]),
-        rounds=config.rounds,
-        ridge=config.router_ridge,
-        seed=seed,
-        router_steps=config.router_steps,
-    )
+    options: dict[str, Any] = {"rounds": config.rounds, "ridge": config.router_ridge}
+    options |= {"seed": seed, "router_steps": config.router_steps}
+    if parts.varied:
+        clusters = cluster_tokens_freely(x_TD, share_TF, len(parts.own), parts.own[0], **options)
+    else:
+        clusters = cluster_tokens(x_TD, share_TF, len(parts.own), (parts.shared, parts.own[0]), **options)
     experts = tuple(own_F.nonzero().flatten() for own_F in clusters.own_EF)
-    return _routing(x_TD, clusters.shared_F.nonzero().flatten(), experts, clusters.router_ED, 1)
+    routing = _routing(x_TD, clusters.shared_F.nonzero().flatten(), experts, clusters.router_ED, 1)
+    return replace(routing, load_E=clusters.load_E)
 
 
 def _disjoint(x_TD: Tensor, share_TF: Tensor, parts: Sizes, config: Config, seed: int) -> _Routing:

@@ -1,0 +1,60 @@
+"""How many neurons the tokens of a text really use: where experts differ in width, the router decides that anew.
+
+Axes: T tokens, E routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.blueprint import Blueprint
+from moesaic.nn.moesaic_union import UnionFeedForward
+
+
+@dataclass
+class Activity:
+    """Neurons used and tokens seen, by module path, of the FFNs whose experts share neurons."""
+
+    neurons: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def fraction(self, blueprint: Blueprint) -> float:
+        """Share of the converted FFNs' neurons that a token used; of FFNs that were not counted, that of their plan."""
+        used = sum(
+            self.neurons[path] / self.tokens[path] if self.tokens.get(path) else plan.active_neurons
+            for path, plan in blueprint.sites.items()
+        )
+        return used / sum(plan.d_ff for plan in blueprint.sites.values())
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[Activity]:
+    """What a converted model uses while the block runs it."""
+    activity, handles = Activity(), []
+    for path, module in model.named_modules():
+        if isinstance(module, UnionFeedForward):
+            handles.append(module.register_forward_pre_hook(_counter(activity, path)))
+    try:
+        yield activity
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _counter(activity: Activity, path: str) -> Callable[[UnionFeedForward, tuple[Tensor, ...]], None]:
+    """For ``register_forward_pre_hook``: counts what the FFN is about to use."""
+
+    @torch.no_grad()
+    def count(ffn: UnionFeedForward, arguments: tuple[Tensor, ...]) -> None:
+        x_TD = arguments[0].reshape(-1, arguments[0].shape[-1])
+        index_TK, _ = ffn.route(x_TD)
+        used = ffn.shared * len(x_TD) + int(ffn.membership.sum(dim=1)[index_TK].sum())
+        activity.neurons[path] = activity.neurons.get(path, 0.0) + used
+        activity.tokens[path] = activity.tokens.get(path, 0) + len(x_TD)
+
+    return count

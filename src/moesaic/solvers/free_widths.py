@@ -1,0 +1,159 @@
+"""Overlapping experts of different widths: neurons where they pay, so many in the mean over tokens.
+
+Source: ours [OURS]. Tokens differ in how many neurons their output needs. With a price for using a neuron, an expert
+has those neurons whose mean energy share over its tokens is above the price, and a token gains what its expert keeps
+minus what that costs. The router is fitted to gains, so that tokens which need little go to narrow experts. The price
+is that at which tokens which built neither experts nor router use the wanted number in the mean: on the tokens of the
+fit the same sets would look cheaper than they are.
+
+Axes: T tokens, H of them held out, D model width, F neurons, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moesaic.solvers.router_fit import RidgeStatistics, energy_targets, refine_softmax
+from moesaic.solvers.token_clusters import REFINEMENTS, TokenClusters, first_clusters, sums_by_expert
+
+_HELD_OUT = 8  # every so many-th block of tokens sets the price
+_BLOCK = 256  # tokens of a block: neighbours are alike, and apart blocks see all of the text
+
+
+def held_out(tokens: int) -> Tensor:
+    """Which tokens set the price, bool [T]: every eighth block of 256, of shorter blocks where there are few tokens;
+    none below 16 tokens."""
+    block = min(_BLOCK, tokens // (2 * _HELD_OUT))
+    if block == 0:
+        return torch.zeros(tokens, dtype=torch.bool)
+    return torch.arange(tokens) // block % _HELD_OUT == _HELD_OUT - 1
+
+
+def price(mean_EF: Tensor, count_E: Tensor, active: float) -> float:
+    """The lowest price at which ``count_E`` tokens per expert use at most ``active`` neurons in the mean.
+
+    Args:
+        mean_EF: Mean energy share of each neuron over an expert's tokens; the expert has those above the price.
+        count_E: Tokens of each expert.
+        active: Neurons per token.
+    """
+    value_N, order_N = mean_EF.flatten().sort(descending=True, stable=True)
+    used_N = count_E.double().repeat_interleave(mean_EF.shape[1])[order_N].cumsum(0)
+    fitting = int((used_N <= active * float(count_E.sum())).sum())
+    return float(value_N[fitting]) if fitting < len(value_N) else 0.0
+
+
+@dataclass
+class _Tokens:
+    """Inputs and energy shares of the tokens that build the experts, and of those that set the price."""
+
+    x_TD: Tensor
+    share_TF: Tensor
+    held_x_HD: Tensor
+    held_share_HF: Tensor
+
+    @classmethod
+    def split(cls, x_TD: Tensor, share_TF: Tensor) -> _Tokens:
+        held_T = held_out(len(x_TD))
+        if not held_T.any():
+            return cls(x_TD, share_TF, x_TD, share_TF)
+        return cls(x_TD[~held_T], share_TF[~held_T], x_TD[held_T], share_TF[held_T])
+
+
+@dataclass
+class _State:
+    """Sets and price for the experts that the tokens have now, and what held-out tokens keep by them."""
+
+    own_EF: Tensor
+    price: float
+    load_E: Tensor
+    kept: float
+
+
+def cluster_tokens_freely(
+    x_TD: Tensor,
+    share_TF: Tensor,
+    experts: int,
+    active: int,
+    *,
+    rounds: int,
+    ridge: float,
+    seed: int,
+    router_steps: int = 0,
+) -> TokenClusters:
+    """As :func:`moesaic.solvers.token_clusters.cluster_tokens` with widths of the experts' own and nothing shared.
+
+    Args:
+        x_TD: Inputs of the FFN, float32.
+        share_TF: From :func:`moesaic.solvers.token_clusters.neuron_shares`.
+        experts: E.
+        active: Neurons that a token uses in the mean, by the loads of the tokens that set the price. Fewer where the
+            tokens have fewer neurons with any energy.
+        rounds: Rounds with the ridge router.
+        ridge: Strength of the router's ridge, relative to the mean square of an input coordinate.
+        seed: Of the first clusters and of the refinement's samples.
+        router_steps: Steps of each refinement of the router.
+
+    Returns:
+        The round in which held-out tokens keep most energy, with the experts' loads on these.
+    """
+    tokens = _Tokens.split(x_TD, share_TF)
+    gram_DD = RidgeStatistics.collect([(tokens.x_TD, tokens.x_TD[:, :0])]).xx_DD
+    expert_T = first_clusters(tokens.share_TF, experts, seed)
+    state = _sets(tokens, expert_T, None, experts, active)
+    best: tuple[_State, Tensor] | None = None
+
+    def ridge_router() -> Tensor:
+        cross_DE = (tokens.x_TD.T @ energy_targets(_gains(tokens, state), "raw")).double()
+        return RidgeStatistics(gram_DD, cross_DE).solve(ridge)
+
+    def routed(router_ED: Tensor) -> Tensor:
+        nonlocal best, state
+        next_T = (tokens.x_TD @ router_ED.T).argmax(dim=1)
+        state = _sets(tokens, next_T, router_ED, experts, active)
+        if best is None or state.kept > best[0].kept:
+            best = state, router_ED
+        return next_T
+
+    for _ in range(rounds):
+        next_T = routed(ridge_router())
+        if torch.equal(next_T, expert_T):
+            break
+        expert_T = next_T
+    assert best is not None
+    if router_steps and experts > 1:
+        state, router_ED = best
+        for _ in range(REFINEMENTS):
+            router_ED = refine_softmax(router_ED, tokens.x_TD, _gains(tokens, state), router_steps, seed)
+            routed(router_ED)
+    found, router_ED = best
+    nothing_F = torch.zeros(share_TF.shape[1], dtype=torch.bool)
+    return TokenClusters(nothing_F, found.own_EF, router_ED, found.kept, found.load_E)
+
+
+def _gains(tokens: _Tokens, state: _State) -> Tensor:
+    """What each expert would keep of each token's energy, less what its neurons cost, [T, E]."""
+    member_EF = state.own_EF.float()
+    return tokens.share_TF @ member_EF.T - state.price * member_EF.sum(dim=1)
+
+
+def _sets(tokens: _Tokens, expert_T: Tensor, router_ED: Tensor | None, experts: int, active: int) -> _State:
+    """The sets for the tokens of each expert, at the price that the loads of held-out tokens ask for.
+
+    Before there is a router, the loads are those of the other tokens.
+    """
+    # One average token more: a cluster without tokens gets the static choice, a small one leans to it.
+    count_E = torch.bincount(expert_T, minlength=experts)
+    sum_EF = sums_by_expert(tokens.share_TF, expert_T, experts) + tokens.share_TF.mean(dim=0)
+    mean_EF = sum_EF / (count_E + 1)[:, None]
+    held_H = None if router_ED is None else (tokens.held_x_HD @ router_ED.T).argmax(dim=1)
+    load_E = count_E if held_H is None else torch.bincount(held_H, minlength=experts)
+    limit = price(mean_EF, load_E, active)
+    own_EF = mean_EF > limit
+    kept = 0.0
+    if held_H is not None:
+        kept = float((tokens.held_share_HF * own_EF[held_H]).sum(dim=1).mean())
+    return _State(own_EF, limit, load_E / load_E.sum(), kept)
