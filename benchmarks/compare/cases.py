@@ -168,6 +168,7 @@ RECIPES: dict[str, Recipe] = {
     "counted-lead": Recipe(
         "token clusters, stored once, router counted, first layers dense", "token_clusters", _counted, leading=True
     ),
+    "equal": Recipe("token clusters, stored once, equal widths", "token_clusters", _equal),
     "equal-lead": Recipe(
         "token clusters, stored once, equal widths, first layers dense", "token_clusters", _equal, leading=True
     ),

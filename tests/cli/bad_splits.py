@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.cli.bad_inputs import Bad, write
 
+_UNION = "--method token_clusters --set split=union"
 _STATIC = "--method static --set active=0.5"
 
 
@@ -23,6 +24,8 @@ TABLE = [
     Bad("plan: routed as dense", "plan model --target dense", "cmoe chooses experts per token", "auto"),
     Bad("gated routers in a stock one", "convert model out --target mixtral", "another kind", "--router oracle"),
     Bad("normalised inputs", "plan model --method moefication --target mixtral", "another kind", "--router oracle"),
+    Bad("plan: a router for free widths", f"plan model {_UNION} --router oracle", "cost", "--set widths=equal"),
+    Bad("free widths in a stock one", f"convert model out {_UNION} --target mixtral", "widest", "--set widths=equal"),
     Bad("no gate path", "plan model --target glm4_moe --router oracle", "cannot hold", "auto", family="gpt2"),
     Bad(
         "a blueprint and a method",

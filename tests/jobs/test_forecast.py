@@ -242,7 +242,9 @@ def test_what_a_method_holds_per_token_shows_in_memory(wide: Callable[..., Path]
         )
         return (many - few) / 2048
 
-    assert per_token("token_clusters", split="union", experts=9) - per_token("static") == 4 * (2 * 515 + 3 * 9)
+    for widths, more in {"equal": 2, "free": 3}.items():
+        held = per_token("token_clusters", split="union", experts=9, widths=widths) - per_token("static")
+        assert held == 4 * (more * 515 + 3 * 9)
 
 
 def test_a_batch_of_a_training_shows_in_memory(wide: Callable[..., Path]) -> None:

@@ -32,9 +32,7 @@ def planted(tokens: int = 6000) -> tuple[Tensor, Tensor, Tensor]:
 
 def clusters_of(active: int, tokens: int = 6000, steps: int = 0, experts: int = len(NEEDS)) -> TokenClusters:
     x_TD, share_TF, _ = planted(tokens)
-    return cluster_tokens_freely(
-        x_TD, share_TF, experts, active, rounds=10, ridge=1e-2, seed=0, router_steps=steps
-    )
+    return cluster_tokens_freely(x_TD, share_TF, experts, active, rounds=10, ridge=1e-2, seed=0, router_steps=steps)
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.floats(0.5, 12.0), st.integers(0, 99))

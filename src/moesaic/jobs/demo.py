@@ -18,7 +18,7 @@ LAYOUT = "S3A3E8"
 SPEAKER = "token clusters"
 PROMPT = "What is the capital of France, and why do people like to visit it?"
 _WINDOW = 1024
-_CALIBRATION = {"tokens": 8192, "window": 1024}
+_TOKENS = 8192  # of calibration
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,16 @@ def packaged_gguf() -> Path:
     return found[0]
 
 
-def demo(out: Path, *, windows: int = 6, progress: Progress | None = None) -> DemoResult:
+def demo(out: Path, *, windows: int = 6, tokens: int = _TOKENS, progress: Progress | None = None) -> DemoResult:
     """Convert the packaged model by CMoE, MLPMoE and token clusters into ``out``, measure everything, let one speak.
 
     Finished conversions in ``out`` are used again. Raises InputError when the model package is missing.
+
+    Args:
+        out: Folder of the conversions.
+        windows: Of evaluation.
+        tokens: Of calibration.
+        progress: Receives what is done.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,9 +78,10 @@ def demo(out: Path, *, windows: int = 6, progress: Progress | None = None) -> De
     from moesaic.calibration.config import CalibrationConfig
     from moesaic.calibration.samples import evaluation_text
     from moesaic.checkpoint.source import resolve_model
+    from moesaic.evaluate.activity import counting
     from moesaic.evaluate.comparison import compare
-    from moesaic.evaluate.controls import CONTROLS, active_fraction, control_model
-    from moesaic.evaluate.perplexity import perplexity, protocol_name, token_windows
+    from moesaic.evaluate.controls import CONTROLS, control_model
+    from moesaic.evaluate.perplexity import Perplexity, perplexity, protocol_name, token_windows
     from moesaic.evaluate.speed import measure
     from moesaic.jobs.convert import convert
 
@@ -85,28 +92,34 @@ def demo(out: Path, *, windows: int = 6, progress: Progress | None = None) -> De
     conversions: dict[str, tuple[str, dict[str, Any]]] = {
         f"cmoe {LAYOUT}": ("cmoe", {"layout": LAYOUT}),
         "mlpmoe, 32 slices": ("mlpmoe", {}),
-        SPEAKER: ("token_clusters", {"active": Layout.parse(LAYOUT).active_fraction}),
+        SPEAKER: ("token_clusters", {"active": Layout.parse(LAYOUT).active_fraction, "split": "union"}),
     }
+    calibration = {"tokens": tokens, "window": min(_WINDOW, tokens)}
     models: dict[str, Any] = {"dense": AutoModelForCausalLM.from_pretrained(dense_folder, dtype="auto").eval()}
-    active, outputs = {"dense": 1.0}, []
+    blueprints: dict[str, Blueprint] = {}
+    outputs = []
     for label, (method, options) in conversions.items():
         folder = out / method
         outputs.append(folder)
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            convert(dense_folder, folder, method=method, options=options, calibration=_CALIBRATION, progress=progress)
+            convert(dense_folder, folder, method=method, options=options, calibration=calibration, progress=progress)
         models[label] = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-        active[label] = active_fraction(Blueprint.load(folder))
-    blueprint = Blueprint.load(outputs[0])
+        blueprints[label] = Blueprint.load(folder)
+    first = next(iter(blueprints.values()))
+    active = {"dense": 1.0}
     for name in CONTROLS:
         label = f"control: {name}"
-        models[label] = control_model(
-            name, dense_folder, blueprint, CalibrationConfig.model_validate(_CALIBRATION), progress
-        )
-        active[label] = active_fraction(blueprint)
+        config = CalibrationConfig.model_validate(calibration)
+        models[label], active[label] = control_model(name, dense_folder, first, config, progress)
     protocol = protocol_name("wikitext2-raw/test", _WINDOW, windows)
     ids_NW = token_windows(tokenizer, evaluation_text(), _WINDOW, windows)
-    scores = {label: perplexity(model, ids_NW, protocol, progress=progress) for label, model in models.items()}
+    scores: dict[str, Perplexity] = {}
+    for label, model in models.items():
+        with counting(model) as activity:
+            scores[label] = perplexity(model, ids_NW, protocol, progress=progress)
+        if label in blueprints:
+            active[label] = activity.fraction(blueprints[label])
     progress.note("speed, all models in turn")
     speeds = measure(models, prompt=128, steps=16, rounds=2)
     rows = tuple(

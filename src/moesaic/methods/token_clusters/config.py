@@ -181,10 +181,12 @@ def operations(config: Config, d_ff: int, d_model: int, tokens: int) -> float:
 
 
 def held(config: Config, d_ff: int, tokens: int) -> float:
-    """fp32 numbers at the peak of deciding one FFN: activations, shares and what is made of them, what experts keep of
-    tokens; a Gram matrix, its factor and a copy, float64."""
+    """fp32 numbers at the peak of deciding one FFN: activations, shares and what is made of them (with free widths the
+    shares of the tokens that set no price once more), what experts keep of tokens; a Gram matrix, its factor and a
+    copy, float64."""
     solved = 0 if config.refit == "none" else 6 * d_ff**2
-    return tokens * (4 * d_ff + 3 * len(sizes(config, d_ff).own)) + solved
+    parts = sizes(config, d_ff)
+    return tokens * ((5 if parts.varied else 4) * d_ff + 3 * len(parts.own)) + solved
 
 
 def needs_calibration(config: Config) -> bool:

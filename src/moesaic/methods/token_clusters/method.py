@@ -56,7 +56,8 @@ class _Routing:
 
 @torch.no_grad()
 def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, seed: int) -> LayerPlan:
-    """Split one FFN; see :class:`moesaic.methods.base.MethodModule`. Holds 4 T F floats and 3 F^2 doubles.
+    """Split one FFN; see :class:`moesaic.methods.base.MethodModule`. Holds 4 T F floats (5 with
+    free widths) and 3 F^2 doubles.
 
     Raises:
         InputError: no calibration tokens, or experts that do not fit.
