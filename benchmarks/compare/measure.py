@@ -26,7 +26,7 @@ from moesaic.blueprint import Blueprint
 from moesaic.calibration.samples import evaluation_text, sample_text
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.cli.console import quiet_libraries
-from moesaic.evaluate.activity import counting
+from moesaic.evaluate.activity import Activity, counting
 from moesaic.evaluate.differences import join, logit_differences
 from moesaic.evaluate.fidelity import router_fidelity, summarise
 from moesaic.evaluate.perplexity import perplexity, protocol_name, token_windows
@@ -99,7 +99,11 @@ def measure(
     if protocol.tasks and "tasks" not in record:
         started = time.monotonic()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=protocol.task_dtype).eval()
-        record["tasks"] = task_accuracy(model, tokenizer, list(protocol.tasks), protocol.limit, work)
+        with counting(model) as activity:
+            record["tasks"] = task_accuracy(model, tokenizer, list(protocol.tasks), protocol.limit, work)
+        if case.settings is not None:
+            used = _of_whole_model(activity, Blueprint.load(folder), protocol)
+            record["active_on"] = record.get("active_on", {}) | {"tasks": used}
         record["seconds"]["tasks"] = round(time.monotonic() - started, 1)
     if case.settings is not None and not keep:
         shutil.rmtree(folder)
@@ -186,17 +190,17 @@ def _texts(model: Any, tokenizer: Any, protocol: Protocol, blueprint: Blueprint 
             found["perplexity"][name] = perplexity(model, ids_NW, protocol_of).to_dict()
         if blueprint is None:
             continue
-        found["active_on"][name] = _of_whole_model(activity.fraction(blueprint), blueprint, protocol)
+        found["active_on"][name] = _of_whole_model(activity, blueprint, protocol)
         if name == "WikiText-2":
             found["to_dense"] = _distance(model, Path(protocol.model), protocol.dtype, ids_NW[:CLOSE_WINDOWS])
             found["fidelity"] = summarise(router_fidelity(model, ids_NW[:CLOSE_WINDOWS, :ROUTED_TOKENS]))
     return found
 
 
-def _of_whole_model(fraction: float, blueprint: Blueprint, protocol: Protocol) -> float:
-    """A share of the converted FFNs' neurons as one of all FFNs', those of dense layers with it."""
+def _of_whole_model(activity: Activity, blueprint: Blueprint, protocol: Protocol) -> float:
+    """The share of all FFNs' neurons that was used, those of dense layers with it."""
     neurons = sum(site.d_ff for site in read_anatomy(Checkpoint(protocol.model).config).sites)
-    return 1 - (1 - fraction) * sum(plan.d_ff for plan in blueprint.sites.values()) / neurons
+    return 1 - (1 - activity.fraction(blueprint)) * sum(plan.d_ff for plan in blueprint.sites.values()) / neurons
 
 
 @torch.inference_mode()

@@ -50,8 +50,8 @@ def _panel(axis: Any, panel: str, dense: dict[str, Any], series: Sequence[Sequen
     for number, unordered in enumerate(series):
         label = unordered[0]["label"]
         measured = [row for row in unordered if panel != "tasks" or "accuracy" in row]
-        rows = sorted(measured, key=lambda row: row["size"]["active_ffn"])
-        xs = [100 * row["size"]["active_ffn"] for row in rows]
+        rows = sorted(measured, key=lambda row: _used(row, panel))
+        xs = [100 * _used(row, panel) for row in rows]
         ys = [_height(row, panel) for row in rows]
         growth = [row["size"]["parameters"] / dense["size"]["parameters"] for row in rows]
         style = {"color": colours[number % len(colours)], "linestyle": "--" if "control" in label else "-"}
@@ -66,6 +66,11 @@ def _panel(axis: Any, panel: str, dense: dict[str, Any], series: Sequence[Sequen
         heights = [_height(row, panel) for rows in series for row in rows]
         axis.set_yscale("log")
         axis.set_ylim(0.9 * dense_height, 1.1 * min(_WORST * dense_height, max(heights, default=dense_height)))
+
+
+def _used(row: dict[str, Any], panel: str) -> float:
+    """Share of the neurons that the panel's text used; as planned where that was not counted."""
+    return row.get("active_on", {}).get(panel, row["size"]["active_ffn"])
 
 
 def _height(row: dict[str, Any], panel: str) -> float:

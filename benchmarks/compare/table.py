@@ -128,7 +128,7 @@ def _conditions(about: Mapping[str, Any], with_tasks: bool) -> list[str]:
         "WikiText-2 perplexity among other methods and controls, so below 1 is a win; variants of one method are not "
         "compared. KL (nats): first two windows of WikiText-2; "
         "router, on their first tokens: share of the oracle's experts that the router picks, with chance in brackets. "
-        "Active in brackets: of the neurons that the tokens of WikiText-2 and of C4 used, where that is not what was "
+        "Active in brackets: what the tokens of WikiText-2, of C4 (and of the tasks) used, where that is not what was "
         "planned. Seconds: of the conversion."
     )
     if with_tasks:
