@@ -164,13 +164,16 @@ class Site:
         return {"pairs": pairs, "domains": domains}
 
     def _worth(self, plan: LayerPlan, domain: str) -> dict[str, Any]:
-        """Error, in the mean and of each window; of a routed plan also what its router does."""
+        """Error, in the mean and of each window; of a routed plan also what its router does, and the share of the
+        neurons that a token uses where experts differ in width."""
         errors_T = reconstruction_errors(self.weights, plan, self.heldout[domain])
         windows_N = errors_T.view(-1, self.window).mean(dim=1)
         found: dict[str, Any] = {"error": float(errors_T.mean()), "windows": [round(w, 6) for w in windows_N.tolist()]}
         if plan.router.kind == "static":
             return found
         fidelity = site_fidelity("", build_ffn(self.weights.to(torch.float32), plan), self.heldout[domain])
+        if plan.varied:
+            found["active"] = float(used_neurons(self.weights, plan, self.heldout[domain]).float().mean())
         return found | {name: getattr(fidelity, name) for name in FIDELITY}
 
 

@@ -127,12 +127,14 @@ def _worth(groups: Groups, domains: list[str]) -> list[str]:
         "",
         *_energies(groups, domains),
         "",
+        *_activity(groups, domains),
         "## Error of the output",
         "",
         f"Mean over tokens of |y - y'|^2 / |y|^2 with plans from {_name(home)}; in brackets with plans from the text "
         "measured on. Bold: below the better static control, beyond the 95 % interval of the paired differences of "
         f"windows. The last two columns are on {_name(home)}, with plans from its other half and with another seed and "
-        "order. Neurons per token are equal; overlapping experts store more of them.",
+        "order. Neurons per token are equal, but for experts of different widths, above; overlapping experts store "
+        "more of them.",
         "",
         *_errors(groups, domains),
         "",
@@ -345,6 +347,28 @@ def _energies(groups: Groups, domains: list[str]) -> list[str]:
         kept = [[_mean(records, "domains", d, f"energy_{who}") for who in ("router", "oracle")] for d in domains]
         lines.append([records[0]["label"], *(f"{router:.0%} of {oracle:.0%}" for router, oracle in kept)])
     return _table(["method", *map(_name, domains)], lines)
+
+
+def _activity(groups: Groups, domains: list[str]) -> list[str]:
+    """A section for methods whose experts differ in width; nothing without any."""
+    lines = []
+    for records in groups.values():
+        if "active" in records[0]["domains"][domains[0]]:
+            used = (_mean(records, "domains", d, "active") for d in domains)
+            own = (_mean(records, "domains", d, "own", "active") for d in domains)
+            cells = [f"{here:.1%} ({there:.1%})" for here, there in zip(used, own, strict=True)]
+            lines.append([records[0]["label"], *cells])
+    if not lines:
+        return []
+    return [
+        "## Neurons that a token uses",
+        "",
+        f"Where experts differ in width: share of the FFN's neurons with plans from {_name(domains[0])}; in brackets "
+        "with plans from the text measured on.",
+        "",
+        *_table(["method", *map(_name, domains)], lines),
+        "",
+    ]
 
 
 def _errors(groups: Groups, domains: list[str]) -> list[str]:

@@ -126,9 +126,12 @@ def test_a_run_writes_the_page_and_goes_on_where_it_was(
     asked = [str(dense), *kept, "--report", str(report), "--layers", "1"]
     main([*asked, "--only", "static", "random"])
     first = json.loads(report.with_suffix(".json").read_text())["rows"]
-    main([*asked, "--only", "static", "cmoe-oracle", "random"])
+    assert "Neurons that a token uses" not in report.with_suffix(".md").read_text()
+    main([*asked, "--only", "static", "cmoe-oracle", "random", "union"])
     rows = {found["row"]: found for found in json.loads(report.with_suffix(".json").read_text())["rows"]}
-    assert set(rows) == {"static", "cmoe-oracle", "random"}
+    assert set(rows) == {"static", "cmoe-oracle", "random", "union"}
+    assert 0.5 < rows["union"]["domains"]["wikitext"]["active"] < 1
+    assert "active" not in rows["cmoe-oracle"]["domains"]["wikitext"]
     assert rows["static"] == next(found for found in first if found["row"] == "static")
     assert rows["static"]["pairs"][SEED]["used"] == 1
     assert 0.4 < rows["static"]["pairs"]["c4"]["used"] <= 1
@@ -141,6 +144,7 @@ def test_a_run_writes_the_page_and_goes_on_where_it_was(
     page = report.with_suffix(".md").read_text()
     assert str(tmp_path) not in page
     assert "nan" not in page
+    assert "## Neurons that a token uses" in page
     assert "* MoEfication: not measured in this run." in page
     assert report.with_suffix(".png").stat().st_size > 10_000
     for changed, message in [(["--window", "32"], "window differ"), (["--layers", "7"], "layer 7 of a model")]:
