@@ -158,6 +158,8 @@ def test_what_needs_another_architecture_is_forecast_and_refused_as_such(wide: C
         report = moesaic.plan(dense, method="token_clusters", options={"split": "union", "widths": widths})
         assert (report.target, report.varied_widths) == ("moesaic", widths == "free")
         assert any(says in remark for remark in report.remarks)
+        aligned = not any("is not a multiple of" in remark for remark in report.remarks)
+        assert aligned == (widths == "free")  # a mean width is no shape of a kernel
     with pytest.raises(InputError, match="has no pruned attention"):
         check_request(dense, ConvertSettings(method="tomoe", options=options, target="glm4_moe"))
 

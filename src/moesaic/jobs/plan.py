@@ -146,7 +146,7 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
         output_bytes=space.output,
         staging_bytes=space.staging,
         remarks=(
-            *_remarks(width, padding, anatomy),
+            *_remarks(0 if shape.varied else width, padding),
             _target_remark(settings, anatomy, shape),
             *_allocation_remarks(settings, anatomy),
             *_size_remarks(memory, space),
@@ -225,7 +225,8 @@ def _size_remarks(memory: forecast.MemoryForecast, space: forecast.DiskForecast)
     )
 
 
-def _remarks(width: int, padding: int, anatomy: Anatomy) -> tuple[str, ...]:
+def _remarks(width: int, padding: int) -> tuple[str, ...]:
+    """About the common width of the experts, 0 where they have none."""
     remarks = []
     if width:
         missing = [f"{n} ({why})" for n, why in ALIGNMENTS.items() if width % n]
