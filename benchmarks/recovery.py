@@ -33,7 +33,10 @@ CASES: dict[str, dict[str, Any]] = {
     "CMoE S3A3E8": {"method": "cmoe", "options": {"layout": "S3A3E8"}, "router": "oracle"},
     "CMoE S2A2E8": {"method": "cmoe", "options": {"layout": "S2A2E8"}, "router": "oracle"},
     "Fractal Fade, neurons": {"method": "mlpmoe", "options": {"branches": 8, "fade_max": 0.4, "fade_unit": "neuron"}},
-    "Token clusters, union": {"method": "token_clusters", "options": {"active": 0.5, "split": "union"}},
+    "Token clusters, union": {
+        "method": "token_clusters",
+        "options": {"active": 0.5, "split": "union", "widths": "equal"},
+    },
 }
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 TEXT = "wikitext2-raw/test"
