@@ -42,7 +42,7 @@ def test_settings_are_valid_and_meet_the_budget(shape: Shape) -> None:
         active = parts.shared + parts.top_k * parts.width  # with the padding of shorter experts
         total = (dense * shape.d_ff + (shape.layers - dense) * active) / (shape.layers * shape.d_ff)
         if case.name == "within-lead":
-            assert 0.85 < total / case.fraction < 0.94  # dense layers stay what they are
+            assert 0.85 < total / case.fraction < 0.96  # dense layers stay what they are
         else:
             assert abs(total - float(case.fraction)) < 0.012, case.key
         assert settings.dense_layers == (tuple(range(3)) if case.name.endswith("-lead") else ())
