@@ -59,7 +59,8 @@ def test_neurons_of_experts_without_tokens_cost_nothing() -> None:
 def test_an_eighth_of_the_tokens_from_all_over_the_text_sets_the_price() -> None:
     held_T = held_out(16384)
     assert float(held_T.float().mean()) == 0.125
-    assert all(part_T.any() for part_T in held_T.split(2048))
+    for window in (512, 1024, 2048):  # every position of a window takes its turn
+        assert held_T.view(-1, window).any(dim=0).all()
     assert not held_out(15).any()
     assert int(held_out(16).sum()) == 2
 
@@ -73,28 +74,41 @@ def test_groups_get_the_neurons_that_they_need(steps: int) -> None:
     for group, neurons in enumerate(torch.arange(sum(NEEDS)).split(NEEDS)):
         own_NF = found.own_EF[expert_T[group_T == group]]
         assert own_NF[:, neurons].all()
-        widths.append(own_NF.sum(dim=1))
-    assert int(widths[0].max()) < int(widths[1].min()) <= int(widths[1].max()) < int(widths[2].min())
+        widths.append(float(own_NF.sum(dim=1).float().mean()))
+    assert all(need <= width <= need + 3 for need, width in zip(NEEDS, widths, strict=True))
 
 
 def test_held_out_tokens_use_what_was_asked_and_keep_more_than_with_equal_widths() -> None:
     x_TD, share_TF, _ = planted()
     active = 5  # fewer than the groups need in the mean
-    free = clusters_of(active)
-    equal = cluster_tokens(x_TD, share_TF, len(NEEDS), (0, active), rounds=10, ridge=1e-2, seed=0)
+    free = clusters_of(active, experts=6)
+    equal = cluster_tokens(x_TD, share_TF, 6, (0, active), rounds=10, ridge=1e-2, seed=0)
     assert free.load_E is not None
     assert float(free.load_E.sum()) == pytest.approx(1.0)
     held_T = held_out(len(x_TD))
     expert_H = (x_TD[held_T] @ free.router_ED.T).argmax(dim=1)
     assert float(free.own_EF.sum(dim=1)[expert_H].float().mean()) <= active
-    assert float(free.own_EF.sum(dim=1).float() @ free.load_E) > active - 2
-    assert free.kept > equal.kept + 0.02
+    assert float(free.own_EF.sum(dim=1).double() @ free.load_E) > active - 2
+    assert free.kept > equal.kept + 0.05
 
 
 def test_a_budget_for_all_neurons_gives_all() -> None:
     found = clusters_of(active=sum(NEEDS))
     assert found.own_EF.all()
     assert found.kept == pytest.approx(1.0, abs=1e-5)
+
+
+def test_neurons_that_no_token_woke_fill_what_the_budget_leaves() -> None:
+    x_TD, share_TF, _ = planted()
+    share_TF = torch.cat([share_TF, torch.zeros(len(x_TD), 10)], dim=1)
+    allowed_F = torch.ones(34, dtype=torch.bool)
+    allowed_F[24:28] = False
+    options = {"rounds": 3, "ridge": 1e-2, "seed": 0, "allowed_F": allowed_F}
+    found = cluster_tokens_freely(x_TD, share_TF, 3, 27, **options)
+    assert found.own_EF.sum(dim=1).tolist() == [27] * 3  # the 24 that wake, and 3 more
+    assert not found.own_EF[:, 24:28].any()
+    silent = cluster_tokens_freely(x_TD, share_TF * 0, 3, 5, **options)
+    assert silent.own_EF.sum(dim=1).tolist() == [5] * 3
 
 
 def test_the_same_tokens_and_seed_give_the_same_experts() -> None:
@@ -106,5 +120,5 @@ def test_the_same_tokens_and_seed_give_the_same_experts() -> None:
 def test_more_experts_than_tokens_keep_the_budget() -> None:
     found = clusters_of(active=6, tokens=20, experts=30)
     assert found.load_E is not None
-    assert float(found.own_EF.sum(dim=1).float() @ found.load_E.float()) <= 6
+    assert float(found.own_EF.sum(dim=1).double() @ found.load_E) <= 6
     assert torch.isfinite(found.router_ED).all()

@@ -11,25 +11,31 @@ Axes: T tokens, H of them held out, D model width, F neurons, E experts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moesaic.solvers.router_fit import RidgeStatistics, energy_targets, refine_softmax
-from moesaic.solvers.token_clusters import REFINEMENTS, TokenClusters, first_clusters, sums_by_expert
+from moesaic.solvers.token_clusters import REFINEMENTS, TokenClusters, first_clusters, largest, sums_by_expert
 
-_HELD_OUT = 8  # every so many-th block of tokens sets the price
-_BLOCK = 256  # tokens of a block: neighbours are alike, and apart blocks see all of the text
+_HELD_OUT = 8  # one of so many blocks of tokens sets the price
+_BLOCK = 1024  # tokens of a block; of shorter ones the text on both sides gives too much away (docs/lab-notes.md)
 
 
 def held_out(tokens: int) -> Tensor:
-    """Which tokens set the price, bool [T]: every eighth block of 256, of shorter blocks where there are few tokens;
-    none below 16 tokens."""
-    block = min(_BLOCK, tokens // (2 * _HELD_OUT))
-    if block == 0:
+    """Which tokens set the price, bool [T]: one of eight blocks of 1,024, of shorter blocks where there are few
+    tokens; none below 16 tokens.
+
+    Its place among the eight moves on: windows have a number of tokens that eight blocks divide, or the reverse, and
+    the price would else be that of one position in them.
+    """
+    size = min(_BLOCK, tokens // (2 * _HELD_OUT))
+    if size == 0:
         return torch.zeros(tokens, dtype=torch.bool)
-    return torch.arange(tokens) // block % _HELD_OUT == _HELD_OUT - 1
+    block_T = torch.arange(tokens) // size
+    return block_T % _HELD_OUT == (_HELD_OUT - 1 - block_T // _HELD_OUT) % _HELD_OUT
 
 
 def price(mean_EF: Tensor, count_E: Tensor, active: float) -> float:
@@ -54,13 +60,14 @@ class _Tokens:
     share_TF: Tensor
     held_x_HD: Tensor
     held_share_HF: Tensor
+    allowed_F: Tensor
 
     @classmethod
-    def split(cls, x_TD: Tensor, share_TF: Tensor) -> _Tokens:
+    def split(cls, x_TD: Tensor, share_TF: Tensor, allowed_F: Tensor) -> _Tokens:
         held_T = held_out(len(x_TD))
         if not held_T.any():
-            return cls(x_TD, share_TF, x_TD, share_TF)
-        return cls(x_TD[~held_T], share_TF[~held_T], x_TD[held_T], share_TF[held_T])
+            return cls(x_TD, share_TF, x_TD, share_TF, allowed_F)
+        return cls(x_TD[~held_T], share_TF[~held_T], x_TD[held_T], share_TF[held_T], allowed_F)
 
 
 @dataclass
@@ -83,6 +90,7 @@ def cluster_tokens_freely(
     ridge: float,
     seed: int,
     router_steps: int = 0,
+    allowed_F: Tensor | None = None,
 ) -> TokenClusters:
     """As :func:`moesaic.solvers.token_clusters.cluster_tokens` with widths of the experts' own and nothing shared.
 
@@ -90,17 +98,18 @@ def cluster_tokens_freely(
         x_TD: Inputs of the FFN, float32.
         share_TF: From :func:`moesaic.solvers.token_clusters.neuron_shares`.
         experts: E.
-        active: Neurons that a token uses in the mean, by the loads of the tokens that set the price. Fewer where the
-            tokens have fewer neurons with any energy.
+        active: Neurons that a token uses in the mean, by the loads of the tokens that set the price.
         rounds: Rounds with the ridge router.
         ridge: Strength of the router's ridge, relative to the mean square of an input coordinate.
         seed: Of the first clusters and of the refinement's samples.
         router_steps: Steps of each refinement of the router.
+        allowed_F: Neurons that experts may have, bool; the others have no shares. None: all.
 
     Returns:
         The round in which held-out tokens keep most energy, with the experts' loads on these.
     """
-    tokens = _Tokens.split(x_TD, share_TF)
+    allowed_F = torch.ones(share_TF.shape[1], dtype=torch.bool) if allowed_F is None else allowed_F
+    tokens = _Tokens.split(x_TD, share_TF, allowed_F)
     gram_DD = RidgeStatistics.collect([(tokens.x_TD, tokens.x_TD[:, :0])]).xx_DD
     expert_T = first_clusters(tokens.share_TF, experts, seed)
     state = _sets(tokens, expert_T, None, experts, active)
@@ -153,7 +162,11 @@ def _sets(tokens: _Tokens, expert_T: Tensor, router_ED: Tensor | None, experts: 
     load_E = count_E if held_H is None else torch.bincount(held_H, minlength=experts)
     limit = price(mean_EF, load_E, active)
     own_EF = mean_EF > limit
+    share_E = load_E.double() / load_E.sum()
+    if limit == 0:  # neurons that no token of these woke cost nothing: other text may
+        spare = max(0, math.floor(active - float(own_EF.sum(dim=1).double() @ share_E) + 1e-6))
+        own_EF |= largest(mean_EF.masked_fill(own_EF | ~tokens.allowed_F, -1.0), spare) & tokens.allowed_F
     kept = 0.0
     if held_H is not None:
         kept = float((tokens.held_share_HF * own_EF[held_H]).sum(dim=1).mean())
-    return _State(own_EF, limit, load_E / load_E.sum(), kept)
+    return _State(own_EF, limit, share_E, kept)

@@ -73,9 +73,11 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
         kept_F = _static_choice(share_TF, h_TF, work.down_DF, parts.shared)
         routing = _Routing(kept_F.nonzero().flatten(), (), STATIC, share_TF.new_zeros(len(share_TF), 0))
     elif config.split != "disjoint":
+        allowed_F = None
         if parts.union is not None and parts.union < weights.d_ff:
-            share_TF *= _static_choice(share_TF, h_TF, work.down_DF, parts.union)
-        routing = _overlapping(x_TD, share_TF, parts, config, seed)
+            allowed_F = _static_choice(share_TF, h_TF, work.down_DF, parts.union)
+            share_TF *= allowed_F
+        routing = _overlapping(x_TD, share_TF, allowed_F, config, seed)
     else:
         routing = _disjoint(x_TD, share_TF, parts, config, seed)
     del share_TF
@@ -101,11 +103,13 @@ def _static_choice(share_TF: Tensor, h_TF: Tensor, down_DF: Tensor, count: int) 
     return largest(score_F[None], count)[0]
 
 
-def _overlapping(x_TD: Tensor, share_TF: Tensor, parts: Sizes, config: Config, seed: int) -> _Routing:
+def _overlapping(x_TD: Tensor, share_TF: Tensor, allowed_F: Tensor | None, config: Config, seed: int) -> _Routing:
+    """``allowed_F``: the neurons that a smaller union has; the others have no shares."""
+    parts = sizes(config, share_TF.shape[1])
     options: dict[str, Any] = {"rounds": config.rounds, "ridge": config.router_ridge}
     options |= {"seed": seed, "router_steps": config.router_steps}
     if parts.varied:
-        clusters = cluster_tokens_freely(x_TD, share_TF, len(parts.own), parts.own[0], **options)
+        clusters = cluster_tokens_freely(x_TD, share_TF, len(parts.own), parts.own[0], allowed_F=allowed_F, **options)
     else:
         clusters = cluster_tokens(x_TD, share_TF, len(parts.own), (parts.shared, parts.own[0]), **options)
     experts = tuple(own_F.nonzero().flatten() for own_F in clusters.own_EF)
