@@ -172,7 +172,7 @@ class Site:
         if plan.router.kind == "static":
             return found
         fidelity = site_fidelity("", build_ffn(self.weights.to(torch.float32), plan), self.heldout[domain])
-        if plan.varied:
+        if plan.load is not None:
             found["active"] = float(used_neurons(self.weights, plan, self.heldout[domain]).float().mean())
         return found | {name: getattr(fidelity, name) for name in FIDELITY}
 

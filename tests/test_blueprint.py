@@ -154,6 +154,8 @@ def test_impossible_attention_plans_are_refused(change: dict, says: str) -> None
         ({"router": Router("static"), "top_k": 3}, "static router with gate 'scaled'"),
         ({"shared": torch.tensor([11])}, "outside 0..10"),
         ({"experts": (torch.tensor([0]), torch.tensor([1, 2]))}, "widths"),
+        ({"load": torch.ones(2)}, "2 loads"),
+        ({"load": torch.tensor([1.0, 0.5, -0.5])}, "perhaps negative"),
         ({"union": True, "fade": WeightFade((0.1, 0.1, 0.1))}, "weights of their own"),
         ({"union": True, "router": Router("static"), "top_k": 3, "gate": "uniform"}, "union under a static router"),
     ],

@@ -106,7 +106,9 @@ def older_options(records: Sequence[dict[str, Any]], current: Sequence[Case]) ->
     older = {}
     for record in records:
         key = f"{record['case']}@{percent(Fraction(record['fraction']).limit_denominator(1000))}"
-        changed = {n: v for n, v in record.get("options", {}).items() if now.get(key, {}).get(n) != v}
+        was = record.get("options", {})
+        changed = {n: v for n, v in was.items() if now.get(key, {}).get(n) != v}
+        changed |= {n: "not there" for n in now.get(key, {}) if was and n not in was}
         older |= {key: changed} if changed else {}
     return older
 

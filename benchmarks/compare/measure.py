@@ -200,7 +200,7 @@ def _texts(model: Any, tokenizer: Any, protocol: Protocol, blueprint: Blueprint 
 def _of_whole_model(activity: Activity, blueprint: Blueprint, protocol: Protocol) -> float:
     """The share of all FFNs' neurons that was used, those of dense layers with it."""
     neurons = sum(site.d_ff for site in read_anatomy(Checkpoint(protocol.model).config).sites)
-    return 1 - (1 - activity.fraction(blueprint)) * sum(plan.d_ff for plan in blueprint.sites.values()) / neurons
+    return 1 - (1 - activity.fraction(blueprint.sites)) * sum(plan.d_ff for plan in blueprint.sites.values()) / neurons
 
 
 @torch.inference_mode()

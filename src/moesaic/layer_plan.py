@@ -136,6 +136,11 @@ class LayerPlan:
                 )
         if self.union and static:
             raise InputError("experts stored as a union under a static router", "what is always on is the shared part")
+        if self.load is not None and (len(self.load) != len(self.experts) or float(self.load.min()) < 0):
+            raise InputError(
+                f"{len(self.load)} loads, some perhaps negative, for {len(self.experts)} experts",
+                "give each expert's share of the tokens",
+            )
         own = self.projections or any(v is not None for v in (self.fade, self.expert_scale))
         if self.union and own:
             raise InputError(

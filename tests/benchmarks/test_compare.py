@@ -214,6 +214,10 @@ def test_a_run_writes_the_page_deletes_conversions_and_resumes(
     file.write_text(json.dumps(old))
     main([*asked, "--only", "cmoe"], run)
     assert "`static@50` was measured under older defaults: active = 0.4." in page_of(tmp_path)
+    del old["options"]["layout"]
+    file.write_text(json.dumps(old))
+    main([*asked, "--only", "cmoe"], run)
+    assert "layout = not there" in page_of(tmp_path)
     main([*asked, "--only", "static"], run)
     assert ran[5:] == ["static@50"]
     assert "older defaults" not in page_of(tmp_path)

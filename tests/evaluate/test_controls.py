@@ -11,6 +11,7 @@ import torch
 
 from moesaic.blueprint import Blueprint
 from moesaic.calibration.config import CalibrationConfig
+from moesaic.evaluate.activity import Activity
 from moesaic.evaluate.controls import active_fraction, control_job, control_model
 from moesaic.jobs.decide import decide
 from moesaic.jobs.job import prepare
@@ -48,6 +49,18 @@ def test_a_control_has_the_active_fraction_of_the_model(
     beside = decide(control_job(control, tiny("llama"), model, CalibrationConfig.model_validate(CALIBRATION)))
     assert active_fraction(beside) == pytest.approx(active_fraction(model), abs=step)
     assert set(beside.sites) == set(model.sites)
+
+
+def test_beside_free_widths_a_control_uses_what_the_text_used(tiny: Callable[[str], Path]) -> None:
+    model = made_by(tiny("llama"), "token_clusters", options={"active": 0.5, "experts": 4, "split": "union"})
+    used = Activity(dict.fromkeys(model.sites, 30 * 10.0), dict.fromkeys(model.sites, 10))
+    config = CalibrationConfig.model_validate(CALIBRATION)
+    beside = decide(control_job("static", tiny("llama"), model, config, used))
+    assert active_fraction(beside) == pytest.approx(30 / 37, abs=1 / 37)
+    planned = decide(control_job("static", tiny("llama"), model, config))
+    assert active_fraction(planned) == pytest.approx(active_fraction(model), abs=1 / 37)
+    everything = Activity(dict.fromkeys(model.sites, 370.1), dict.fromkeys(model.sites, 10))
+    assert control_job("static", tiny("llama"), model, config, everything).config.active == 1  # type: ignore[attr-defined]
 
 
 def test_the_layout_of_experts_of_a_given_width_is_not_their_active_fraction(tiny: Callable[[str], Path]) -> None:

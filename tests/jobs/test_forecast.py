@@ -184,6 +184,16 @@ def test_what_needs_equal_widths_is_refused_by_plan_and_convert(
     assert moesaic.plan(wide("llama"), values).experts == 128
 
 
+def test_a_blueprint_with_free_widths_is_refused_what_its_method_is(wide: Callable[..., Path], tmp_path: Path) -> None:
+    values = {"method": "token_clusters", "options": {"split": "union", "experts": 4}, "calibration": {"tokens": 128}}
+    made = moesaic.convert(wide("llama"), tmp_path / "out", settings=values)
+    for more, says in ({"router": "oracle"}, "counts what experts"), ({"target": "mixtral"}, "compute the widest"):
+        with pytest.raises(InputError, match=says):
+            prepare(wide("llama"), ConvertSettings.model_validate(more), blueprint=made.output)
+    again = moesaic.convert(wide("llama"), tmp_path / "again", settings={}, blueprint=made.output)
+    assert again.blueprint.digest() == made.blueprint.digest()
+
+
 @pytest.mark.parametrize(("method", "options"), [("mlpmoe", {"branches": 8}), ("static", {"active": 0.5})])
 def test_a_router_for_what_is_always_on_is_refused(
     method: str, options: dict[str, Any], wide: Callable[..., Path], tmp_path: Path

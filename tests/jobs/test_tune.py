@@ -152,6 +152,23 @@ def test_pruned_attention_stays_pruned(tiny: Tiny, tmp_path: Path) -> None:
     assert not torch.equal(before.tensor(pruned), after.tensor(pruned))
 
 
+def test_experts_of_different_widths_are_tuned_and_their_router_is_left_alone(tiny: Tiny, tmp_path: Path) -> None:
+    calibration = {"sources": ["tiny"], "tokens": 512, "window": 32}
+    options = {"split": "union", "experts": 4, "active": 0.5}
+    converted = moesaic.convert(
+        tiny("llama"), tmp_path / "moe", method="token_clusters", options=options, calibration=calibration
+    )
+    done = tune(converted.output, tmp_path / "out", baseline=tiny("llama"), config=settings())
+    assert done.results["tune_parity"]["relative"] < 1e-5
+    for path, plan in converted.blueprint.sites.items():
+        tuned = done.blueprint.sites[path]
+        assert tuned.varied
+        assert tuned.active_neurons == plan.active_neurons
+        assert torch.equal(tuned.router.tensors["weight"], plan.router.tensors["weight"])
+    with pytest.raises(InputError, match="different widths cost"):
+        tune(converted.output, tmp_path / "no", baseline=tiny("llama"), config=settings(gate="sigmoid"))
+
+
 @pytest.mark.parametrize("environment", [pytest.param({}, id="ddp"), pytest.param(FSDP, id="fsdp")])
 def test_two_processes_recover_what_one_does(environment: dict[str, str], made: Any, tmp_path: Path) -> None:
     converted = made(change=as_cmoe)

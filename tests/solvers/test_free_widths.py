@@ -89,7 +89,7 @@ def test_held_out_tokens_use_what_was_asked_and_keep_more_than_with_equal_widths
     expert_H = (x_TD[held_T] @ free.router_ED.T).argmax(dim=1)
     assert float(free.own_EF.sum(dim=1)[expert_H].float().mean()) <= active
     assert float(free.own_EF.sum(dim=1).double() @ free.load_E) > active - 2
-    assert free.kept > equal.kept + 0.05
+    assert free.kept > equal.kept + 0.02
 
 
 def test_a_budget_for_all_neurons_gives_all() -> None:

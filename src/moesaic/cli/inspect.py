@@ -55,7 +55,7 @@ def _row(path: str, plan: Any) -> dict[str, Any]:
         "neurons": plan.d_ff,
         "shared": len(plan.shared),
         "experts": len(plan.experts),
-        "width": f"{min(widths)}-{max(widths)}" if plan.varied else plan.expert_width,
+        "width": f"{min(widths)}-{max(widths)}" if len(set(widths)) > 1 else plan.expert_width,
         "top_k": plan.top_k,
         "active": f"{plan.active_neurons / plan.d_ff:.1%}",
         "router": plan.router.kind,

@@ -5,14 +5,14 @@ Axes: T tokens, E routed experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from moesaic.blueprint import Blueprint
+from moesaic.blueprint import LayerPlan
 from moesaic.nn.moesaic_union import UnionFeedForward
 
 
@@ -23,13 +23,13 @@ class Activity:
     neurons: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
-    def fraction(self, blueprint: Blueprint) -> float:
-        """Share of the converted FFNs' neurons that a token used; of FFNs that were not counted, that of their plan."""
-        used = sum(
-            self.neurons[path] / self.tokens[path] if self.tokens.get(path) else plan.active_neurons
-            for path, plan in blueprint.sites.items()
-        )
-        return used / sum(plan.d_ff for plan in blueprint.sites.values())
+    def used(self, path: str, plan: LayerPlan) -> float:
+        """Neurons of one FFN that a token used; as planned where none was counted."""
+        return self.neurons[path] / self.tokens[path] if self.tokens.get(path) else plan.active_neurons
+
+    def fraction(self, plans: Mapping[str, LayerPlan]) -> float:
+        """Share of the neurons of these FFNs, by module path, that a token used; each FFN counts by its width."""
+        return sum(self.used(path, plan) for path, plan in plans.items()) / sum(plan.d_ff for plan in plans.values())
 
 
 @contextmanager

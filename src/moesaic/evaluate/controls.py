@@ -1,4 +1,7 @@
-"""The controls that every figure stands beside: static pruning and a random partition at the same active fraction."""
+"""The controls that every figure stands beside: static pruning and a random partition at the same active fraction.
+
+Where experts differ in width, it is the fraction that the evaluated text used.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.blueprint import Blueprint, LayerPlan
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.checkpoint.reader import Checkpoint
+from moesaic.evaluate.activity import Activity
 from moesaic.jobs.decide import decide
 from moesaic.jobs.job import Job, prepare
 from moesaic.materialise import apply_blueprint
@@ -23,28 +27,33 @@ CONTROLS = ("static", "random")
 
 def active_fraction(blueprint: Blueprint) -> float:
     """Share of the converted FFNs' neurons that one token uses; layers left dense are not counted."""
-    active = sum(plan.active_neurons for plan in blueprint.sites.values())
-    return active / sum(plan.d_ff for plan in blueprint.sites.values())
+    return Activity().fraction(blueprint.sites)
 
 
-def _of_the_split(blueprint: Blueprint) -> float:
+def _of_the_split(blueprint: Blueprint, activity: Activity) -> float:
     """The active fraction of the FFNs that are split, those left whole not counted."""
-    split = [plan for plan in blueprint.sites.values() if plan.experts or not plan.keeps_all]
-    return sum(plan.active_neurons for plan in split) / sum(plan.d_ff for plan in split) if split else 1.0
+    split = {path: plan for path, plan in blueprint.sites.items() if plan.experts or not plan.keeps_all}
+    return min(1.0, activity.fraction(split)) if split else 1.0
 
 
 def control_model(
-    name: str, baseline: Path, blueprint: Blueprint, calibration: CalibrationConfig, progress: Progress
+    name: str,
+    baseline: Path,
+    blueprint: Blueprint,
+    calibration: CalibrationConfig,
+    progress: Progress,
+    activity: Activity | None = None,
 ) -> tuple[Any, float]:
     """The dense model, in memory, converted by a control at the active fraction and in the layers of ``blueprint``, and
     its own active fraction.
 
+    ``activity``: what the text used of the model, to which the control's fraction is fitted; None: as planned.
     An expert of an existing MoE that ``blueprint`` leaves whole stays whole. A control that is calibrated may leave
     others whole too, which saw too little text: then its active fraction is larger.
     """
     from transformers import AutoModelForCausalLM
 
-    job = control_job(name, baseline, blueprint, calibration)
+    job = control_job(name, baseline, blueprint, calibration, activity)
     control = decide(job, progress)
     untouched = {path: LayerPlan(plan.d_ff, torch.arange(plan.d_ff)) for path, plan in blueprint.sites.items()}
     whole = {path: plan for path, plan in blueprint.sites.items() if not plan.experts and plan.keeps_all}
@@ -54,8 +63,14 @@ def control_model(
     return model.eval(), active_fraction(control)
 
 
-def control_job(name: str, baseline: Path, blueprint: Blueprint, calibration: CalibrationConfig) -> Job:
-    """The conversion that makes that control."""
+def control_job(
+    name: str,
+    baseline: Path,
+    blueprint: Blueprint,
+    calibration: CalibrationConfig,
+    activity: Activity | None = None,
+) -> Job:
+    """The conversion that makes that control; see :func:`control_model`."""
     dense_config = Checkpoint(baseline).config
     hierarchical = FAMILIES[dense_config["model_type"]].moe is not None
     anatomy = read_anatomy(dense_config, hierarchical=hierarchical)
@@ -66,7 +81,7 @@ def control_job(name: str, baseline: Path, blueprint: Blueprint, calibration: Ca
     layout = options.get("layout") if counts else None
     settings = ConvertSettings(
         method=name,
-        options={"layout": layout} if layout else {"active": _of_the_split(blueprint)},
+        options={"layout": layout} if layout else {"active": _of_the_split(blueprint, activity or Activity())},
         calibration=calibration,
         hierarchical=hierarchical,
         dense_layers=tuple(sorted(dense)),

@@ -146,7 +146,7 @@ def evaluate_model(
         if speed and dense_folder is not None:
             results["speed"] = _speed_beside(dense_folder, converted)
     if blueprint is not None:
-        results["active_ffn_fraction"] = run.activity["model"].fraction(blueprint)
+        results["active_ffn_fraction"] = run.activity["model"].fraction(blueprint.sites)
         results["active_ffn_planned"] = active_fraction(blueprint)
     if controls and dense_folder is not None and blueprint is not None:
         _measure_controls(run, dense_folder, blueprint, _calibration(folder))
@@ -177,7 +177,9 @@ def _speed_beside(dense_folder: Path, converted: Any) -> dict[str, Any]:
 def _measure_controls(run: _Run, dense_folder: Path, blueprint: Blueprint, calibration: CalibrationConfig) -> None:
     """Perplexity of each control, one model in memory at a time."""
     for name in CONTROLS:
-        control, run.active[name] = control_model(name, dense_folder, blueprint, calibration, run.progress)
+        control, run.active[name] = control_model(
+            name, dense_folder, blueprint, calibration, run.progress, run.activity["model"]
+        )
         run.perplexity(name, control)
         del control
         gc.collect()

@@ -64,7 +64,10 @@ def packaged_gguf() -> Path:
 def demo(out: Path, *, windows: int = 6, tokens: int = _TOKENS, progress: Progress | None = None) -> DemoResult:
     """Convert the packaged model by CMoE, MLPMoE and token clusters into ``out``, measure everything, let one speak.
 
-    Finished conversions in ``out`` are used again. Raises InputError when the model package is missing.
+    Finished conversions in ``out`` are used again, whatever they were calibrated on.
+
+    Raises:
+        InputError: the model package is missing.
 
     Args:
         out: Folder of the conversions.
@@ -99,7 +102,7 @@ def demo(out: Path, *, windows: int = 6, tokens: int = _TOKENS, progress: Progre
     blueprints: dict[str, Blueprint] = {}
     outputs = []
     for label, (method, options) in conversions.items():
-        folder = out / method
+        folder = out / "-".join([method, *([options["split"]] if "split" in options else [])])
         outputs.append(folder)
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +122,7 @@ def demo(out: Path, *, windows: int = 6, tokens: int = _TOKENS, progress: Progre
         with counting(model) as activity:
             scores[label] = perplexity(model, ids_NW, protocol, progress=progress)
         if label in blueprints:
-            active[label] = activity.fraction(blueprints[label])
+            active[label] = activity.fraction(blueprints[label].sites)
     progress.note("speed, all models in turn")
     speeds = measure(models, prompt=128, steps=16, rounds=2)
     rows = tuple(

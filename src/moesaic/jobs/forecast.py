@@ -39,8 +39,8 @@ class Shape:
 
     ``shared``: always-on neurons; ``width``: M, padding included; ``top_k``: K; ``gated``: a gated router has two
     matrices, as the FFN has a gate path; ``rewritten``: matrices of each neuron that the blueprint holds; ``union``:
-    neurons of all experts together where they are stored once, else None; ``varied``: their widths differ, and M is the
-    mean over tokens; ``normalised``: the router reads inputs of
+    neurons of all experts together where they are stored once, else None; ``varied``: their widths differ, and M is
+    the mean over tokens, of a plan the largest; ``normalised``: the router reads inputs of
     length 1; ``softmax``: its scores weigh the chosen experts.
     """
 

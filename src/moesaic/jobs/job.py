@@ -84,6 +84,8 @@ def prepare(
             raise InputError("a blueprint says already which layers are dense", "leave allocation and dense layers out")
         if settings.router is not None and all(plan.router.kind == "static" for plan in given.sites.values()):
             raise InputError("the blueprint routes nothing: all it keeps is always on", "leave --router out")
+        if any(plan.varied for plan in given.sites.values()):
+            _check_varied(settings)
     # In the dtype of nearly all tensors: then looking at the weights copies none.
     skeleton = Skeleton(checkpoint, anatomy, getattr(torch, checkpoint.dtype))
     _check_target(anatomy, settings.target)
@@ -97,6 +99,20 @@ def prepare(
     _check_weights(skeleton)
     method = get_method(settings.method)
     return Job(checkpoint, anatomy, settings, method, config, request.dense_layers, windows, given)
+
+
+def _check_varied(settings: ConvertSettings) -> None:
+    """Refuse for a blueprint with experts of different widths what check_split refuses for a method."""
+    if settings.router is not None:
+        raise InputError(
+            "the blueprint's router counts what experts of different widths cost, another would not",
+            "leave --router out",
+        )
+    if settings.target not in (AUTO, "moesaic"):
+        raise InputError(
+            f"target {settings.target} cannot hold this blueprint: it would compute the widest expert for every token",
+            "use --target moesaic",
+        )
 
 
 def _check_target(anatomy: Anatomy, target: str) -> None:

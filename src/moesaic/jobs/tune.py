@@ -198,6 +198,11 @@ def _check_gates(plans: Mapping[str, LayerPlan]) -> None:
     routed = {path: plan for path, plan in plans.items() if routes(plan)}
     if not routed:
         raise InputError("gate sigmoid: this model has no routers", "leave gate out")
+    if any(plan.varied for plan in routed.values()):
+        raise InputError(
+            "gate sigmoid: a trained router would not count what experts of different widths cost",
+            "leave gate out, or convert with widths=equal",
+        )
     for path, plan in routed.items():
         if plan.gate != "sigmoid":
             raise InputError(
