@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moesaic.solvers.free_widths import cluster_tokens_freely, held_out, price
+from moesaic.solvers.free_widths import cluster_tokens_freely, held_out, lowest_price
 from moesaic.solvers.token_clusters import TokenClusters, cluster_tokens, neuron_shares
 
 NEEDS = (2, 6, 16)  # neurons that the tokens of a group use
@@ -45,7 +45,7 @@ def test_the_price_is_the_lowest_that_fits(experts: int, neurons: int, active: f
     def used(limit: float) -> float:
         return float(((mean_EF > limit).sum(dim=1) * count_E).sum() / count_E.sum())
 
-    limit = price(mean_EF, count_E, active)
+    limit = lowest_price(mean_EF, count_E, active)
     assert used(limit) <= active
     if limit > 0:
         assert used(limit - 1e-6) > active
@@ -53,7 +53,7 @@ def test_the_price_is_the_lowest_that_fits(experts: int, neurons: int, active: f
 
 def test_neurons_of_experts_without_tokens_cost_nothing() -> None:
     mean_EF = torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.7, 0.2]])
-    assert price(mean_EF, torch.tensor([5, 0]), 1.0) == pytest.approx(0.5)
+    assert lowest_price(mean_EF, torch.tensor([5, 0]), 1.0) == pytest.approx(0.5)
 
 
 def test_an_eighth_of_the_tokens_from_all_over_the_text_sets_the_price() -> None:

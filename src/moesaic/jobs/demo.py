@@ -66,14 +66,14 @@ def demo(out: Path, *, windows: int = 6, tokens: int = _TOKENS, progress: Progre
 
     Finished conversions in ``out`` are used again, whatever they were calibrated on.
 
-    Raises:
-        InputError: the model package is missing.
-
     Args:
         out: Folder of the conversions.
         windows: Of evaluation.
         tokens: Of calibration.
         progress: Receives what is done.
+
+    Raises:
+        InputError: the model package is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -12,6 +12,7 @@ Axes: T tokens, H of them held out, D model width, F neurons, E experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ def held_out(tokens: int) -> Tensor:
     return block_T % _HELD_OUT == (_HELD_OUT - 1 - block_T // _HELD_OUT) % _HELD_OUT
 
 
-def price(mean_EF: Tensor, count_E: Tensor, active: float) -> float:
+def lowest_price(mean_EF: Tensor, count_E: Tensor, active: float) -> float:
     """The lowest price at which ``count_E`` tokens per expert use at most ``active`` neurons in the mean.
 
     Args:
@@ -113,34 +114,28 @@ def cluster_tokens_freely(
     gram_DD = RidgeStatistics.collect([(tokens.x_TD, tokens.x_TD[:, :0])]).xx_DD
     expert_T = first_clusters(tokens.share_TF, experts, seed)
     state = _sets(tokens, expert_T, None, experts, active)
-    best: tuple[_State, Tensor] | None = None
-
-    def ridge_router() -> Tensor:
+    tried: list[tuple[_State, Tensor]] = []
+    for _ in range(rounds):
         cross_DE = (tokens.x_TD.T @ energy_targets(_gains(tokens, state), "raw")).double()
-        return RidgeStatistics(gram_DD, cross_DE).solve(ridge)
-
-    def routed(router_ED: Tensor) -> Tensor:
-        nonlocal best, state
+        router_ED = RidgeStatistics(gram_DD, cross_DE).solve(ridge)
         next_T = (tokens.x_TD @ router_ED.T).argmax(dim=1)
         state = _sets(tokens, next_T, router_ED, experts, active)
-        if best is None or state.kept > best[0].kept:
-            best = state, router_ED
-        return next_T
-
-    for _ in range(rounds):
-        next_T = routed(ridge_router())
+        tried.append((state, router_ED))
         if torch.equal(next_T, expert_T):
             break
         expert_T = next_T
-    assert best is not None
-    if router_steps and experts > 1:
-        state, router_ED = best
-        for _ in range(REFINEMENTS):
-            router_ED = refine_softmax(router_ED, tokens.x_TD, _gains(tokens, state), router_steps, seed)
-            routed(router_ED)
-    found, router_ED = best
-    nothing_F = torch.zeros(share_TF.shape[1], dtype=torch.bool)
-    return TokenClusters(nothing_F, found.own_EF, router_ED, found.kept, found.load_E)
+    state, router_ED = _best(tried)
+    for _ in range(REFINEMENTS if router_steps and experts > 1 else 0):
+        router_ED = refine_softmax(router_ED, tokens.x_TD, _gains(tokens, state), router_steps, seed)
+        state = _sets(tokens, (tokens.x_TD @ router_ED.T).argmax(dim=1), router_ED, experts, active)
+        tried.append((state, router_ED))
+    found, router_ED = _best(tried)
+    return TokenClusters(torch.zeros_like(allowed_F), found.own_EF, router_ED, found.kept, found.load_E)
+
+
+def _best(tried: Sequence[tuple[_State, Tensor]]) -> tuple[_State, Tensor]:
+    """The round in which held-out tokens keep most, of equal ones the first."""
+    return max(tried, key=lambda each: each[0].kept)
 
 
 def _gains(tokens: _Tokens, state: _State) -> Tensor:
@@ -160,13 +155,13 @@ def _sets(tokens: _Tokens, expert_T: Tensor, router_ED: Tensor | None, experts: 
     mean_EF = sum_EF / (count_E + 1)[:, None]
     held_H = None if router_ED is None else (tokens.held_x_HD @ router_ED.T).argmax(dim=1)
     load_E = count_E if held_H is None else torch.bincount(held_H, minlength=experts)
-    limit = price(mean_EF, load_E, active)
-    own_EF = mean_EF > limit
+    price = lowest_price(mean_EF, load_E, active)
+    own_EF = mean_EF > price
     share_E = load_E.double() / load_E.sum()
-    if limit == 0:  # neurons that no token of these woke cost nothing: other text may
+    if price == 0:  # neurons that no token of these woke cost nothing: other text may
         spare = max(0, math.floor(active - float(own_EF.sum(dim=1).double() @ share_E) + 1e-6))
         own_EF |= largest(mean_EF.masked_fill(own_EF | ~tokens.allowed_F, -1.0), spare) & tokens.allowed_F
     kept = 0.0
     if held_H is not None:
         kept = float((tokens.held_share_HF * own_EF[held_H]).sum(dim=1).mean())
-    return _State(own_EF, limit, share_E, kept)
+    return _State(own_EF, price, share_E, kept)
