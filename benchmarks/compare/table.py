@@ -128,7 +128,7 @@ def _conditions(about: Mapping[str, Any], with_tasks: bool) -> list[str]:
         "WikiText-2 perplexity among other methods and controls, so below 1 is a win; variants of one method are not "
         "compared. KL (nats): first two windows of WikiText-2; "
         "router, on their first tokens: share of the oracle's experts that the router picks, with chance in brackets. "
-        "Active in brackets: what the tokens of WikiText-2, of C4 (and of the tasks) used, where that is not what was "
+        "Active in brackets: what the tokens of a text or of the tasks used, where that is not what was "
         "planned. Seconds: of the conversion."
     )
     if with_tasks:
@@ -179,8 +179,10 @@ def _cells(row: Record, with_tasks: bool) -> list[str]:
 def _active(row: Record) -> str:
     """Active share as planned; and as the texts used it, where that differs."""
     planned = f"{row['size']['active_ffn']:.1%}"
-    used = [f"{fraction:.1%}" for fraction in row.get("active_on", {}).values()]
-    return planned if set(used) <= {planned} else f"{planned} ({', '.join(used)})"
+    used = {text: f"{fraction:.1%}" for text, fraction in row.get("active_on", {}).items()}
+    if set(used.values()) <= {planned}:
+        return planned
+    return f"{planned} ({', '.join(f'{text} {share}' for text, share in used.items())})"
 
 
 def _ratio(found: Mapping[str, float]) -> str:

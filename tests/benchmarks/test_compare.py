@@ -138,7 +138,7 @@ def test_what_texts_used_is_shown_where_it_is_not_what_was_planned() -> None:
     planned = {"size": {"active_ffn": 0.5}}
     assert _active(planned) == "50.0%"
     assert _active(planned | {"active_on": {"WikiText-2": 0.5001, "C4": 0.4999}}) == "50.0%"
-    assert _active(planned | {"active_on": {"WikiText-2": 0.5, "C4": 0.51}}) == "50.0% (50.0%, 51.0%)"
+    assert _active(planned | {"active_on": {"WikiText-2": 0.5, "C4": 0.51}}) == "50.0% (WikiText-2 50.0%, C4 51.0%)"
 
 
 def test_dense_layers_count_in_what_a_text_used(dense: Path, tmp_path: Path) -> None:
