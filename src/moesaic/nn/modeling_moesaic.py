@@ -143,14 +143,16 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """What the dense family's forward takes and returns."""
+        """What the dense family's forward takes and returns; transformers calls the cache ``cache`` since 5.24."""
+        given = {"past_key_values": past_key_values, "cache": cache}
+        kwargs |= {name: kept for name, kept in given.items() if kept is not None}
         return self._dense(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,

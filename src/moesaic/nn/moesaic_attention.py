@@ -112,9 +112,10 @@ class PrunedAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """What the family's own forward takes and returns."""
+        """What the family's own forward takes and returns; transformers calls the cache ``cache`` since 5.24."""
         shape = hidden_states.shape[:-1]
         width = self.head_dim if self.pairs is None else 2 * len(self.pairs)
         query_BHTh = self._heads(self.q_proj(hidden_states), "q_norm", width)
@@ -130,8 +131,9 @@ class PrunedAttention(nn.Module):
                 kept = torch.cat([self.pairs, self.pairs + self.head_dim // 2])
                 cos, sin = cos.index_select(-1, kept), sin.index_select(-1, kept)
             query_BHTh, key_BHTh = self.rotate(query_BHTh, key_BHTh, cos, sin)
-        if past_key_values is not None:
-            key_BHTh, value_BHTh = past_key_values.update(key_BHTh, value_BHTh, self.layer_idx)
+        kept = past_key_values if cache is None else cache
+        if kept is not None:
+            key_BHTh, value_BHTh = kept.update(key_BHTh, value_BHTh, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
         out_BTHh, weights = attend(
             self,
