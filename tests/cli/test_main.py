@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -28,3 +31,22 @@ def test_an_interrupted_command_says_how_to_go_on(
         "error: interrupted",
         "hint: the same command resumes what it had begun to write",
     ]
+
+
+_LATE = "import atexit; from moesaic.cli.main import main; atexit.register(print, 'the interpreter ended'); main()"
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["methods"], 0), (["convert", "nowhere", "out"], 1), (["--no"], 2)])
+def test_one_of_several_processes_ends_at_once_and_with_its_code(
+    arguments: list[str], code: int, tmp_path: Path
+) -> None:
+    ended = {}
+    for count in ("1", "2"):
+        environment = os.environ | {"WORLD_SIZE": count, "RANK": "0"}
+        command = [sys.executable, "-c", _LATE, *arguments]
+        ended[count] = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert ended[count].returncode == code, ended[count].stderr
+    assert ended["1"].stdout == ended["2"].stdout + "the interpreter ended\n"
+    assert ended["1"].stderr == ended["2"].stderr

@@ -9,6 +9,7 @@ import torch
 
 from moesaic.jobs.convert import convert
 from moesaic.jobs.tune import tune
+from moesaic.train.launch import leave
 
 
 def main() -> None:
@@ -17,6 +18,7 @@ def main() -> None:
     verb, source, out, settings = sys.argv[1:]
     chosen = json.loads(settings)
     convert(source, out, settings=chosen) if verb == "convert" else tune(source, out, **chosen)
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moesaic.progress import Silent
 from moesaic.train.config import TrainConfig
 from moesaic.train.data import TrainData
+from moesaic.train.launch import leave
 from moesaic.train.loop import TrainReport, TrainTask, train
 from moesaic.train.losses import next_token_loss
 
@@ -92,19 +93,21 @@ def run(folder: Path, dropout: float = 0.0, key: int = 0, **values: Any) -> tupl
 def _check_group_has_ended() -> None:
     if torch.distributed.is_initialized():
         sys.stderr.write("the process group was left to the interpreter's end\n")
-        sys.stderr.flush()
-        os._exit(3)
+        leave(3)
 
 
 def main() -> None:
     """One of several processes: train, interrupted after five steps and taken up again."""
     torch.set_num_threads(1)
+    done = []
+    atexit.register(lambda: leave(0) if done else None)  # runs last
     atexit.register(_check_group_has_ended)  # runs after what the training registers
     values: dict[str, Any] = {"batch": 8, "accumulate": 2}
     with contextlib.suppress(KeyboardInterrupt):
         train(TinyTask(), text(), config(**values), Path(sys.argv[1]), key={"test": 0}, progress=Kill(5))
     task, _ = run(Path(sys.argv[1]), **values)
     assert hasattr(task.head.weight, "full_tensor") == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
+    done.append(task)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from moesaic.cli import (
 )
 from moesaic.cli.console import fail
 from moesaic.errors import MoesaicError
+from moesaic.train.launch import leave, processes
 
 app = typer.Typer(
     name="moesaic",
@@ -47,6 +48,15 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the trace o
 
 def main() -> None:
     """Run the command line and exit with its code. ``--debug`` counts at any place of the line."""
+    try:
+        _run()
+    except SystemExit as end:
+        if processes() > 1:
+            leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+
+
+def _run() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from typing import NoReturn
 
 from moesaic.errors import InputError
 
@@ -29,3 +31,14 @@ def is_worker() -> bool:
 def is_sharded() -> bool:
     """Whether it asks for FSDP."""
     return processes() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
+def leave(code: int) -> NoReturn:
+    """End one of several processes at once, its work being done or failed.
+
+    The interpreter's own end would now and then meet a thread of torch's process group that still lets go of a Python
+    object, and abort with "terminate called without an active exception" (torch 2.13, gloo).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

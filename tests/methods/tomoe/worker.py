@@ -10,6 +10,7 @@ import torch
 from moesaic.methods.tomoe.task import ToMoETask
 from moesaic.train.config import TrainConfig
 from moesaic.train.data import TrainData
+from moesaic.train.launch import leave
 from moesaic.train.loop import TrainReport, train
 from tests.methods.tomoe.tiny import tiny_task, tokens
 
@@ -27,3 +28,4 @@ def run(folder: Path, width: str) -> tuple[ToMoETask, TrainReport]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run(Path(sys.argv[1]), sys.argv[2])
+    leave(0)
