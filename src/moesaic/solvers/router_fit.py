@@ -177,15 +177,15 @@ def refine_logistic(weight_ED: Tensor, batches: Batches, k: int, steps: int, sco
 
 
 @torch.enable_grad()
-def refine_softmax(weight_ED: Tensor, x_TD: Tensor, kept_TE: Tensor, steps: int, seed: int) -> Tensor:
-    """Raise sum_e softmax(z)_te kept_te, the mean energy that one expert per token keeps, by Adam from ``weight_ED``.
+def refine_softmax(weight_ED: Tensor, x_TD: Tensor, worth_TE: Tensor, steps: int, seed: int) -> Tensor:
+    """Raise sum_e softmax(z)_te worth_te, the mean worth of the expert that a token gets, by Adam from ``weight_ED``.
 
-    Ridge on the energies spends its freedom on experts that no token would choose; this counts the choice alone.
+    Ridge on the worth spends its freedom on experts that no token would choose; this counts the choice alone.
 
     Args:
         weight_ED: Start, float32. Its scale does not matter, and is that of the result.
         x_TD: Training tokens.
-        kept_TE: What each expert would keep of the token's energy.
+        worth_TE: Of each expert to each token: the energy that it keeps, less the cost of its neurons if they have one.
         steps: Steps of ``_SAMPLE`` tokens, the rate falling as half a cosine.
         seed: Of the samples.
     """
@@ -197,7 +197,7 @@ def refine_softmax(weight_ED: Tensor, x_TD: Tensor, kept_TE: Tensor, steps: int,
     weight = torch.nn.Parameter((factor * weight_ED).contiguous())
     optimiser = torch.optim.Adam([weight], lr=_STEP * float(weight.detach().square().mean().sqrt()))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    gain_TE = kept_TE - kept_TE.mean(dim=1, keepdim=True)
+    gain_TE = worth_TE - worth_TE.mean(dim=1, keepdim=True)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         sample_B = torch.randint(len(x_TD), (_SAMPLE,), generator=generator)
