@@ -135,6 +135,14 @@ def _equal(share: Fraction, shape: Shape) -> dict[str, Any]:
     return _union(share, shape) | {"widths": "equal"}
 
 
+def _stream(share: Fraction, shape: Shape) -> dict[str, Any]:
+    return _union(share, shape) | {"token_weight": "stream"}
+
+
+def _refit_stream(share: Fraction, shape: Shape) -> dict[str, Any]:
+    return _refit(share, shape) | {"token_weight": "stream"}
+
+
 def _counted(share: Fraction, shape: Shape) -> dict[str, Any]:
     """The union with its router taken out of both budgets: E D numbers are what E / 3 neurons of a gated FFN have."""
     experts = len(sizes(Config(split="union"), shape.d_ff).own)
@@ -174,6 +182,12 @@ RECIPES: dict[str, Recipe] = {
     "clusters-lead": Recipe("token clusters, overlapping, first layers dense", "token_clusters", _active, leading=True),
     "union": Recipe("token clusters, stored once", "token_clusters", _union),
     "union-lead": Recipe("token clusters, stored once, first layers dense", "token_clusters", _union, leading=True),
+    "stream-lead": Recipe(
+        "token clusters, stored once, tokens by their stream, first layers dense",
+        "token_clusters",
+        _stream,
+        leading=True,
+    ),
     "within-lead": Recipe(
         "token clusters, stored once, planned lower, first layers dense", "token_clusters", _within, leading=True
     ),
@@ -194,6 +208,12 @@ RECIPES: dict[str, Recipe] = {
     "disjoint-lead": Recipe("token clusters, disjoint, first layers dense", "token_clusters", _disjoint, leading=True),
     "refit": Recipe("control: static, refitted", "token_clusters", _refit),
     "refit-lead": Recipe("control: static, refitted, first layers dense", "token_clusters", _refit, leading=True),
+    "refit-stream-lead": Recipe(
+        "control: static, refitted, tokens by their stream, first layers dense",
+        "token_clusters",
+        _refit_stream,
+        leading=True,
+    ),
     "static": Recipe("control: static pruning", "static", _active),
     "static-lead": Recipe("control: static pruning, first layers dense", "static", _active, leading=True),
     "random": Recipe("control: random partition", "random", _half_shared),

@@ -144,6 +144,30 @@ def test_captured_inputs_are_what_the_whole_model_s_ffns_read(tiny: Tiny, family
         stream.advance()
 
 
+@pytest.mark.parametrize("family", [*DENSE, *MOE])
+def test_the_stream_s_norms_are_those_of_the_hidden_states_unless_a_norm_follows_the_ffn(
+    tiny: Tiny, family: str
+) -> None:
+    stream, model = opened(tiny(family), batch_windows=2), full_model(tiny(family))
+    with torch.no_grad():
+        hidden = model(some_ids(), use_cache=False, output_hidden_states=True).hidden_states
+    normed = any(name.endswith("post_feedforward_layernorm") for name, _ in model.named_modules())
+    for layer in range(stream.num_layers):
+        norm_T = hidden[layer].norm(dim=-1).flatten()
+        for path, inputs in stream.capture().items():
+            if normed:
+                assert inputs.stream_T is None
+                continue
+            assert inputs.stream_T is not None
+            assert len(inputs.stream_T) == inputs.tokens
+            if "experts." in path:  # some of the tokens
+                gap_T = (inputs.stream_T[:, None] - norm_T).abs().min(dim=1).values
+                assert bool((gap_T < 1e-4 * inputs.stream_T + 1e-5).all())
+            else:
+                torch.testing.assert_close(inputs.stream_T, norm_T, rtol=1e-4, atol=1e-5)
+        stream.advance()
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "opt", "gpt_neox", "qwen2_moe"])
 def test_replacing_ffns_by_themselves_changes_nothing(tiny: Tiny, family: str) -> None:
     plain, replaced = opened(tiny(family)), opened(tiny(family))

@@ -135,6 +135,22 @@ def test_each_refit_lowers_the_error(options: dict[str, Any]) -> None:
         assert own < common
 
 
+@pytest.mark.parametrize("name", ["static", "union", "union, equal widths", "disjoint"])
+def test_tokens_that_change_the_stream_more_are_kept_better(name: str) -> None:
+    weights, x_TD = clustered()
+    loud_T = x_TD[:, :2].max(dim=1).values > 1.5  # two of the four groups
+    options = SPLITS[name] | ({} if name == "static" else {"experts": 3})
+    norm_T = weights(x_TD).norm(dim=1).float()
+    evenly = SiteInputs(x_TD, norm_T)  # every output has half of the stream's energy
+    to_loud = SiteInputs(x_TD, norm_T * torch.where(loud_T, 0.1, 100.0))
+    config = Config(active=0.5, token_weight="stream", **options)
+    plain, even, uneven = (plan_site(weights, inputs, config, 0) for inputs in (SiteInputs(x_TD), evenly, to_loud))
+    assert error(weights, uneven, x_TD[loud_T]) < 0.97 * error(weights, plain, x_TD[loud_T])
+    assert error(weights, even, x_TD) == pytest.approx(error(weights, plain, x_TD), rel=0.02)
+    unheard = plan_site(weights, to_loud, config.model_copy(update={"token_weight": "equal"}), 0)
+    torch.testing.assert_close(unheard.readout, plain.readout, rtol=0, atol=0)
+
+
 def test_one_expert_keeps_the_neurons_of_largest_share() -> None:
     weights, x_TD = random_ffn(40), random_inputs(300)
     energy_TF = (weights.hidden(x_TD) * weights.down_DF.norm(dim=0)).square()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moesaic.solvers import refit as module
 from moesaic.solvers.limits import MIN_RIDGE
-from moesaic.solvers.refit import refit, refit_few, token_weights
+from moesaic.solvers.refit import refit, refit_few, stream_weights, token_weights
 from moesaic.solvers.router_fit import fit_ridge
 
 
@@ -80,6 +80,15 @@ def test_weights_make_tokens_count_alike_whatever_their_size() -> None:
 
 def test_tokens_without_output_weigh_nothing() -> None:
     assert token_weights(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist() == [0.0, pytest.approx(1 / 25)]
+
+
+def test_a_token_counts_by_what_its_output_is_of_the_stream_behind_it() -> None:
+    y_TD = torch.tensor([[3.0, 4.0], [0.0, 5.0], [0.0, 0.0], [1.0, 0.0]])
+    raw = [0.5, 2**-0.5, 0.0, 1.0]  # 25 of 100, 25 of 50, nothing, all
+    weight_T = stream_weights(y_TD, torch.tensor([75**0.5, 5.0, 2.0, 0.0]))
+    assert weight_T.tolist() == pytest.approx([4 * part / sum(raw) for part in raw])
+    for without in (stream_weights(y_TD, None), stream_weights(torch.zeros(4, 2), torch.ones(4))):
+        assert without.tolist() == [1.0] * 4
 
 
 def test_the_smallest_ridge_that_options_take_solves_in_single_precision() -> None:

@@ -77,6 +77,8 @@ class Family:
             tables).
         refuse: Returns the reason why a config of this family cannot be converted, or None.
         moe: Set for families that are MoE already.
+        norm_after: The model types with a norm between FFN and residual stream: the size of the FFN's output says
+            nothing there of what is added.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Family:
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
     refuse: Callable[[Config], str | None] | None = None
     moe: MoENames | None = None
+    norm_after: tuple[str, ...] = ()
 
     def model_name(self, name: str) -> str:
         """A tensor's name in the model, given its name on disk (prefix included)."""
@@ -160,6 +163,11 @@ class Anatomy:
     def gated(self) -> bool:
         """Whether the FFNs have a gate path."""
         return self.sites[0].names.gated
+
+    @property
+    def norm_after(self) -> bool:
+        """Whether a norm follows the FFN before its output is added to the residual stream."""
+        return self.config.get("model_type") in self.family.norm_after
 
     def sites_of(self, layer: int) -> tuple[FFNSite, ...]:
         """The FFN sites of one decoder layer (one for a dense model, several for a MoE)."""

@@ -20,4 +20,5 @@ FAMILY = Family(
     ffn="mlp",
     names=GATED_PROJ,
     activation_of=_activation,
+    norm_after=("gemma2", "gemma3_text"),
 )

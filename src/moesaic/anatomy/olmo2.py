@@ -8,4 +8,5 @@ FAMILY = Family(
     layers="model.layers",
     ffn="mlp",
     names=GATED_PROJ,
+    norm_after=("olmo2",),
 )

@@ -34,10 +34,12 @@ SPILL_BYTES = 512 << 20
 class Captured(Mapping[str, SiteInputs]):
     """What the FFNs of one layer read, by site path. The tokens of a routed expert are gathered when it is looked up.
 
-    Valid until the stream's next :meth:`LayerStream.capture`, which writes into the same buffers.
+    Valid until the stream's next :meth:`LayerStream.capture`, which writes into the same buffers. ``stream_T``, as
+    :class:`~moesaic.methods.base.SiteInputs` has it, is of all tokens.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stream_T: Tensor | None = None) -> None:
+        self._stream_T = stream_T
         self._inputs: dict[str, tuple[Tensor, Tensor | None, int]] = {}
 
     def add(self, path: str, x_TD: Tensor, index_TK: Tensor | None = None, expert: int = 0) -> None:
@@ -46,7 +48,10 @@ class Captured(Mapping[str, SiteInputs]):
 
     def __getitem__(self, path: str) -> SiteInputs:
         x_TD, index_TK, expert = self._inputs[path]
-        return SiteInputs(x_TD if index_TK is None else x_TD[(index_TK == expert).any(dim=1)])
+        if index_TK is None:
+            return SiteInputs(x_TD, self._stream_T)
+        mine_T = (index_TK == expert).any(dim=1)
+        return SiteInputs(x_TD[mine_T], None if self._stream_T is None else self._stream_T[mine_T])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._inputs)
@@ -154,7 +159,7 @@ class LayerStream:
             else:
                 stand_in.routed = recorder
         self._run_to_ffn(module)
-        captured = Captured()
+        captured = Captured(self._stream_norms())
         for stand_in, recorder in captured_by:
             if isinstance(stand_in, FFNStandIn):
                 captured.add(stand_in.path, recorder.x_TD)
@@ -258,6 +263,11 @@ class LayerStream:
             run(input_ids=self.ids_NW[batch], use_cache=False)
         self._skeleton.stand_ins[0].seen = None
         self._skeleton.unload()
+
+    def _stream_norms(self) -> Tensor | None:
+        if self.anatomy.norm_after:
+            return None
+        return torch.cat([self._hidden_NWD[batch].float().norm(dim=-1).flatten() for batch in self._batches])
 
     def _run_to_ffn(self, module: nn.Module) -> None:
         """Run a layer whose FFNs are recorders on all windows, and keep its attention's output for :meth:`advance`."""

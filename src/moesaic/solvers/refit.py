@@ -24,6 +24,24 @@ def token_weights(y_TD: Tensor) -> Tensor:
     return torch.where(energy_T > 0, 1 / energy_T.clamp(min=_TINY), 0.0)
 
 
+def stream_weights(y_TD: Tensor, stream_T: Tensor | None) -> Tensor:
+    """How much each token counts, mean 1, [T]: the root of the FFN output's part in the residual stream behind it.
+
+    With y added to a stream r, (|y|^2 / (|y|^2 + |r|^2))^(1/2): an error of the output, relative to it, changes that
+    part of what later layers read. The root was best where we looked (docs/lab-notes.md) [OURS].
+
+    Args:
+        y_TD: Outputs of the dense FFN.
+        stream_T: Norms of the residual stream. None: all tokens count alike.
+    """
+    if stream_T is None or not len(y_TD):
+        return y_TD.new_ones(len(y_TD))
+    energy_T, stream_T = y_TD.square().sum(dim=1), stream_T.to(y_TD).square()
+    weight_T = (energy_T / (energy_T + stream_T).clamp(min=_TINY)).sqrt()
+    mean = float(weight_T.mean())
+    return weight_T / mean if mean > 0 else torch.ones_like(weight_T)
+
+
 def refit(down_DF: Tensor, batches: Iterable[tuple[Tensor, Tensor, Tensor]], ridge: float) -> Tensor:
     """argmin over P of sum_t w_t |y_t - P h_t|^2 + lambda |P - W_d|^2, float32 [D, F].
 

@@ -53,6 +53,11 @@ class Config(MethodConfig):
     shared: float = Field(
         default=0.8, ge=0, lt=1, description="disjoint: fraction of the active neurons that every token uses."
     )
+    token_weight: Literal["equal", "stream"] = Field(
+        default="equal",
+        description="How much a calibration token counts. equal: all alike. stream: by the size of its FFN output "
+        "beside that of the residual stream it is added to; alike where a norm stands between them.",
+    )
     rounds: int = Field(
         default=10, ge=1, description="Most rounds of the alternation between experts and tokens (or of k-means)."
     )

@@ -35,7 +35,7 @@ from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.energy import mean_output_energy
 from moesaic.solvers.free_widths import cluster_tokens_freely
 from moesaic.solvers.kmeans import balanced_kmeans
-from moesaic.solvers.refit import refit, refit_few, token_weights
+from moesaic.solvers.refit import refit, refit_few, stream_weights, token_weights
 from moesaic.solvers.router_fit import energy_targets, fit_ridge, top_k_sets
 from moesaic.solvers.token_clusters import cluster_tokens, largest, neuron_shares, predicted_patterns
 
@@ -68,7 +68,10 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     work = weights.to(torch.float32)
     x_TD = torch.cat(list(inputs.batches(dtype=torch.float32)))
     h_TF = torch.cat([work.hidden(x_BD) for x_BD in x_TD.split(_BATCH)])
-    share_TF = neuron_shares(h_TF, work.down_DF.norm(dim=0))
+    y_TD = torch.cat([h_BF @ work.down_DF.T for h_BF in h_TF.split(_BATCH)])
+    stream_T = inputs.stream_T if config.token_weight == "stream" else None
+    weight_T = stream_weights(y_TD, stream_T)
+    share_TF = neuron_shares(h_TF, work.down_DF.norm(dim=0)).mul_(weight_T[:, None])
     if not parts.own:
         kept_F = _static_choice(share_TF, h_TF, work.down_DF, parts.shared)
         routing = _Routing(kept_F.nonzero().flatten(), (), STATIC, share_TF.new_zeros(len(share_TF), 0))
@@ -92,7 +95,8 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     )
     if config.refit == "none":
         return plan
-    return replace(plan, readout=_readout(plan, work.down_DF, h_TF, routing, config))
+    weight_T *= token_weights(y_TD)
+    return replace(plan, readout=_readout(plan, work.down_DF, (h_TF, y_TD, weight_T), routing, config))
 
 
 def _static_choice(share_TF: Tensor, h_TF: Tensor, down_DF: Tensor, count: int) -> Tensor:
@@ -134,10 +138,12 @@ def _routing(x_TD: Tensor, shared_S: Tensor, experts: tuple[Tensor, ...], router
     return _Routing(shared_S, experts, Router("linear", {"weight": router_ED}), chosen_TE)
 
 
-def _readout(plan: LayerPlan, down_DF: Tensor, h_TF: Tensor, routing: _Routing, config: Config) -> Tensor:
-    """The down projection of the stored neurons, float32 [D, P]; ``h_TF`` is overwritten."""
-    y_TD = torch.cat([h_BF @ down_DF.T for h_BF in h_TF.split(_BATCH)])
-    w_T = token_weights(y_TD)
+def _readout(
+    plan: LayerPlan, down_DF: Tensor, tokens: tuple[Tensor, Tensor, Tensor], routing: _Routing, config: Config
+) -> Tensor:
+    """The down projection of the stored neurons, float32 [D, P]; ``tokens`` are activations, which are overwritten,
+    outputs and weights."""
+    h_TF, y_TD, w_T = tokens
     _mask(h_TF, routing)
 
     def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
