@@ -50,7 +50,7 @@ class Router:
 
 STATIC = Router("static")
 
-OPTIONAL_TENSORS = ("selection_bias", "gate_scale", "expert_scale", "readout", "bias", "load")
+OPTIONAL_TENSORS = ("selection_bias", "gate_scale", "expert_scale", "readout", "bias", "load", "worth")
 """Fields of :class:`LayerPlan` that are a tensor or None."""
 
 
@@ -95,6 +95,8 @@ class LayerPlan:
             ``readout`` is one for all.
         load: Share of the tokens that each expert got when the split was decided, float [E], in sum ``top_k``; says how
             many neurons a token uses where widths differ.
+        worth: What each neuron is worth to each expert's tokens, over the price of a neuron, float16 [E, F]: an expert
+            of a union has those above 1; at other prices it would have more or fewer (:mod:`moesaic.budget`).
 
     Raises:
         InputError: parts that contradict each other, or indices outside the FFN.
@@ -114,6 +116,7 @@ class LayerPlan:
     bias: Tensor | None = None
     union: bool = False
     load: Tensor | None = None
+    worth: Tensor | None = None
     projections: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -140,6 +143,11 @@ class LayerPlan:
             raise InputError(
                 f"{len(self.load)} loads, some perhaps negative, for {len(self.experts)} experts",
                 "give each expert's share of the tokens",
+            )
+        if self.worth is not None and self.worth.shape != (len(self.experts), self.d_ff):
+            raise InputError(
+                f"worth of shape {list(self.worth.shape)} for {len(self.experts)} experts of {self.d_ff} neurons",
+                "give each neuron's worth to each expert",
             )
         own = self.projections or any(v is not None for v in (self.fade, self.expert_scale))
         if self.union and own:

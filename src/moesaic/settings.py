@@ -56,6 +56,13 @@ class ConvertSettings(BaseModel):
         description="Share the active neurons out over the layers by what each loses, at the same total: `auto`, "
         "`leading`, `any`, `widths`, or {mode: any, tokens: 4096}. Null treats all layers alike.",
     )
+    active: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="For a given blueprint whose experts have widths of their own: the fraction of each converted "
+        "FFN's neurons that the calibration text uses in the mean. A method has its own options for that.",
+    )
     seed: int = Field(default=0, description="Seed of everything random in the method.")
 
     @field_validator("router", "allocation", mode="before")

@@ -39,7 +39,11 @@ def run(
     target: opt.Target = None,
     blueprint: Annotated[
         Path | None,
-        typer.Option("--blueprint", help="Apply the blueprint of another output, a folder, in place of a method."),
+        typer.Option(
+            "--blueprint",
+            help="Apply the blueprint of another output, a folder, in place of a method. With --active: at another "
+            "budget, where its experts have widths of their own.",
+        ),
     ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away an unfinished run of another conversion.")
@@ -48,11 +52,12 @@ def run(
     quiet: opt.Quiet = False,
 ) -> None:
     """Convert a dense checkpoint into a MoE checkpoint. Interrupted, the same command resumes."""
+    budget = active if blueprint is not None else None
     settings = opt.make_settings(
         config=config,
         method=method,
         layout=layout,
-        active=active,
+        active=None if blueprint is not None else active,
         options=options,
         calib=calib,
         calib_tokens=calib_tokens,
@@ -62,13 +67,14 @@ def run(
         seed=seed,
         router=router,
         target=target,
+        budget=budget,
     )
     from moesaic.jobs.request import check_request
     from moesaic.train.launch import is_worker
 
     if model.endswith(".gguf"):
         quiet_libraries()  # transformers dequantises it
-    own = {"--method": method, "--layout": layout, "--active": active, "--set": options}
+    own = {"--method": method, "--layout": layout, "--set": options}
     if blueprint is not None and (given := [name for name, value in own.items() if value is not None]):
         raise InputError("a blueprint says already how every FFN is split", f"leave {' and '.join(given)} out")
     # A slip is answered before torch is imported.

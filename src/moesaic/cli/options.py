@@ -77,6 +77,7 @@ def make_settings(
     seed: int | None,
     router: str | None,
     target: str | None,
+    budget: float | None = None,
 ) -> ConvertSettings:
     """Flags over the YAML file over the defaults. Raises InputError for unknown keys and values that do not parse."""
     from moesaic.settings import ConvertSettings, build, load_settings
@@ -93,6 +94,7 @@ def make_settings(
     given = {"sources": calib, "tokens": calib_tokens, "window": calib_window, "seed": seed}
     calibration |= {key: value for key, value in given.items() if value is not None}
     flags: dict[str, Any] = {"method": method, "hierarchical": hierarchical, "seed": seed, "target": target}
+    flags["active"] = budget
     if router is not None:  # --router gives the mode, the file may give the rest
         settings = values.get("router")
         flags["router"] = (settings if isinstance(settings, dict) else {}) | {"mode": router}

@@ -20,6 +20,7 @@ from moesaic.anatomy.base import FFNSite
 from moesaic.anatomy.weights import load_ffn
 from moesaic.attention_plan import AttentionPlan
 from moesaic.blueprint import STATIC, Blueprint, LayerPlan, Router
+from moesaic.budget import with_budget
 from moesaic.calibration.stream import LayerStream
 from moesaic.checkpoint.writer import StagedOutput
 from moesaic.errors import InputError
@@ -144,17 +145,19 @@ def _plan_model(job: Job, folder: Path, progress: Progress) -> ModelPlan:
 
 def blueprint_of(job: Job, made: Decisions) -> Blueprint:
     """The blueprint that these decisions make; a given one keeps its provenance."""
-    if job.given is not None and job.settings.router is None:
-        return job.given
     given = job.given
+    if given is not None and job.settings.router is None and job.settings.active is None:
+        return given
     config = job.config.model_dump(mode="json")
+    if given is not None:
+        config = given.config if job.settings.active is None else given.config | {"active": job.settings.active}
     if made.allocation:  # `active` stays the total
         config["allocation"] = {name: made.allocation[name] for name in ("mode", "neurons")}
     return Blueprint(
         family=job.anatomy.family.name,
         source=job.checkpoint.fingerprint(),
         method=job.settings.method if given is None else given.method,
-        config=config if given is None else given.config,
+        config=config,
         sites=made.plans,
         attention=made.attention if given is None else given.attention,
     )
@@ -213,7 +216,10 @@ def _decide_site(
     job: Job, site: FFNSite, weights: FFNWeights, inputs: SiteInputs | None, progress: Progress
 ) -> LayerPlan | None:
     if job.given is not None:
-        return job.given.sites.get(site.path)
+        plan = job.given.sites.get(site.path)
+        if plan is None or inputs is None or job.settings.active is None:
+            return plan
+        return with_budget(plan, weights, inputs, job.settings.active)
     if inputs is not None and job.anatomy.family.moe is not None:
         needed = getattr(get_config(job.settings.method), "MIN_TOKENS_PER_NEURON", 0.0) * site.d_ff
         needed = max(needed, 1 if job.settings.router is None else _ROUTER_TOKENS)

@@ -12,6 +12,7 @@ import moesaic
 from moesaic.anatomy.base import Anatomy, max_positions
 from moesaic.anatomy.weights import load_ffn
 from moesaic.blueprint import Blueprint
+from moesaic.budget import check_budget
 from moesaic.calibration.skeleton import Skeleton
 from moesaic.calibration.text import Windows, build_windows
 from moesaic.checkpoint.output import output_names
@@ -67,6 +68,7 @@ class Job:
             "seed": self.settings.seed,
             "calibration": None if self.windows is None else self.windows.fingerprint,
             "compute_dtype": None if self.windows is None else str(self.settings.calibration.resolved_dtype()),
+            "active": self.settings.active,
             "blueprint": None if self.given is None else self.given.digest(),
         }
 
@@ -86,12 +88,14 @@ def prepare(
             raise InputError("the blueprint routes nothing: all it keeps is always on", "leave --router out")
         if any(plan.varied for plan in given.sites.values()):
             _check_varied(settings)
+        if settings.active is not None:
+            check_budget(given.sites)
     # In the dtype of nearly all tensors: then looking at the weights copies none.
     skeleton = Skeleton(checkpoint, anatomy, getattr(torch, checkpoint.dtype))
     _check_target(anatomy, settings.target)
     windows = None
     decides = given is None and get_config(settings.method).needs_calibration(config)
-    if decides or settings.router is not None or settings.allocation is not None:
+    if decides or any(value is not None for value in (settings.router, settings.allocation, settings.active)):
         from transformers import AutoTokenizer
 
         tokenizer = load_tokenizer(AutoTokenizer, checkpoint.folder)

@@ -50,6 +50,8 @@ def check_request(
         ResourceError: no room for the dequantised copy of a .gguf.
     """
     config = method_config(settings)
+    if settings.active is not None and not decided:
+        raise InputError("active changes the budget of a blueprint, and none is given", "set the method's own option")
     check_options(settings, config)
     if output is not None:  # before a model is fetched for it
         check_output(absolute(output), local_folder(model))
@@ -67,7 +69,7 @@ def check_options(settings: ConvertSettings, config: MethodConfig) -> None:
     """Refuse what the settings alone show: needs of the method, calibration texts that are not there."""
     _check_whole_model(settings)
     needs_text = get_config(settings.method).needs_calibration(config)
-    if needs_text or settings.router is not None or settings.allocation is not None:
+    if needs_text or any(value is not None for value in (settings.router, settings.allocation, settings.active)):
         check_sources(settings.calibration)
 
 

@@ -75,6 +75,7 @@ class _Tokens:
 class _State:
     """Sets and price for the experts that the tokens have now, and what held-out tokens keep by them."""
 
+    mean_EF: Tensor
     own_EF: Tensor
     price: float
     load_E: Tensor
@@ -130,12 +131,21 @@ def cluster_tokens_freely(
         state = _sets(tokens, (tokens.x_TD @ router_ED.T).argmax(dim=1), router_ED, experts, active)
         tried.append((state, router_ED))
     found, router_ED = _best(tried)
-    return TokenClusters(torch.zeros_like(allowed_F), found.own_EF, router_ED, found.kept, found.load_E)
+    worth_EF = _over(found.mean_EF, found.price)
+    return TokenClusters(torch.zeros_like(allowed_F), found.own_EF, router_ED, found.kept, found.load_E, worth_EF)
 
 
 def _best(tried: Sequence[tuple[_State, Tensor]]) -> tuple[_State, Tensor]:
     """The round in which held-out tokens keep most, of equal ones the first."""
     return max(tried, key=lambda each: each[0].kept)
+
+
+def _over(mean_EF: Tensor, price: float) -> Tensor:
+    """Mean shares in units of the price, of the smallest share where neurons cost nothing; float16 has its best
+    precision about 1, and is held inside its range."""
+    positive_N = mean_EF[mean_EF > 0]
+    unit = price or (float(positive_N.min()) if len(positive_N) else 1.0)
+    return (mean_EF / unit).clamp(max=6e4).half()
 
 
 def _gains(tokens: _Tokens, state: _State) -> Tensor:
@@ -164,4 +174,4 @@ def _sets(tokens: _Tokens, expert_T: Tensor, router_ED: Tensor | None, experts: 
     kept = 0.0
     if held_H is not None:
         kept = float((tokens.held_share_HF * own_EF[held_H]).sum(dim=1).mean())
-    return _State(own_EF, price, share_E, kept)
+    return _State(mean_EF, own_EF, price, share_E, kept)

@@ -37,6 +37,8 @@ class TokenClusters:
         kept: Share of the output energy that the routed experts keep, mean over the tokens of the fit; over those that
             were held out where widths differ.
         load_E: Share of these tokens that each expert gets, where widths differ.
+        worth_EF: Mean energy share of each neuron over each expert's tokens, over the price, float16, where widths
+            differ.
     """
 
     shared_F: Tensor
@@ -44,6 +46,7 @@ class TokenClusters:
     router_ED: Tensor
     kept: float
     load_E: Tensor | None = None
+    worth_EF: Tensor | None = None
 
 
 def neuron_shares(h_TF: Tensor, norm_F: Tensor) -> Tensor:

@@ -44,14 +44,15 @@ _BATCH = 2048
 
 @dataclass(frozen=True)
 class _Routing:
-    """Neurons shared [S] and per expert, the router, the experts of the calibration tokens, 0/1 [T, E], and the loads
-    of experts whose widths differ, [E]."""
+    """Neurons shared [S] and per expert, the router, the experts of the calibration tokens, 0/1 [T, E]; where widths
+    differ, the experts' loads [E] and what neurons are worth to them [E, F]."""
 
     shared_S: Tensor
     experts: tuple[Tensor, ...]
     router: Router
     chosen_TE: Tensor
     load_E: Tensor | None = None
+    worth_EF: Tensor | None = None
 
 
 @torch.no_grad()
@@ -92,6 +93,7 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
         router=routing.router,
         union=parts.union is not None,
         load=routing.load_E,
+        worth=routing.worth_EF,
     )
     if config.refit == "none":
         return plan
@@ -118,7 +120,7 @@ def _overlapping(x_TD: Tensor, share_TF: Tensor, allowed_F: Tensor | None, confi
         clusters = cluster_tokens(x_TD, share_TF, len(parts.own), (parts.shared, parts.own[0]), **options)
     experts = tuple(own_F.nonzero().flatten() for own_F in clusters.own_EF)
     routing = _routing(x_TD, clusters.shared_F.nonzero().flatten(), experts, clusters.router_ED, 1)
-    return replace(routing, load_E=clusters.load_E)
+    return replace(routing, load_E=clusters.load_E, worth_EF=clusters.worth_EF)
 
 
 def _disjoint(x_TD: Tensor, share_TF: Tensor, parts: Sizes, config: Config, seed: int) -> _Routing:
