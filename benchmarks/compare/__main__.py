@@ -75,7 +75,7 @@ def _main(arguments: argparse.Namespace, run: Runner) -> None:
         if not known or (protocol.tasks and "tasks" not in known):
             say(f"{number}/{len(wanted)}  {case.key} begins")
             record = run(case, protocol, arguments.work.resolve(), arguments.keep, known)
-            _replace(file, json.dumps(record, indent=1) + "\n")
+            replace_file(file, json.dumps(record, indent=1) + "\n")
         rows = write_page(arguments.work, published, shape, arguments.results)
         row = next(row for row in rows if (row["case"], row["fraction"]) == (case.name, float(case.fraction)))
         print(f"{number}/{len(wanted)}  {case.key}: {_figures(row)}", flush=True)
@@ -89,13 +89,13 @@ def write_page(work: Path, protocol: Protocol, shape: Shape, results: Path) -> l
     current, reasons = cases(shape, fractions, protocol.leading)
     name = Path(protocol.model).name
     calibration = protocol.calibration  # the page is published: files by their names
-    about = protocol.to_dict() | {"model": name, "machine": _machine()}
+    about = protocol.to_dict() | {"model": name, "machine": machine()}
     about["calibration"] = calibration | {"sources": [Path(source).name for source in calibration["sources"]]}
     about["older"] = older_options(records, current)
     results.mkdir(parents=True, exist_ok=True)
     everything = {"about": about, "rows": rows, "inexpressible": reasons}
-    _replace(results / f"compare_{name}.json", json.dumps(everything, indent=1) + "\n")
-    _replace(results / f"compare_{name}.md", markdown(about, rows, reasons))
+    replace_file(results / f"compare_{name}.json", json.dumps(everything, indent=1) + "\n")
+    replace_file(results / f"compare_{name}.md", markdown(about, rows, reasons))
     draw(rows, name, results / f"compare_{name}.png")
     return rows
 
@@ -196,18 +196,18 @@ def _check_work(work: Path, protocol: Protocol) -> Protocol:
             kept_tasks = {"tasks": tuple(kept["tasks"]), "limit": kept["limit"], "task_dtype": kept["task_dtype"]}
             protocol = replace(protocol, **kept_tasks)
     work.mkdir(parents=True, exist_ok=True)
-    _replace(file, json.dumps(protocol.to_dict(), indent=1) + "\n")
+    replace_file(file, json.dumps(protocol.to_dict(), indent=1) + "\n")
     return protocol
 
 
-def _replace(file: Path, text: str) -> None:
+def replace_file(file: Path, text: str) -> None:
     """Write all of it or nothing."""
     temporary = file.with_name(f"{file.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
 
 
-def _machine() -> str:
+def machine() -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("moesaic", "torch", "transformers"))
     return f"{platform.machine()}; {packages}"
 

@@ -102,7 +102,7 @@ def measure(
         with counting(model) as activity:
             record["tasks"] = task_accuracy(model, tokenizer, list(protocol.tasks), protocol.limit, work)
         if case.settings is not None:
-            used = _of_whole_model(activity, Blueprint.load(folder), protocol)
+            used = of_whole_model(activity, Blueprint.load(folder), protocol)
             record["active_on"] = record.get("active_on", {}) | {"tasks": used}
         record["seconds"]["tasks"] = round(time.monotonic() - started, 1)
     if case.settings is not None and not keep:
@@ -190,17 +190,22 @@ def _texts(model: Any, tokenizer: Any, protocol: Protocol, blueprint: Blueprint 
             found["perplexity"][name] = perplexity(model, ids_NW, protocol_of).to_dict()
         if blueprint is None:
             continue
-        found["active_on"][name] = _of_whole_model(activity, blueprint, protocol)
+        found["active_on"][name] = of_whole_model(activity, blueprint, protocol)
         if name == "WikiText-2":
             found["to_dense"] = _distance(model, Path(protocol.model), protocol.dtype, ids_NW[:CLOSE_WINDOWS])
             found["fidelity"] = summarise(router_fidelity(model, ids_NW[:CLOSE_WINDOWS, :ROUTED_TOKENS]))
     return found
 
 
-def _of_whole_model(activity: Activity, blueprint: Blueprint, protocol: Protocol) -> float:
+def of_whole_model(activity: Activity, blueprint: Blueprint, protocol: Protocol) -> float:
     """The share of all FFNs' neurons that was used, those of dense layers with it."""
+    return 1 - (1 - activity.fraction(blueprint.sites)) * converted_share(blueprint, protocol)
+
+
+def converted_share(blueprint: Blueprint, protocol: Protocol) -> float:
+    """The share of all FFNs' neurons that is in converted ones."""
     neurons = sum(site.d_ff for site in read_anatomy(Checkpoint(protocol.model).config).sites)
-    return 1 - (1 - activity.fraction(blueprint.sites)) * sum(plan.d_ff for plan in blueprint.sites.values()) / neurons
+    return sum(plan.d_ff for plan in blueprint.sites.values()) / neurons
 
 
 @torch.inference_mode()

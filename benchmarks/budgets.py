@@ -1,0 +1,168 @@
+"""One conversion, several budgets: its experts at other prices, each set on text of the kind that is then read.
+
+    python -m benchmarks.compare MODEL WORK --fractions 75 --only union-lead refit-lead --keep [...]
+    python -m benchmarks.budgets WORK [--case union-lead@75] [--active 75 62.5 50] [--tokens 8192]
+
+WORK is the comparison's folder, with a conversion whose experts have widths of their own. For each of the comparison's
+texts and each share of all FFN neurons, `moesaic convert --blueprint --active` gives it the price at which other text
+of the same kind uses that share: the package's WikiText-2 validation articles; of the C4 sample what follows the
+windows that are evaluated. Beside it stands the refitted control with that share, where WORK has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.compare.__main__ import RESULTS, machine, replace_file
+from benchmarks.compare.measure import TEXTS, Protocol, converted_share, evaluated, of_whole_model
+from benchmarks.compare.table import Record, perplexity_of
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moesaic.blueprint import Blueprint
+from moesaic.calibration.samples import sample_text
+from moesaic.cli.console import quiet_libraries, say
+from moesaic.errors import InputError
+from moesaic.evaluate.activity import counting
+from moesaic.evaluate.comparison import Comparison, compare
+from moesaic.evaluate.perplexity import perplexity
+from moesaic.jobs.convert import convert
+
+CONTROL = "refit-lead"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The comparison's folder and protocol, the conversion's name there, and what is evaluated."""
+
+    work: Path
+    protocol: Protocol
+    case: str
+    tokens: int
+    tokenizer: Any
+    windows: Mapping[str, Tensor]
+
+    def record(self, key: str) -> Record | None:
+        """A finished case of the comparison."""
+        file = self.work / f"{key}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def name_of(self, text: str) -> str:
+        """The perplexity's, as the comparison reports it."""
+        return (self.record("dense@100") or {})["perplexity"][text]["name"]
+
+    def against(self, record: Record, text: str, key: str) -> dict[str, Any] | None:
+        """Perplexity over that of a case, paired over windows."""
+        other = self.record(key)
+        return None if other is None else compare(perplexity_of(record, text), perplexity_of(other, text)).to_dict()
+
+
+def main() -> None:
+    arguments = _arguments()
+    quiet_libraries()
+    work = arguments.work.resolve()
+    protocol = Protocol(**json.loads((work / "protocol.json").read_text(encoding="utf-8")))
+    torch.set_num_threads(protocol.threads)
+    tokenizer = AutoTokenizer.from_pretrained(protocol.model)
+    windows = evaluated(tokenizer, protocol)
+    bench = Bench(work, protocol, arguments.case, arguments.tokens, tokenizer, windows)
+    rows: list[dict[str, Any]] = []
+    for text in TEXTS:
+        known = bench.record(bench.case) or {}
+        rows.append({"text": text, "asked": None, "used": known["active_on"][text]} | _ratios(bench, known, text, None))
+        for percent in arguments.active:
+            rows.append(_at(bench, text, percent))
+            say(_line(rows[-1]))
+            _write(bench, rows, arguments.results)
+
+
+def _at(bench: Bench, text: str, percent: float) -> dict[str, Any]:
+    """Another budget of the conversion, measured on one text; ``percent`` of the whole model's FFNs."""
+    made = Blueprint.load(bench.work / bench.case)
+    active = 1 - (1 - percent / 100) / converted_share(made, bench.protocol)
+    if active <= 0:
+        raise InputError(f"{percent:g} % of all FFNs is less than the dense layers have", "choose a larger share")
+    price = bench.work / "price.txt"
+    price.write_text(_price_text(bench, text), encoding="utf-8")
+    folder = bench.work / "budget"
+    shutil.rmtree(folder, ignore_errors=True)
+    calibration = {"sources": [str(price)], "tokens": bench.tokens}
+    settings = {"active": active, "calibration": calibration, "target": "moesaic"}
+    done = convert(bench.protocol.model, folder, blueprint=bench.work / bench.case, settings=settings, restart=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=bench.protocol.dtype).eval()
+    with counting(model) as activity:
+        value = perplexity(model, bench.windows[text], bench.name_of(text))
+    used = of_whole_model(activity, done.blueprint, bench.protocol)
+    shutil.rmtree(folder)
+    record = {"perplexity": {text: value.to_dict()}}
+    seconds = done.results["conversion"]["seconds"]
+    row = {"text": text, "asked": percent / 100, "used": used, "seconds": seconds}
+    return row | _ratios(bench, record, text, percent)
+
+
+def _price_text(bench: Bench, text: str) -> str:
+    """Text of the same kind that is not evaluated."""
+    if text == "WikiText-2":
+        return sample_text("wikitext")
+    ids = bench.tokenizer(sample_text("c4"), add_special_tokens=False, verbose=False)["input_ids"]
+    return bench.tokenizer.decode(ids[bench.windows[text].numel() :])
+
+
+def _ratios(bench: Bench, record: Record, text: str, percent: float | None) -> dict[str, Any]:
+    control = None if percent is None else bench.against(record, text, f"{CONTROL}@{percent:g}")
+    value = perplexity_of(record, text).value
+    return {"value": value, "over_dense": bench.against(record, text, "dense@100"), "over_control": control}
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    ratios = [Comparison(**row[key]).shown() if row[key] else "" for key in ("over_dense", "over_control")]
+    asked = "as it was planned" if row["asked"] is None else f"{row['asked']:.1%}"
+    return [row["text"], asked, f"{row['used']:.1%}", f"{row['value']:.2f}", *ratios]
+
+
+def _line(row: dict[str, Any]) -> str:
+    return ", ".join(cell for cell in _cells(row) if cell)
+
+
+def _write(bench: Bench, rows: list[dict[str, Any]], results: Path) -> None:
+    protocol, name = bench.protocol, Path(bench.protocol.model).name
+    head = ["text", "asked for", "used", "perplexity", "over dense", "over the refitted control with that share"]
+    lines = [
+        f"# One conversion, several budgets: {name}",
+        "",
+        f"The conversion `{bench.case}` of the [comparison](compare_{name}.md) with its experts at other prices "
+        f"(`moesaic convert --blueprint --active`): router and readout stay, and one price per FFN is set on "
+        f"{bench.tokens} tokens of text of the same kind that is not evaluated. Shares are of the neurons of all FFNs. "
+        f"{protocol.windows} windows of WikiText-2 test, {protocol.c4_windows} of C4, {protocol.window} tokens each; "
+        "ratios are paired over windows, with their 95 % interval.",
+        "",
+        f"{machine()}. Made by `python -m benchmarks.budgets`.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *(f"| {' | '.join(_cells(row))} |" for row in rows),
+    ]
+    results.mkdir(parents=True, exist_ok=True)
+    replace_file(results / f"budgets_{name}.json", json.dumps({"case": bench.case, "rows": rows}, indent=1) + "\n")
+    replace_file(results / f"budgets_{name}.md", "\n".join(lines) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder of the comparison")
+    parser.add_argument("--case", default="union-lead@75", help="conversion in it that was kept")
+    parser.add_argument("--active", nargs="+", type=float, default=[75.0, 62.5, 50.0], help="percent of all FFNs")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens that set a price")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the page")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
