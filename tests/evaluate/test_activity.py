@@ -68,6 +68,10 @@ def test_an_evaluation_says_what_its_text_used(tiny: Callable[[str], Path], tmp_
     assert sum(min(map(len, plan.experts)) for plan in plans) / d_ff <= results["active_ffn_fraction"]
     assert results["active_ffn_fraction"] <= sum(max(map(len, plan.experts)) for plan in plans) / d_ff
     differs = f"{results['active_ffn_fraction']:.1%}" != f"{results['active_ffn_planned']:.1%}"
-    assert ("on this text (50.0% planned)" in render(results)) == differs
+    assert (
+        ("on this text (50.0% planned)" in render(results))
+        == differs
+        == ("--blueprint OUT --active" in render(results))
+    )
     loads = {site["site"]: site["load"] for site in results["fidelity"]["sites"]}  # two of the three windows
     assert loads.keys() == Blueprint.load(made.output).sites.keys()

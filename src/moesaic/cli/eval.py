@@ -85,6 +85,10 @@ def render(results: dict[str, Any]) -> str:
         fraction, planned = (f"{results[f'active_ffn_{name}']:.1%}" for name in ("fraction", "planned"))
         on_text = "" if fraction == planned else f" on this text ({planned} planned)"
         parts.append(f"\nactive FFN fraction {fraction}{on_text}, {results['parameters'] / 1e6:.1f} M parameters")
+        if on_text:
+            parts.append(
+                "another budget for text like this: moesaic convert MODEL NEW --blueprint OUT --active A --calib"
+            )
     if summary := results.get("fidelity", {}).get("summary"):
         parts.append(
             f"router: {summary['overlap']:.1%} of the oracle's experts chosen (chance {summary['chance']:.1%}); "

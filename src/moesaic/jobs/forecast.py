@@ -24,7 +24,7 @@ from moesaic.targets.base import TargetOptions
 if TYPE_CHECKING:
     from moesaic.blueprint import LayerPlan
 
-_FP32 = 4
+_FP32, _FP16 = 4, 2
 _PROGRAM = 500e6
 """Bytes that the interpreter and torch take."""
 _SITE_JSON = 900
@@ -202,7 +202,8 @@ def disk_of(
         rewritten = min(shape.rewritten, 3 if anatomy.gated else 2)
         rows = shape.router_rows + rewritten * shape.neurons
         indices = shape.shared + shape.experts * shape.width  # of each expert, also in a union
-        plans += (indices + rows * anatomy.d_model) * _FP32 + _SITE_JSON
+        worth = shape.experts * shape.d_ff * _FP16 if shape.varied else 0
+        plans += (indices + rows * anatomy.d_model) * _FP32 + worth + _SITE_JSON
     if target not in ("moesaic", "dense") and source.tied:
         weights += int(anatomy.config.get("vocab_size") or 0) * anatomy.d_model * source.element
     beside = source.beside + (len(sites) * _SITE_JSON + _MODELLING_FILE if target == "moesaic" else 0)
