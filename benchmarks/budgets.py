@@ -5,8 +5,9 @@
 
 WORK is the comparison's folder, with a conversion whose experts have widths of their own. For each of the comparison's
 texts and each share of all FFN neurons, `moesaic convert --blueprint --active` gives it the price at which other text
-of the same kind uses that share: the package's WikiText-2 validation articles; of the C4 sample what follows the
-windows that are evaluated. Beside it stands the refitted control with that share, where WORK has it.
+of the same kind uses that share: what follows the evaluated windows in the same text. Text of the calibration would not
+do, as experts are cheapest for the tokens that built them. Beside it stands the refitted control with that share, where
+WORK has it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.blueprint import Blueprint
-from moesaic.calibration.samples import sample_text
+from moesaic.calibration.samples import evaluation_text, sample_text
 from moesaic.cli.console import quiet_libraries, say
 from moesaic.errors import InputError
 from moesaic.evaluate.activity import counting
@@ -108,11 +109,11 @@ def _at(bench: Bench, text: str, percent: float) -> dict[str, Any]:
 
 
 def _price_text(bench: Bench, text: str) -> str:
-    """Text of the same kind that is not evaluated."""
-    if text == "WikiText-2":
-        return sample_text("wikitext")
-    ids = bench.tokenizer(sample_text("c4"), add_special_tokens=False, verbose=False)["input_ids"]
-    return bench.tokenizer.decode(ids[bench.windows[text].numel() :])
+    """What follows the evaluated windows."""
+    whole = evaluation_text() if text == "WikiText-2" else sample_text("c4")
+    ids = bench.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+    evaluated_tokens = bench.windows[text].numel()
+    return bench.tokenizer.decode(ids[evaluated_tokens : evaluated_tokens + 2 * bench.tokens])
 
 
 def _ratios(bench: Bench, record: Record, text: str, percent: float | None) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def _write(bench: Bench, rows: list[dict[str, Any]], results: Path) -> None:
         "",
         f"The conversion `{bench.case}` of the [comparison](compare_{name}.md) with its experts at other prices "
         f"(`moesaic convert --blueprint --active`): router and readout stay, and one price per FFN is set on "
-        f"{bench.tokens} tokens of text of the same kind that is not evaluated. Shares are of the neurons of all FFNs. "
+        f"{bench.tokens} tokens of what follows the evaluated windows in the same text. Shares are of the neurons of all FFNs. "
         f"{protocol.windows} windows of WikiText-2 test, {protocol.c4_windows} of C4, {protocol.window} tokens each; "
         "ratios are paired over windows, with their 95 % interval.",
         "",

@@ -18,7 +18,8 @@ def test_other_budgets_of_a_kept_conversion_are_measured(tmp_path: Path, monkeyp
     text = sample_text("tiny")[:20_000]
     monkeypatch.setattr(measure, "evaluation_text", lambda: text)  # a small tokenizer takes seconds for the test split
     monkeypatch.setattr(measure, "sample_text", lambda name: sample_text(name)[:20_000])
-    monkeypatch.setattr(budgets, "sample_text", lambda name: sample_text(name)[:20_000])
+    for name in ("evaluation_text", "sample_text"):
+        monkeypatch.setattr(budgets, name, getattr(measure, name))
     dense, work, results = build_tiny("llama", tmp_path / "tiny", d_ff=64), tmp_path / "work", tmp_path / "results"
     common = ["--threads", "1", "--results", str(results)]
     asked = ["--fractions", "75", "60", "--only", "union-lead", "refit-lead", "--tokens", "2048", "--window", "64"]
