@@ -140,9 +140,9 @@ def _write(bench: Bench, rows: list[dict[str, Any]], results: Path) -> None:
         "",
         f"The conversion `{bench.case}` of the [comparison](compare_{name}.md) with its experts at other prices "
         f"(`moesaic convert --blueprint --active`): router and readout stay, and one price per FFN is set on "
-        f"{bench.tokens} tokens of what follows the evaluated windows in the same text. Shares are of the neurons of all FFNs. "
-        f"{protocol.windows} windows of WikiText-2 test, {protocol.c4_windows} of C4, {protocol.window} tokens each; "
-        "ratios are paired over windows, with their 95 % interval.",
+        f"{bench.tokens} tokens of what follows the evaluated windows in the same text. Shares are of the neurons of "
+        f"all FFNs. {protocol.windows} windows of WikiText-2 test, {protocol.c4_windows} of C4, {protocol.window} "
+        "tokens each; ratios are paired over windows, with their 95 % interval.",
         "",
         f"{machine()}. Made by `python -m benchmarks.budgets`.",
         "",

@@ -61,7 +61,8 @@ class ConvertSettings(BaseModel):
         gt=0,
         le=1,
         description="For a given blueprint whose experts have widths of their own: the fraction of each converted "
-        "FFN's neurons that the calibration text uses in the mean. A method has its own options for that.",
+        "FFN's neurons that the calibration text uses in the mean; other text than made the blueprint. A method has "
+        "its own options for that.",
     )
     seed: int = Field(default=0, description="Seed of everything random in the method.")
 
