@@ -95,8 +95,9 @@ class LayerPlan:
             ``readout`` is one for all.
         load: Share of the tokens that each expert got when the split was decided, float [E], in sum ``top_k``; says how
             many neurons a token uses where widths differ.
-        worth: What each neuron is worth to each expert's tokens, over the price of a neuron, float16 [E, F]: an expert
-            of a union has those above 1; at other prices it would have more or fewer (:mod:`moesaic.budget`).
+        worth: What each neuron is worth to each expert's tokens, over the price of a neuron when the split was decided,
+            float16 [E, F]: an expert of a union had those above 1; at other prices it has more or fewer
+            (:mod:`moesaic.budget`).
 
     Raises:
         InputError: parts that contradict each other, or indices outside the FFN.

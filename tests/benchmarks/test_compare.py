@@ -310,7 +310,7 @@ def test_tasks_are_tabulated() -> None:
     assert "first 4 questions" in text
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install lm-eval (extra tasks)")
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is an extra: pip install -e .[tasks]")
 def test_lm_eval_scores_local_data(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -73,5 +73,7 @@ def test_an_evaluation_says_what_its_text_used(tiny: Callable[[str], Path], tmp_
         == differs
         == ("--blueprint OUT --active" in render(results))
     )
+    assert results["other_budgets"]
+    assert "--blueprint OUT --active" not in render(results | {"other_budgets": False})
     loads = {site["site"]: site["load"] for site in results["fidelity"]["sites"]}  # two of the three windows
     assert loads.keys() == Blueprint.load(made.output).sites.keys()

@@ -85,9 +85,9 @@ def render(results: dict[str, Any]) -> str:
         fraction, planned = (f"{results[f'active_ffn_{name}']:.1%}" for name in ("fraction", "planned"))
         on_text = "" if fraction == planned else f" on this text ({planned} planned)"
         parts.append(f"\nactive FFN fraction {fraction}{on_text}, {results['parameters'] / 1e6:.1f} M parameters")
-        if on_text:
+        if on_text and results.get("other_budgets"):
             parts.append(
-                "another budget for text like this: moesaic convert MODEL NEW --blueprint OUT --active A --calib"
+                "another budget for text like this: moesaic convert MODEL NEW --blueprint OUT --active A --calib TEXT"
             )
     if summary := results.get("fidelity", {}).get("summary"):
         parts.append(

@@ -105,7 +105,8 @@ def evaluate_model(
 
     Returns:
         ``{"protocol", "perplexity": {label: ...}, "fidelity", "speed", "parameters", ...}``, ready for JSON;
-        ``active_ffn_fraction`` is that of this text, ``active_ffn_planned`` that of the calibration.
+        ``active_ffn_fraction`` is that of this text, ``active_ffn_planned`` that of the calibration; ``other_budgets``:
+        :mod:`moesaic.budget` can change it.
 
     Raises:
         InputError: A path or text that cannot be used; a window longer than the model's context; ``baseline`` is not
@@ -148,6 +149,7 @@ def evaluate_model(
     if blueprint is not None:
         results["active_ffn_fraction"] = run.activity["model"].fraction(blueprint.sites)
         results["active_ffn_planned"] = active_fraction(blueprint)
+        results["other_budgets"] = any(plan.worth is not None for plan in blueprint.sites.values())
     if controls and dense_folder is not None and blueprint is not None:
         _measure_controls(run, dense_folder, blueprint, _calibration(folder))
     results["perplexity"] = run.table()
