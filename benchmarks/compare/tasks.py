@@ -15,6 +15,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from moesaic.errors import InputError
 
 DATA_SETS: dict[str, str] = {
@@ -64,14 +67,13 @@ def task_accuracy(
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # read when lm-eval imports datasets
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm_eval: Any = importlib.import_module("lm_eval")  # not installed where types are checked
-    harness_model: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
     manager: Any = importlib.import_module("lm_eval.tasks").TaskManager
     folder = work / "tasks"
     missing = [name for name in names if not _file(folder, name).exists()]
     if missing:  # lm-eval reads thousands of files for its index
         _write_tasks(manager().task_index, missing, data, folder)
     found = lm_eval.simple_evaluate(
-        model=harness_model(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu"),
+        model=_scorer(model, tokenizer),
         tasks=[_local(name) for name in names],
         task_manager=manager(include_path=str(folder), include_defaults=False),
         num_fewshot=0,
@@ -83,6 +85,49 @@ def task_accuracy(
         rows = sorted(found["samples"][_local(name)], key=lambda row: row["doc_id"])
         answers[name] = [int(row["acc_norm"] if "acc_norm" in row else row["acc"]) for row in rows]
     return answers
+
+
+def _scorer(model: Any, tokenizer: Any) -> Any:
+    """lm-eval's transformers model, which reads a question once for all its choices and not once for each."""
+    harness_model: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
+
+    class SharedContexts(harness_model):
+        def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **_: Any) -> list[Any]:
+            choices: dict[tuple[int, ...], list[int]] = {}
+            for number, (_text, context, _choice) in enumerate(requests):
+                choices.setdefault(tuple(context), []).append(number)
+            found: list[Any] = [None] * len(requests)
+            for context, numbers in choices.items():
+                scores = choice_scores(self.model, list(context), [requests[number][2] for number in numbers])
+                for number, score in zip(numbers, scores, strict=True):
+                    found[number] = score
+            return found
+
+    return SharedContexts(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu")
+
+
+@torch.inference_mode()
+def choice_scores(model: Any, context: list[int], choices: list[list[int]]) -> list[tuple[float, bool]]:
+    """Log-likelihood of each choice after the context, and whether it is what greedy decoding says there.
+
+    Token ids, of which the context and each choice have at least one. All but the context's last token are read once,
+    and kept as keys and values for the choices, a batch padded on the right, where causal attention does not look.
+    """
+    longest = max(map(len, choices))
+    rows = [[context[-1], *choice[:-1]] + [0] * (longest - len(choice)) for choice in choices]
+    cache = None
+    if context[:-1]:
+        ids_1T = torch.tensor([context[:-1]])
+        cache = model(input_ids=ids_1T, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(choices))
+    logits_NTV = model(input_ids=torch.tensor(rows), past_key_values=cache, use_cache=cache is not None).logits
+    return [_score(logits_TV[: len(choice)], choice) for logits_TV, choice in zip(logits_NTV, choices, strict=True)]
+
+
+def _score(logits_TV: Tensor, choice: list[int]) -> tuple[float, bool]:
+    chosen_T = torch.tensor(choice)
+    log_TV = logits_TV.float().log_softmax(dim=-1)
+    return float(log_TV.gather(1, chosen_T[:, None]).sum()), bool((log_TV.argmax(dim=-1) == chosen_T).all())
 
 
 def _local(name: str) -> str:

@@ -310,6 +310,24 @@ def test_tasks_are_tabulated() -> None:
     assert "first 4 questions" in text
 
 
+@pytest.mark.parametrize("context", [[7], [7, 3, 9, 4]], ids=["one token", "several tokens"])
+def test_choices_are_scored_as_if_each_were_read_with_its_context(dense: Path, context: list[int]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(dense).eval()
+    choices = [[5], [6, 2, 8], [5, 1]]
+    found = tasks.choice_scores(model, context, choices)
+    for choice, (score, greedy) in zip(choices, found, strict=True):
+        with torch.inference_mode():
+            logits_TV = model(input_ids=torch.tensor([context + choice])).logits[0, len(context) - 1 : -1]
+        log_T = logits_TV.log_softmax(dim=-1)[range(len(choice)), choice]
+        assert score == pytest.approx(float(log_T.sum()), abs=1e-5)
+        assert greedy == (logits_TV.argmax(dim=-1).tolist() == choice)
+    with torch.inference_mode():
+        likeliest = int(model(input_ids=torch.tensor([context])).logits[0, -1].argmax())
+    assert tasks.choice_scores(model, context, [[likeliest]])[0][1]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is an extra: pip install -e .[tasks]")
 def test_lm_eval_scores_local_data(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
