@@ -1,10 +1,10 @@
 """One conversion, several budgets: its experts at other prices, each set on text of the kind that is then read.
 
-    python -m benchmarks.compare MODEL WORK --fractions 75 --only union-lead refit-lead --keep [...]
-    python -m benchmarks.budgets WORK [--case union-lead@75] [--active 75 62.5 50] [--tokens 8192]
+    python -m benchmarks.compare MODEL WORK --fractions 75 50 --only union-lead refit-lead --keep [...]
+    python -m benchmarks.budgets WORK [--cases union-lead@75 union-lead@50] [--active 75 62.5 50] [--tokens 8192]
 
-WORK is the comparison's folder, with a conversion whose experts have widths of their own. For each of the comparison's
-texts and each share of all FFN neurons, `moesaic convert --blueprint --active` gives it the price at which other text
+WORK is the comparison's folder, with conversions whose experts have widths of their own. For each of the comparison's
+texts and each share of all FFN neurons, `moesaic convert --blueprint --active` gives them the price at which other text
 of the same kind uses that share: what follows the evaluated windows in the same text. Text of the calibration would not
 do, as experts are cheapest for the tokens that built them. Beside it stands the refitted control with that share, where
 WORK has it.
@@ -13,6 +13,7 @@ WORK has it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 from collections.abc import Mapping
@@ -29,8 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.blueprint import Blueprint
 from moesaic.calibration.samples import evaluation_text, sample_text
-from moesaic.cli.console import quiet_libraries, say
-from moesaic.errors import InputError
+from moesaic.cli.console import fail, quiet_libraries, say
+from moesaic.errors import InputError, MoesaicError
 from moesaic.evaluate.activity import counting
 from moesaic.evaluate.comparison import Comparison, compare
 from moesaic.evaluate.perplexity import perplexity
@@ -41,11 +42,10 @@ CONTROL = "refit-lead"
 
 @dataclass(frozen=True)
 class Bench:
-    """The comparison's folder and protocol, the conversion's name there, and what is evaluated."""
+    """The comparison's folder and protocol, and what is evaluated."""
 
     work: Path
     protocol: Protocol
-    case: str
     tokens: int
     tokenizer: Any
     windows: Mapping[str, Tensor]
@@ -66,27 +66,37 @@ class Bench:
 
 
 def main() -> None:
-    arguments = _arguments()
+    """All budgets of all conversions named, the page after each; what cannot work ends it with one line."""
+    try:
+        _main(_arguments())
+    except MoesaicError as error:
+        fail(error.message, error.hint, error.exit_code)
+
+
+def _main(arguments: argparse.Namespace) -> None:
     quiet_libraries()
     work = arguments.work.resolve()
     protocol = Protocol(**json.loads((work / "protocol.json").read_text(encoding="utf-8")))
     torch.set_num_threads(protocol.threads)
     tokenizer = AutoTokenizer.from_pretrained(protocol.model)
     windows = evaluated(tokenizer, protocol)
-    bench = Bench(work, protocol, arguments.case, arguments.tokens, tokenizer, windows)
+    bench = Bench(work, protocol, arguments.tokens, tokenizer, windows)
     rows: list[dict[str, Any]] = []
-    for text in TEXTS:
-        known = bench.record(bench.case) or {}
-        rows.append({"text": text, "asked": None, "used": known["active_on"][text]} | _ratios(bench, known, text, None))
+    for case, text in itertools.product(arguments.cases, TEXTS):
+        known = bench.record(case)
+        if known is None or not (work / case).exists():
+            raise InputError(f"{work} has no conversion {case}", "make it by benchmarks.compare --keep")
+        planned = {"case": case, "text": text, "asked": None, "used": known["active_on"][text]}
+        rows.append(planned | _ratios(bench, known, text, None))
         for percent in arguments.active:
-            rows.append(_at(bench, text, percent))
+            rows.append(_at(bench, case, text, percent))
             say(_line(rows[-1]))
             _write(bench, rows, arguments.results)
 
 
-def _at(bench: Bench, text: str, percent: float) -> dict[str, Any]:
-    """Another budget of the conversion, measured on one text; ``percent`` of the whole model's FFNs."""
-    made = Blueprint.load(bench.work / bench.case)
+def _at(bench: Bench, case: str, text: str, percent: float) -> dict[str, Any]:
+    """Another budget of a conversion, measured on one text; ``percent`` of the whole model's FFNs."""
+    made = Blueprint.load(bench.work / case)
     active = 1 - (1 - percent / 100) / converted_share(made, bench.protocol)
     if active <= 0:
         raise InputError(f"{percent:g} % of all FFNs is less than the dense layers have", "choose a larger share")
@@ -96,7 +106,7 @@ def _at(bench: Bench, text: str, percent: float) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     calibration = {"sources": [str(price)], "tokens": bench.tokens}
     settings = {"active": active, "calibration": calibration, "target": "moesaic"}
-    done = convert(bench.protocol.model, folder, blueprint=bench.work / bench.case, settings=settings, restart=True)
+    done = convert(bench.protocol.model, folder, blueprint=bench.work / case, settings=settings, restart=True)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=bench.protocol.dtype).eval()
     with counting(model) as activity:
         value = perplexity(model, bench.windows[text], bench.name_of(text))
@@ -104,7 +114,7 @@ def _at(bench: Bench, text: str, percent: float) -> dict[str, Any]:
     shutil.rmtree(folder)
     record = {"perplexity": {text: value.to_dict()}}
     seconds = done.results["conversion"]["seconds"]
-    row = {"text": text, "asked": percent / 100, "used": used, "seconds": seconds}
+    row = {"case": case, "text": text, "asked": percent / 100, "used": used, "seconds": seconds}
     return row | _ratios(bench, record, text, percent)
 
 
@@ -125,7 +135,7 @@ def _ratios(bench: Bench, record: Record, text: str, percent: float | None) -> d
 def _cells(row: dict[str, Any]) -> list[str]:
     ratios = [Comparison(**row[key]).shown() if row[key] else "" for key in ("over_dense", "over_control")]
     asked = "as it was planned" if row["asked"] is None else f"{row['asked']:.1%}"
-    return [row["text"], asked, f"{row['used']:.1%}", f"{row['value']:.2f}", *ratios]
+    return [f"`{row['case']}`", row["text"], asked, f"{row['used']:.1%}", f"{row['value']:.2f}", *ratios]
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -134,11 +144,19 @@ def _line(row: dict[str, Any]) -> str:
 
 def _write(bench: Bench, rows: list[dict[str, Any]], results: Path) -> None:
     protocol, name = bench.protocol, Path(bench.protocol.model).name
-    head = ["text", "asked for", "used", "perplexity", "over dense", "over the refitted control with that share"]
+    head = [
+        "conversion",
+        "text",
+        "asked for",
+        "used",
+        "perplexity",
+        "over dense",
+        "over the refitted control with that share",
+    ]
     lines = [
         f"# One conversion, several budgets: {name}",
         "",
-        f"The conversion `{bench.case}` of the [comparison](compare_{name}.md) with its experts at other prices "
+        f"Conversions of the [comparison](compare_{name}.md) with their experts at other prices "
         f"(`moesaic convert --blueprint --active`): router and readout stay, and one price per FFN is set on "
         f"{bench.tokens} tokens of what follows the evaluated windows in the same text. Shares are of the neurons of "
         f"all FFNs. {protocol.windows} windows of WikiText-2 test, {protocol.c4_windows} of C4, {protocol.window} "
@@ -151,14 +169,15 @@ def _write(bench: Bench, rows: list[dict[str, Any]], results: Path) -> None:
         *(f"| {' | '.join(_cells(row))} |" for row in rows),
     ]
     results.mkdir(parents=True, exist_ok=True)
-    replace_file(results / f"budgets_{name}.json", json.dumps({"case": bench.case, "rows": rows}, indent=1) + "\n")
+    replace_file(results / f"budgets_{name}.json", json.dumps({"rows": rows}, indent=1) + "\n")
     replace_file(results / f"budgets_{name}.md", "\n".join(lines) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder of the comparison")
-    parser.add_argument("--case", default="union-lead@75", help="conversion in it that was kept")
+    cases = ["union-lead@75", "union-lead@50"]
+    parser.add_argument("--cases", nargs="+", default=cases, metavar="CASE", help="conversions in it that were kept")
     parser.add_argument("--active", nargs="+", type=float, default=[75.0, 62.5, 50.0], help="percent of all FFNs")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens that set a price")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the page")

@@ -64,7 +64,8 @@ class Texts:
     heldout: dict[str, slice]
 
     def take(self, x_TD: Tensor, rows: slice) -> SiteInputs:
-        """What an FFN read of these windows; ``x_TD`` is what it read of all."""
+        """What an FFN read of these windows, without the residual stream's norms, so that tokens count alike in a plan
+        as they do in the error; ``x_TD`` is what it read of all."""
         window = self.ids_NW.shape[1]
         return SiteInputs(x_TD[rows.start * window : rows.stop * window])
 

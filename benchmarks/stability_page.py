@@ -74,7 +74,8 @@ def _conditions(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[s
         f"FFNs of layers {layers} of the dense model, {about['active']} % of the neurons active, settings of the "
         f"same-budget comparison. Every plan is made from {about['tokens']} tokens and measured on {about['held']} "
         f"held-out tokens of each text ({', '.join(map(_name, about['domains']))}: the shipped samples, windows of "
-        f"{about['window']} tokens; calibration and measurement are different parts of a text). Means over the layers.",
+        f"{about['window']} tokens; calibration and measurement are different parts of a text). Means over the layers. "
+        "The error is that of an FFN by itself and counts tokens alike, so the plans do too.",
         "",
         f"Inputs in {about['stream']}, plans and errors in float32; seed {about['seed']}; threads {about['threads']}; "
         f"{about['machine']}; {versions}; {sum(row['seconds'] for row in rows) / 60:.0f} minutes of processor "

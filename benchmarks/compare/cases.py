@@ -135,12 +135,12 @@ def _equal(share: Fraction, shape: Shape) -> dict[str, Any]:
     return _union(share, shape) | {"widths": "equal"}
 
 
-def _stream(share: Fraction, shape: Shape) -> dict[str, Any]:
-    return _union(share, shape) | {"token_weight": "stream"}
+def _alike(share: Fraction, shape: Shape) -> dict[str, Any]:
+    return _union(share, shape) | {"token_weight": "equal"}
 
 
-def _refit_stream(share: Fraction, shape: Shape) -> dict[str, Any]:
-    return _refit(share, shape) | {"token_weight": "stream"}
+def _refit_alike(share: Fraction, shape: Shape) -> dict[str, Any]:
+    return _refit(share, shape) | {"token_weight": "equal"}
 
 
 def _counted(share: Fraction, shape: Shape) -> dict[str, Any]:
@@ -182,11 +182,8 @@ RECIPES: dict[str, Recipe] = {
     "clusters-lead": Recipe("token clusters, overlapping, first layers dense", "token_clusters", _active, leading=True),
     "union": Recipe("token clusters, stored once", "token_clusters", _union),
     "union-lead": Recipe("token clusters, stored once, first layers dense", "token_clusters", _union, leading=True),
-    "stream-lead": Recipe(
-        "token clusters, stored once, tokens by their stream, first layers dense",
-        "token_clusters",
-        _stream,
-        leading=True,
+    "alike-lead": Recipe(
+        "token clusters, stored once, tokens counted alike, first layers dense", "token_clusters", _alike, leading=True
     ),
     "within-lead": Recipe(
         "token clusters, stored once, planned lower, first layers dense", "token_clusters", _within, leading=True
@@ -208,10 +205,10 @@ RECIPES: dict[str, Recipe] = {
     "disjoint-lead": Recipe("token clusters, disjoint, first layers dense", "token_clusters", _disjoint, leading=True),
     "refit": Recipe("control: static, refitted", "token_clusters", _refit),
     "refit-lead": Recipe("control: static, refitted, first layers dense", "token_clusters", _refit, leading=True),
-    "refit-stream-lead": Recipe(
-        "control: static, refitted, tokens by their stream, first layers dense",
+    "refit-alike-lead": Recipe(
+        "control: static, refitted, tokens counted alike, first layers dense",
         "token_clusters",
-        _refit_stream,
+        _refit_alike,
         leading=True,
     ),
     "static": Recipe("control: static pruning", "static", _active),

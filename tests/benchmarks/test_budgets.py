@@ -14,7 +14,9 @@ from moesaic.calibration.samples import sample_text
 from tests.tiny_models import build_tiny
 
 
-def test_other_budgets_of_a_kept_conversion_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_budgets_of_kept_conversions_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = sample_text("tiny")[:20_000]
     monkeypatch.setattr(measure, "evaluation_text", lambda: text)  # a small tokenizer takes seconds for the test split
     monkeypatch.setattr(measure, "sample_text", lambda name: sample_text(name)[:20_000])
@@ -22,25 +24,55 @@ def test_other_budgets_of_a_kept_conversion_are_measured(tmp_path: Path, monkeyp
         monkeypatch.setattr(budgets, name, getattr(measure, name))
     dense, work, results = build_tiny("llama", tmp_path / "tiny", d_ff=64), tmp_path / "work", tmp_path / "results"
     common = ["--threads", "1", "--results", str(results)]
-    asked = ["--fractions", "75", "60", "--only", "union-lead", "refit-lead", "--tokens", "2048", "--window", "64"]
+    asked = [
+        "--fractions",
+        "75",
+        "60",
+        "55",
+        "--only",
+        "union-lead",
+        "refit-lead",
+        "--tokens",
+        "2048",
+        "--window",
+        "64",
+    ]
     main(
         [str(dense), str(work), *asked, "--windows", "4", "--leading", "1", "--keep", *common],
         lambda *given: measure.measure(*given),
     )
+    cases = ("union-lead@75", "union-lead@55")
     monkeypatch.setattr(
-        "sys.argv", ["budgets", str(work), "--active", "90", "60", "--tokens", "2048", "--results", str(results)]
+        "sys.argv",
+        [
+            "budgets",
+            str(work),
+            "--cases",
+            *cases,
+            "--active",
+            "90",
+            "60",
+            "--tokens",
+            "2048",
+            "--results",
+            str(results),
+        ],
     )
     budgets.main()
     rows = json.loads((results / "budgets_tiny.json").read_text())["rows"]
-    assert [(row["text"], row["asked"]) for row in rows] == [
-        (text, asked) for text in measure.TEXTS for asked in (None, 0.9, 0.6)
+    assert [(row["case"], row["text"], row["asked"]) for row in rows] == [
+        (case, text, asked) for case in cases for text in measure.TEXTS for asked in (None, 0.9, 0.6)
     ]
-    for planned, more, less in (rows[:3], rows[3:]):
+    for planned, more, less in (rows[:3], rows[3:6]):
         assert less["used"] < planned["used"] < more["used"]
         assert less["used"] == pytest.approx(0.6, abs=0.05)  # one of two layers is dense
         assert less["over_control"]["ratio"] > 0
         assert more["over_control"] is None
     page = (results / "budgets_tiny.md").read_text()
-    assert page.count("\n| ") == 7
+    assert page.count("\n| ") == 13
     assert str(tmp_path) not in page
     assert not (work / "budget").exists()
+    monkeypatch.setattr("sys.argv", ["budgets", str(work), "--cases", "union-lead@10"])
+    with pytest.raises(SystemExit):
+        budgets.main()
+    assert "has no conversion union-lead@10" in capsys.readouterr().err

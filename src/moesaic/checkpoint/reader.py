@@ -82,7 +82,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         _check_folder(self.folder)
-        self.config: dict[str, Any] = _read_json(self.folder / CONFIG)
+        self.config: dict[str, Any] = read_json(self.folder / CONFIG)
         self._handles: dict[Path, Any] = {}
         self._tensors: dict[str, TensorInfo] = {}
         self._fingerprint: str | None = None
@@ -184,7 +184,7 @@ class Checkpoint:
         # A single file goes before an index, as in transformers.
         if (self.folder / WEIGHTS).exists() or not (self.folder / INDEX).exists():
             return None
-        weight_map = _read_json(self.folder / INDEX).get("weight_map")
+        weight_map = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{self.folder / INDEX} has no weight_map", "download the checkpoint again")
         for file_name in weight_map.values():
@@ -262,7 +262,8 @@ def _check_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} has no {CONFIG}", hint)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint. Raises CheckpointError."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

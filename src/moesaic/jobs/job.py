@@ -16,7 +16,7 @@ from moesaic.budget import check_budget
 from moesaic.calibration.skeleton import Skeleton
 from moesaic.calibration.text import Windows, build_windows
 from moesaic.checkpoint.output import output_names
-from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.reader import CONFIG, Checkpoint, read_json
 from moesaic.errors import CheckpointError, InputError
 from moesaic.jobs.request import at_active, check_request
 from moesaic.methods import get_config, get_method
@@ -24,6 +24,7 @@ from moesaic.methods.base import MethodConfig, MethodModule, ModelMethodModule
 from moesaic.settings import ConvertSettings
 from moesaic.targets import AUTO, get_target
 from moesaic.targets.base import Split
+from moesaic.tune.mark import tuned
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
@@ -79,7 +80,7 @@ def prepare(
     """Resolve and check everything that can be known before the work. Raises InputError for what cannot work."""
     request = check_request(model, settings, output, decided=blueprint is not None)
     checkpoint, anatomy, config = request.checkpoint, request.anatomy, request.config
-    given = None if blueprint is None else Blueprint.load(blueprint)
+    given = None if blueprint is None else _load_blueprint(blueprint)
     if given is not None:
         _check_blueprint(given, anatomy)
         if settings.allocation is not None or settings.dense_layers:
@@ -123,6 +124,17 @@ def _check_target(anatomy: Anatomy, target: str) -> None:
     """Refuse an architecture that cannot hold this model whatever is decided."""
     if target != AUTO and (reasons := get_target(target).reasons(Split(anatomy, {}, {}))):
         raise InputError(f"target {target} cannot hold this model: {'; '.join(reasons)}", "use --target auto")
+
+
+def _load_blueprint(folder: Path) -> Blueprint:
+    """Refuses that of a tuned model: its weights are not in it, and would be the dense model's again."""
+    config = folder / CONFIG
+    if config.exists() and (reason := tuned(read_json(config))):
+        raise InputError(
+            f"the blueprint of {folder} cannot be applied: {reason}",
+            "give the conversion that was tuned, and tune what comes of it",
+        )
+    return Blueprint.load(folder)
 
 
 def _check_blueprint(given: Blueprint, anatomy: Anatomy) -> None:

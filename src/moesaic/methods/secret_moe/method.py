@@ -41,6 +41,7 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
         raise InputError("Secret MoE needs calibration inputs to learn from", "give calibration text")
     # Windows lie in random order, so that the last tokens are a sample of all; a small run holds out at least one.
     held = max(1, round(config.held_out * inputs.tokens))
+    # Without the residual stream's norms: tokens count alike, as in the loss below.
     start = clusters(weights, SiteInputs(inputs.x_TD[:-held]), config.start(weights.d_ff), seed)
     work = weights.to(torch.float32)
     x_TD = torch.cat(list(inputs.batches(dtype=torch.float32)))

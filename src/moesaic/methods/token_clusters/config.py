@@ -54,9 +54,9 @@ class Config(MethodConfig):
         default=0.8, ge=0, lt=1, description="disjoint: fraction of the active neurons that every token uses."
     )
     token_weight: Literal["equal", "stream"] = Field(
-        default="equal",
-        description="How much a calibration token counts. equal: all alike. stream: by the size of its FFN output "
-        "beside that of the residual stream it is added to; alike where a norm stands between them.",
+        default="stream",
+        description="How much a calibration token counts. stream: by the size of its FFN output beside that of the "
+        "residual stream it is added to; alike where a norm stands between them. equal: all alike.",
     )
     rounds: int = Field(
         default=10, ge=1, description="Most rounds of the alternation between experts and tokens (or of k-means)."
