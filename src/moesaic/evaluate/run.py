@@ -114,19 +114,8 @@ def evaluate_model(
     """
     folder = resolve_model(str(model))
     blueprint = Blueprint.load(folder) if (folder / JSON_NAME).exists() else None
-    if controls and (baseline is None or blueprint is None):
-        raise InputError(
-            "controls need the dense model and a blueprint", "add --baseline MODEL; evaluate a moesaic output"
-        )
     dense_folder = None if baseline is None else resolve_model(str(baseline))
-    if blueprint is not None and dense_folder is not None:
-        check_source(Checkpoint(dense_folder), Checkpoint(folder))
-    if controls:
-        check_sources(_calibration(folder))  # now, as they are read last
-    if speed and dense_folder is None:
-        raise InputError("speed is measured beside the dense model", "add --baseline MODEL")
-    if save and blueprint is not None:
-        read_results(folder)  # damaged, it is refused before the work
+    _check(folder, blueprint, dense_folder, controls=controls, speed=speed, save=save)
     written = _read(text)
     tokenizer = _tokenizer(folder)
     window = _window(window, Checkpoint(folder).config)
@@ -156,11 +145,34 @@ def evaluate_model(
     if proxy:
         results["proxy"] = run.proxy_table()
     if save and blueprint is not None:
-        try:
-            merge_results(folder, {"evaluation": {run.name: results}})
-        except (OSError, ResourceError) as error:
-            run.progress.note(f"the results are not saved: {error}")
+        _save(folder, run, results)
     return results
+
+
+def _check(
+    folder: Path, blueprint: Blueprint | None, dense_folder: Path | None, *, controls: bool, speed: bool, save: bool
+) -> None:
+    """Refuse before any work what could not be measured, or not be saved."""
+    if controls and (dense_folder is None or blueprint is None):
+        raise InputError(
+            "controls need the dense model and a blueprint", "add --baseline MODEL; evaluate a moesaic output"
+        )
+    if blueprint is not None and dense_folder is not None:
+        check_source(Checkpoint(dense_folder), Checkpoint(folder))
+    if controls:
+        check_sources(_calibration(folder))  # now, as they are read last
+    if speed and dense_folder is None:
+        raise InputError("speed is measured beside the dense model", "add --baseline MODEL")
+    if save and blueprint is not None:
+        read_results(folder)  # damaged, it is refused before the work
+
+
+def _save(folder: Path, run: _Run, results: dict[str, Any]) -> None:
+    """Into results.json and the card; where that fails, no figure is lost."""
+    try:
+        merge_results(folder, {"evaluation": {run.name: results}})
+    except (OSError, ResourceError) as error:
+        run.progress.note(f"the results are not saved: {error}")
 
 
 def _window(asked: int | None, config: Config) -> int:

