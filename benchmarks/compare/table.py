@@ -1,4 +1,4 @@
-"""What the records of all cases come to: paired intervals, one table per fraction, JSON and Markdown.
+"""What the records of all cases come to: paired intervals, a table per text and one per fraction, JSON and Markdown.
 
 "Best other" of a row: the converted model of lowest WikiText-2 perplexity among the rows of other methods at its
 fraction. Each control counts as a method of its own.
@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.compare.cases import LEFT_OUT, percent
+from benchmarks.compare.cases import LEFT_OUT, RECIPES, percent
 from benchmarks.compare.measure import TEXTS
 
 from moesaic.evaluate.comparison import Comparison, compare
@@ -19,6 +19,8 @@ from moesaic.evaluate.perplexity import Perplexity
 Record = dict[str, Any]
 MAIN = "WikiText-2"
 _Z95 = 1.959964
+_INTERVAL_BELOW = 10
+"""Ratios to dense above this are shown in summaries without their interval: nobody chooses between them."""
 
 
 def perplexity_of(record: Record, text: str) -> Perplexity:
@@ -98,7 +100,7 @@ def _accuracies(record: Record, dense: Record, other: Record | None) -> Record:
 
 
 def markdown(about: Mapping[str, Any], rows: Sequence[Record], reasons: Mapping[str, str]) -> str:
-    """The page: how it was made, a table per fraction, what is left out."""
+    """The page: how it was made, all methods at all fractions, a table per fraction, what is left out."""
     dense, converted = rows[0], rows[1:]
     with_tasks = "accuracy" in dense
     lines = [f"# Same-budget comparison: {about['model']}", "", *_conditions(about, with_tasks), ""]
@@ -106,6 +108,8 @@ def markdown(about: Mapping[str, Any], rows: Sequence[Record], reasons: Mapping[
     tasks = f"; mean task accuracy {dense['accuracy']['mean']:.1%}" if with_tasks else ""
     size = dense["size"]
     lines += [f"**Dense**: perplexity {values}{tasks}; {size['parameters'] / 1e6:.1f} M parameters."]
+    for text in TEXTS:
+        lines += ["", f"## {text}: perplexity over dense at each active fraction", "", *_summary(converted, text)]
     for fraction in dict.fromkeys(row["fraction"] for row in converted):
         group = [row for row in converted if row["fraction"] == fraction]
         lines += ["", f"## {percent(fraction)} % of the FFN neurons active", "", *_table(group, dense, with_tasks)]
@@ -115,6 +119,30 @@ def markdown(about: Mapping[str, Any], rows: Sequence[Record], reasons: Mapping[
     lines += ["", "## What is not in the tables", ""]
     lines += [f"* {key}: {reason}" for key, reason in {**LEFT_OUT, **reasons}.items()]
     return "\n".join([*lines, ""])
+
+
+def _summary(rows: Sequence[Record], text: str) -> list[str]:
+    """A row per method, in the order of the recipes, a column per fraction: the ratio, and what the text used."""
+    fractions = list(dict.fromkeys(row["fraction"] for row in rows))
+    names = list(dict.fromkeys(row["case"] for row in rows))
+    names.sort(key=lambda name: list(RECIPES).index(name) if name in RECIPES else len(RECIPES))
+    lines = [f"| method | {' | '.join(f'{percent(fraction)} %' for fraction in fractions)} |"]
+    lines += ["|---" * (len(fractions) + 1) + "|"]
+    for name in names:
+        here = {row["fraction"]: row for row in rows if row["case"] == name}
+        label = next(iter(here.values()))["label"]
+        cells = [_short(here[fraction], text) if fraction in here else "" for fraction in fractions]
+        lines.append(f"| {label} (`{name}`) | {' | '.join(cells)} |")
+    return lines
+
+
+def _short(row: Record, text: str) -> str:
+    found = row["ratio_to_dense"][text]
+    if found["ratio"] >= _INTERVAL_BELOW:
+        return f"{found['ratio']:,.0f}"
+    planned, used = row["size"]["active_ffn"], row.get("active_on", {}).get(text)
+    differs = used is not None and f"{used:.1%}" != f"{planned:.1%}"
+    return _ratio(found) + (f", {used:.1%} used" if differs else "")
 
 
 def _conditions(about: Mapping[str, Any], with_tasks: bool) -> list[str]:

