@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.blueprint import Blueprint
+from moesaic.budget import check_budget
 from moesaic.calibration.samples import evaluation_text, sample_text
 from moesaic.cli.console import fail, quiet_libraries, say
 from moesaic.errors import InputError, MoesaicError
@@ -75,31 +76,52 @@ def main() -> None:
 
 def _main(arguments: argparse.Namespace) -> None:
     quiet_libraries()
-    work = arguments.work.resolve()
-    protocol = Protocol(**json.loads((work / "protocol.json").read_text(encoding="utf-8")))
-    torch.set_num_threads(protocol.threads)
-    tokenizer = AutoTokenizer.from_pretrained(protocol.model)
-    windows = evaluated(tokenizer, protocol)
-    bench = Bench(work, protocol, arguments.tokens, tokenizer, windows)
+    bench = _bench(arguments.work.resolve(), arguments.tokens)
+    known = {case: _checked(bench, case, arguments.active) for case in arguments.cases}
     rows: list[dict[str, Any]] = []
     for case, text in itertools.product(arguments.cases, TEXTS):
-        known = bench.record(case)
-        if known is None or not (work / case).exists():
-            raise InputError(f"{work} has no conversion {case}", "make it by benchmarks.compare --keep")
-        planned = {"case": case, "text": text, "asked": None, "used": known["active_on"][text]}
-        rows.append(planned | _ratios(bench, known, text, None))
+        planned = {"case": case, "text": text, "asked": None, "used": known[case]["active_on"][text]}
+        rows.append(planned | _ratios(bench, known[case], text, None))
         for percent in arguments.active:
             rows.append(_at(bench, case, text, percent))
             say(_line(rows[-1]))
             _write(bench, rows, arguments.results)
 
 
-def _at(bench: Bench, case: str, text: str, percent: float) -> dict[str, Any]:
-    """Another budget of a conversion, measured on one text; ``percent`` of the whole model's FFNs."""
+def _bench(work: Path, tokens: int) -> Bench:
+    """Raises InputError where there is no comparison."""
+    for file in (work / "protocol.json", work / "dense@100.json"):
+        if not file.exists():
+            raise InputError(f"{work} is no folder of a comparison: {file.name} is missing", "run benchmarks.compare")
+    protocol = Protocol(**json.loads((work / "protocol.json").read_text(encoding="utf-8")))
+    torch.set_num_threads(protocol.threads)
+    tokenizer = AutoTokenizer.from_pretrained(protocol.model)
+    return Bench(work, protocol, tokens, tokenizer, evaluated(tokenizer, protocol))
+
+
+def _checked(bench: Bench, case: str, percents: list[float]) -> Record:
+    """The record of a conversion that can have these budgets. Raises InputError for another."""
+    known = bench.record(case)
+    if known is None or not (bench.work / case).exists():
+        raise InputError(f"{bench.work} has no conversion {case}", "make it by benchmarks.compare --keep")
     made = Blueprint.load(bench.work / case)
+    check_budget(made.sites)
+    for percent in percents:
+        _share(bench, made, percent)
+    return known
+
+
+def _share(bench: Bench, made: Blueprint, percent: float) -> float:
+    """Of the converted FFNs, where ``percent`` is of all. Raises InputError where the dense layers have more."""
     active = 1 - (1 - percent / 100) / converted_share(made, bench.protocol)
     if active <= 0:
         raise InputError(f"{percent:g} % of all FFNs is less than the dense layers have", "choose a larger share")
+    return active
+
+
+def _at(bench: Bench, case: str, text: str, percent: float) -> dict[str, Any]:
+    """Another budget of a conversion, measured on one text; ``percent`` of the whole model's FFNs."""
+    active = _share(bench, Blueprint.load(bench.work / case), percent)
     price = bench.work / "price.txt"
     price.write_text(_price_text(bench, text), encoding="utf-8")
     folder = bench.work / "budget"

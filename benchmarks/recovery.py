@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "Fractal Fade, neurons": {"method": "mlpmoe", "options": {"branches": 8, "fade_max": 0.4, "fade_unit": "neuron"}},
     "Token clusters, union": {
         "method": "token_clusters",
-        "options": {"active": 0.5, "split": "union", "widths": "equal"},
+        "options": {"active": 0.5, "split": "union", "widths": "equal", "token_weight": "equal"},
     },
 }
 RESULTS = Path(__file__).parents[1] / "docs" / "results"

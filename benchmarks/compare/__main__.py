@@ -69,7 +69,7 @@ def _main(arguments: argparse.Namespace, run: Runner) -> None:
     for number, case in enumerate(wanted, start=1):
         file = arguments.work / f"{case.key}.json"
         known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        if known.get("options", case.options()) != case.options():
+        if known and known.get("options", {}) != case.options():
             say(f"{case.key}: its options have other defaults now; it is measured anew")
             known = {}
         if not known or (protocol.tasks and "tasks" not in known):
@@ -108,7 +108,7 @@ def older_options(records: Sequence[dict[str, Any]], current: Sequence[Case]) ->
         key = f"{record['case']}@{percent(Fraction(record['fraction']).limit_denominator(1000))}"
         was = record.get("options", {})
         changed = {n: v for n, v in was.items() if now.get(key, {}).get(n) != v}
-        changed |= {n: "not there" for n in now.get(key, {}) if was and n not in was}
+        changed |= {n: "not there" for n in now.get(key, {}) if n not in was}
         older |= {key: changed} if changed else {}
     return older
 

@@ -138,11 +138,10 @@ def _summary(rows: Sequence[Record], text: str) -> list[str]:
 
 def _short(row: Record, text: str) -> str:
     found = row["ratio_to_dense"][text]
-    if found["ratio"] >= _INTERVAL_BELOW:
-        return f"{found['ratio']:,.0f}"
+    shown = f"{found['ratio']:,.0f}" if found["ratio"] >= _INTERVAL_BELOW else _ratio(found)
     planned, used = row["size"]["active_ffn"], row.get("active_on", {}).get(text)
     differs = used is not None and f"{used:.1%}" != f"{planned:.1%}"
-    return _ratio(found) + (f", {used:.1%} used" if differs else "")
+    return shown + (f", {used:.1%} used" if differs else "")
 
 
 def _conditions(about: Mapping[str, Any], with_tasks: bool) -> list[str]:
@@ -152,12 +151,12 @@ def _conditions(about: Mapping[str, Any], with_tasks: bool) -> list[str]:
         f"Calibration of every method that has one: {calibration['tokens']} tokens of {texts}, seed {about['seed']}. "
         f"Perplexity: {about['windows']} windows of WikiText-2 test and {about['c4_windows']} of C4, {about['window']} "
         f"tokens each{_dtype(about, 'dtype')}. *-lead* leaves the first {about['leading']} layers dense and gives the "
-        "others less. Ratios are paired over windows, with their 95 % interval; *best other* is the row of lowest "
-        "WikiText-2 perplexity among other methods and controls, so below 1 is a win; variants of one method are not "
-        "compared. KL (nats): first two windows of WikiText-2; "
-        "router, on their first tokens: share of the oracle's experts that the router picks, with chance in brackets. "
-        "Active in brackets: what the tokens of a text or of the tasks used, where that is not what was "
-        "planned. Seconds: of the conversion."
+        "others less. Ratios are paired over windows, with their 95 % interval (in the summaries where they are below "
+        f"{_INTERVAL_BELOW}); *best other* is the row of lowest WikiText-2 perplexity among other methods and "
+        "controls, so below 1 is a win; variants of one method are not compared. KL (nats): first two windows of "
+        "WikiText-2; router, on their first tokens: share of the oracle's experts that the router picks, with chance "
+        "in brackets. Active in brackets, or *used*: what the tokens of a text or of the tasks used, where that is not "
+        "what was planned; a question's context counts once. Seconds: of the conversion."
     )
     if with_tasks:
         limit = "all questions" if about["limit"] is None else f"first {about['limit']} questions"

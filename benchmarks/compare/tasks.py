@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,10 @@ def _scorer(model: Any, tokenizer: Any) -> Any:
 
     class SharedContexts(harness_model):
         def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **_: Any) -> list[Any]:
-            choices: dict[tuple[int, ...], list[int]] = {}
-            for number, (_text, context, _choice) in enumerate(requests):
-                choices.setdefault(tuple(context), []).append(number)
+            pairs = [(context, choice) for _text, context, choice in requests]
             found: list[Any] = [None] * len(requests)
-            for context, numbers in choices.items():
-                scores = choice_scores(self.model, list(context), [requests[number][2] for number in numbers])
+            for context, numbers in by_context(pairs, self.max_length).items():
+                scores = choice_scores(self.model, list(context), [pairs[number][1] for number in numbers])
                 for number, score in zip(numbers, scores, strict=True):
                     found[number] = score
             return found
@@ -107,21 +106,38 @@ def _scorer(model: Any, tokenizer: Any) -> Any:
     return SharedContexts(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu")
 
 
+def by_context(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int
+) -> dict[tuple[int, ...], list[int]]:
+    """Numbers of the (context, choice) pairs that can share a context, by that context.
+
+    A context that is too long for the model with its choice loses its beginning, as in lm-eval.
+    """
+    found: dict[tuple[int, ...], list[int]] = {}
+    for number, (context, choice) in enumerate(pairs):
+        room = max(1, max_length + 1 - len(choice))  # the choice's last token is not read
+        found.setdefault(tuple(context[-room:]), []).append(number)
+    return found
+
+
 @torch.inference_mode()
 def choice_scores(model: Any, context: list[int], choices: list[list[int]]) -> list[tuple[float, bool]]:
     """Log-likelihood of each choice after the context, and whether it is what greedy decoding says there.
 
     Token ids, of which the context and each choice have at least one. All but the context's last token are read once,
-    and kept as keys and values for the choices, a batch padded on the right, where causal attention does not look.
+    and kept as keys and values for the choices, a batch padded on the right, where causal attention does not look; the
+    mask is for who counts tokens.
     """
     longest = max(map(len, choices))
     rows = [[context[-1], *choice[:-1]] + [0] * (longest - len(choice)) for choice in choices]
+    mask = [[1] * (len(context) - 1 + len(choice)) + [0] * (longest - len(choice)) for choice in choices]
     cache = None
     if context[:-1]:
         ids_1T = torch.tensor([context[:-1]])
         cache = model(input_ids=ids_1T, use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(choices))
-    logits_NTV = model(input_ids=torch.tensor(rows), past_key_values=cache, use_cache=cache is not None).logits
+    inputs = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
+    logits_NTV = model(**inputs, past_key_values=cache, use_cache=cache is not None).logits
     return [_score(logits_TV[: len(choice)], choice) for logits_TV, choice in zip(logits_NTV, choices, strict=True)]
 
 

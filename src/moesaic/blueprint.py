@@ -40,6 +40,12 @@ JSON_NAME = "blueprint.json"
 TENSORS_NAME = "blueprint.safetensors"
 
 
+def blueprint_folder(path: str | Path) -> Path:
+    """The folder meant by the folder of a conversion, or by its blueprint.json."""
+    folder = Path(path).expanduser()
+    return folder.parent if folder.name == JSON_NAME and not folder.is_dir() else folder
+
+
 @dataclass(frozen=True)
 class Blueprint:
     """A whole model's split: who made it, from what, and one :class:`LayerPlan` per converted FFN.
@@ -79,20 +85,21 @@ class Blueprint:
         """Read what :meth:`save` wrote. Raises CheckpointError when a file is missing, damaged or of another format."""
         from safetensors.torch import load_file
 
-        folder = Path(folder).expanduser()
-        if folder.name == JSON_NAME and not folder.is_dir():
-            folder = folder.parent
+        folder = blueprint_folder(folder)
         try:
             structure = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
             tensors = load_file(folder / TENSORS_NAME)
             if structure["format"] != FORMAT:
                 raise CheckpointError(
-                    f"{folder / JSON_NAME}: format {structure['format']}, this version reads {FORMAT}"
+                    f"{folder / JSON_NAME}: format {structure['format']}, this version reads {FORMAT}",
+                    "use the version of moesaic that wrote it, or convert the model again",
                 )
             return _decode(structure, tensors)
         except FileNotFoundError as error:
             missing = next((name for name in (JSON_NAME, TENSORS_NAME) if not (folder / name).exists()), "a file")
-            raise CheckpointError(f"no blueprint in {folder}: {missing} is missing") from error
+            raise CheckpointError(
+                f"no blueprint in {folder}: {missing} is missing", "give the folder of a conversion"
+            ) from error
         except CheckpointError:
             raise
         except Exception as error:

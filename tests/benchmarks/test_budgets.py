@@ -72,7 +72,16 @@ def test_other_budgets_of_kept_conversions_are_measured(
     assert page.count("\n| ") == 13
     assert str(tmp_path) not in page
     assert not (work / "budget").exists()
-    monkeypatch.setattr("sys.argv", ["budgets", str(work), "--cases", "union-lead@10"])
-    with pytest.raises(SystemExit):
-        budgets.main()
-    assert "has no conversion union-lead@10" in capsys.readouterr().err
+    capsys.readouterr()
+    refusals = (  # each before the first conversion
+        ([str(work), "--cases", "union-lead@75", "union-lead@10", "--active", "90"], "has no conversion union-lead@10"),
+        ([str(work), "--cases", "refit-lead@75"], "routes nothing"),
+        ([str(work), "--cases", "union-lead@75", "--active", "90", "40"], "less than the dense layers"),
+        ([str(results)], "protocol.json is missing"),
+    )
+    for more, message in refusals:
+        monkeypatch.setattr("sys.argv", ["budgets", *more, "--tokens", "2048"])
+        with pytest.raises(SystemExit):
+            budgets.main()
+        assert message in capsys.readouterr().err
+    assert (results / "budgets_tiny.md").read_text() == page

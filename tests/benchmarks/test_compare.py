@@ -18,8 +18,10 @@ from benchmarks.compare.__main__ import FRACTIONS, main
 from benchmarks.compare.cases import RECIPES, Case, InexpressibleError, Shape, cases, settings_of
 from benchmarks.compare.table import _active, accuracy_difference, comparisons, markdown
 
+import moesaic
 from moesaic.calibration.samples import sample_text
 from moesaic.errors import InputError
+from moesaic.evaluate.activity import Activity, counting
 from moesaic.jobs.forecast import shape_of
 from moesaic.settings import ConvertSettings, build
 from tests.tiny_models import build_tiny, tiny_tokenizer
@@ -345,6 +347,36 @@ def test_choices_are_scored_as_if_each_were_read_with_its_context(dense: Path, c
     with torch.inference_mode():
         likeliest = int(model(input_ids=torch.tensor([context])).logits[0, -1].argmax())
     assert tasks.choice_scores(model, context, [[likeliest]])[0][1]
+
+
+def test_contexts_are_shared_and_cut_where_they_do_not_fit() -> None:
+    pairs = [([1, 2, 3], [7]), ([1, 2, 3], [8, 9]), ([4], [7]), ([1, 2, 3], [6])]
+    assert tasks.by_context(pairs, max_length=8) == {(1, 2, 3): [0, 1, 3], (4,): [2]}
+    assert tasks.by_context(pairs, max_length=3) == {(1, 2, 3): [0, 3], (2, 3): [1], (4,): [2]}
+    assert tasks.by_context([([1, 2], [5] * 9)], max_length=3) == {(2,): [0]}  # a context has at least one token
+
+
+def test_tokens_of_tasks_are_counted_without_padding_and_a_context_once(dense: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    options = {"split": "union", "experts": 4, "active": 0.5}
+    calibration = {"tokens": 512, "window": 64}
+    made = moesaic.convert(dense, tmp_path / "out", method="token_clusters", options=options, calibration=calibration)
+    model = AutoModelForCausalLM.from_pretrained(made.output).eval()
+    context, choices = [7, 3, 9], [[5], [6, 2, 8, 4, 1], [5, 1]]
+    with counting(model) as together:
+        tasks.choice_scores(model, context, choices)
+    once, alone = counted(model, [context[:-1]]), counted(model, [context + choice[:-1] for choice in choices])
+    for path, tokens in together.tokens.items():
+        assert tokens == 2 + 1 + 5 + 2
+        assert together.neurons[path] == alone.neurons[path] - 2 * once.neurons[path]
+
+
+def counted(model: Any, rows: list[list[int]]) -> Activity:
+    with counting(model) as activity, torch.inference_mode():
+        for row in rows:
+            model(input_ids=torch.tensor([row]))
+    return activity
 
 
 def test_the_extra_of_lm_eval_is_asked_for_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

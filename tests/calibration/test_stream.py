@@ -153,7 +153,7 @@ def test_the_stream_s_norms_are_those_of_the_hidden_states_unless_a_norm_follows
         hidden = model(some_ids(), use_cache=False, output_hidden_states=True).hidden_states
     normed = any(name.endswith("post_feedforward_layernorm") for name, _ in model.named_modules())
     for layer in range(stream.num_layers):
-        norm_T = hidden[layer].norm(dim=-1).flatten()
+        norm_T = hidden[layer].norm(dim=-1).flatten() / getattr(model.config, "residual_multiplier", 1.0)
         for path, inputs in stream.capture().items():
             if normed:
                 assert inputs.stream_T is None

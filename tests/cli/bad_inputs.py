@@ -338,7 +338,7 @@ OUTPUTS = [
 ]
 
 BLUEPRINTS = [
-    Bad("blueprint missing", "convert model out --blueprint model", "no blueprint in model", ""),
+    Bad("blueprint missing", "convert model out --blueprint model", "no blueprint in model", "conversion"),
     Bad(
         "blueprint damaged",
         "convert model out --blueprint done",
@@ -366,9 +366,9 @@ VERBS = [
     Bad("plan: a file", f"plan model/{WEIGHTS}", "is a file", "folder"),
     Bad("plan: config is a list", "plan model", "not hold a JSON object", arrange=write("model/config.json", "[]")),
     Bad("plan: experts > neurons", "plan model --layout S1A1E64", "only 37 neurons"),
-    Bad("inspect: no output", "inspect model", "no blueprint in model", ""),
+    Bad("inspect: no output", "inspect model", "no blueprint in model", "conversion"),
     Bad("inspect: damaged results", "inspect done", "results.json", arrange=write("done/results.json", "{")),
-    Bad("inspect: other no output", "inspect done --diff model", "no blueprint in model", ""),
+    Bad("inspect: other no output", "inspect done --diff model", "no blueprint in model", "conversion"),
     Bad("verify: wrong path", "verify nowhere", "nowhere is not a folder"),
     Bad("verify: no output", "verify model", "no manifest.json", code=3),
     Bad(

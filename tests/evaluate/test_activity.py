@@ -5,6 +5,7 @@ Axes: T tokens, D model width, F neurons, E experts.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,5 +76,11 @@ def test_an_evaluation_says_what_its_text_used(tiny: Callable[[str], Path], tmp_
     )
     assert results["other_budgets"]
     assert "--blueprint OUT --active" not in render(results | {"other_budgets": False})
+    config = made.output / "config.json"
+    block = json.loads(config.read_text())
+    block["moesaic"]["tuned"] = {"steps": 1}  # as `tune` marks what it trained: its blueprint is refused
+    config.write_text(json.dumps(block))
+    again = moesaic.evaluate_model(made.output, text=text, window=64, limit=1, save=False)
+    assert not again["other_budgets"]
     loads = {site["site"]: site["load"] for site in results["fidelity"]["sites"]}  # two of the three windows
     assert loads.keys() == Blueprint.load(made.output).sites.keys()

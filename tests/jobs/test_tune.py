@@ -226,6 +226,8 @@ def test_what_was_tuned_says_so_and_is_not_undone(made: Any, tmp_path: Path) -> 
     assert verify_output(own).oracle is None
     with pytest.raises(InputError, match=r"blueprint of .* trained after the conversion"):
         moesaic.convert(dense, tmp_path / "undone", blueprint=own)
+    with pytest.raises(InputError, match=r"blueprint of .* trained after the conversion"):
+        moesaic.convert(dense, tmp_path / "undone", blueprint=own / "blueprint.json")
     stock = export(own, tmp_path / "stock").output
     with pytest.raises(InputError, match="trained after the conversion"):
         verify_native(stock, dense)

@@ -169,6 +169,11 @@ class Anatomy:
         """Whether a norm follows the FFN before its output is added to the residual stream."""
         return self.config.get("model_type") in self.family.norm_after
 
+    @property
+    def residual_multiplier(self) -> float:
+        """What the FFN's output is multiplied by before it is added to the residual stream (Granite; else 1)."""
+        return float(self.config.get("residual_multiplier", 1.0))
+
     def sites_of(self, layer: int) -> tuple[FFNSite, ...]:
         """The FFN sites of one decoder layer (one for a dense model, several for a MoE)."""
         return tuple(site for site in self.sites if site.layer == layer)

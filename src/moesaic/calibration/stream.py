@@ -267,7 +267,8 @@ class LayerStream:
     def _stream_norms(self) -> Tensor | None:
         if self.anatomy.norm_after:
             return None
-        return torch.cat([self._hidden_NWD[batch].float().norm(dim=-1).flatten() for batch in self._batches])
+        norm_T = torch.cat([self._hidden_NWD[batch].float().norm(dim=-1).flatten() for batch in self._batches])
+        return norm_T / self.anatomy.residual_multiplier
 
     def _run_to_ffn(self, module: nn.Module) -> None:
         """Run a layer whose FFNs are recorders on all windows, and keep its attention's output for :meth:`advance`."""

@@ -1,6 +1,6 @@
 """How many neurons the tokens of a text really use: where experts differ in width, the router decides that anew.
 
-Axes: T tokens, E routed experts.
+Axes: N sequences, T tokens, E routed experts.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,12 @@ class Activity:
 
 @contextmanager
 def counting(model: nn.Module) -> Iterator[Activity]:
-    """What a converted model uses while the block runs it."""
-    activity, handles = Activity(), []
+    """What a converted model uses while the block runs it; what ``attention_mask`` marks as padding is not counted."""
+    activity, passes = Activity(), _Pass()
+    handles = [model.register_forward_pre_hook(passes.begin, with_kwargs=True)]
     for path, module in model.named_modules():
         if isinstance(module, UnionFeedForward):
-            handles.append(module.register_forward_pre_hook(_counter(activity, path)))
+            handles.append(module.register_forward_pre_hook(_counter(activity, path, passes)))
     try:
         yield activity
     finally:
@@ -46,12 +48,26 @@ def counting(model: nn.Module) -> Iterator[Activity]:
             handle.remove()
 
 
-def _counter(activity: Activity, path: str) -> Callable[[UnionFeedForward, tuple[Tensor, ...]], None]:
+@dataclass
+class _Pass:
+    """The mask of the forward pass that is running, over the tokens read before and those of this pass; or None."""
+
+    mask_NT: Tensor | None = None
+
+    def begin(self, _model: nn.Module, _arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        mask = named.get("attention_mask")
+        self.mask_NT = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _counter(activity: Activity, path: str, passes: _Pass) -> Callable[[UnionFeedForward, tuple[Tensor, ...]], None]:
     """For ``register_forward_pre_hook``: counts what the FFN is about to use."""
 
     @torch.no_grad()
     def count(ffn: UnionFeedForward, arguments: tuple[Tensor, ...]) -> None:
         x_TD = arguments[0].reshape(-1, arguments[0].shape[-1])
+        if passes.mask_NT is not None:
+            new = len(x_TD) // len(passes.mask_NT)
+            x_TD = x_TD[passes.mask_NT[:, -new:].flatten().bool()]
         index_TK, _ = ffn.route(x_TD)
         used = ffn.shared * len(x_TD) + int(ffn.membership.sum(dim=1)[index_TK].sum())
         activity.neurons[path] = activity.neurons.get(path, 0.0) + used

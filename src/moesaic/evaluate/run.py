@@ -32,6 +32,7 @@ from moesaic.evaluate.speed import measure
 from moesaic.jobs.request import check_source, check_sources
 from moesaic.progress import Progress, Silent
 from moesaic.report.card import write_card
+from moesaic.tune.mark import tuned
 
 _FIDELITY_WINDOWS = 2
 _WINDOW = 2048
@@ -138,7 +139,8 @@ def evaluate_model(
     if blueprint is not None:
         results["active_ffn_fraction"] = run.activity["model"].fraction(blueprint.sites)
         results["active_ffn_planned"] = active_fraction(blueprint)
-        results["other_budgets"] = any(plan.worth is not None for plan in blueprint.sites.values())
+        priced = any(plan.worth is not None for plan in blueprint.sites.values())
+        results["other_budgets"] = priced and not tuned(Checkpoint(folder).config)
     if controls and dense_folder is not None and blueprint is not None:
         _measure_controls(run, dense_folder, blueprint, _calibration(folder))
     results["perplexity"] = run.table()

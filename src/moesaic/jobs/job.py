@@ -11,7 +11,7 @@ import torch
 import moesaic
 from moesaic.anatomy.base import Anatomy, max_positions
 from moesaic.anatomy.weights import load_ffn
-from moesaic.blueprint import Blueprint
+from moesaic.blueprint import Blueprint, blueprint_folder
 from moesaic.budget import check_budget
 from moesaic.calibration.skeleton import Skeleton
 from moesaic.calibration.text import Windows, build_windows
@@ -126,15 +126,15 @@ def _check_target(anatomy: Anatomy, target: str) -> None:
         raise InputError(f"target {target} cannot hold this model: {'; '.join(reasons)}", "use --target auto")
 
 
-def _load_blueprint(folder: Path) -> Blueprint:
+def _load_blueprint(path: Path) -> Blueprint:
     """Refuses that of a tuned model: its weights are not in it, and would be the dense model's again."""
-    config = folder / CONFIG
+    config = blueprint_folder(path) / CONFIG
     if config.exists() and (reason := tuned(read_json(config))):
         raise InputError(
-            f"the blueprint of {folder} cannot be applied: {reason}",
+            f"the blueprint of {config.parent} cannot be applied: {reason}",
             "give the conversion that was tuned, and tune what comes of it",
         )
-    return Blueprint.load(folder)
+    return Blueprint.load(path)
 
 
 def _check_blueprint(given: Blueprint, anatomy: Anatomy) -> None:

@@ -38,7 +38,8 @@ class SiteInputs:
 
     ``x_TD`` is on the CPU, may be memory-mapped and in bf16; read it through :meth:`batches`. T counts tokens (for an
     expert of an existing MoE: the tokens its own router sent to it; T may be 0). ``stream_T`` is the L2 norm of the
-    residual stream that each token brings to the layer, float32; None where it is not known, or says nothing.
+    residual stream that each token brings to the layer, in units of the FFN's output (Granite multiplies that),
+    float32; None where it is not known, or says nothing.
     """
 
     x_TD: Tensor

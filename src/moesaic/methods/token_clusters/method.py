@@ -2,14 +2,15 @@
 
 Source: ours [OURS]; docs/methods/token_clusters.md says why. For an FFN of F neurons, on the calibration inputs x:
 
-1. Energy share of neuron i for token t: q_ti = (h_ti |W_d[:, i]|)^2 / sum_j (h_tj |W_d[:, j]|)^2.
+1. Energy share of neuron i for token t: q_ti = u_t (h_ti |W_d[:, i]|)^2 / sum_j (h_tj |W_d[:, j]|)^2, with u_t the
+   part of the FFN's output in the residual stream (``token_weight``; mean 1).
 2. ``overlapping`` and ``union``: E sets of neurons and a linear router by alternation
    (:mod:`moesaic.solvers.token_clusters`), one expert per token; of a union, sets as large as pays for their tokens
    (:mod:`moesaic.solvers.free_widths`). ``disjoint``: the S neurons of largest mean share are
    shared, the others form E balanced clusters of neurons that the same tokens want, as far as a linear map of x
    predicts it; a linear router, ridge on the amplitudes of the clusters, chooses K of them. Chosen experts have
    weight 1.
-3. Readout: least squares for the down projection on the tokens as they are routed, each of weight 1 / |y|^2: one
+3. Readout: least squares for the down projection on the tokens as they are routed, each of weight u_t / |y|^2: one
    matrix for all experts, shrunk to W_d; then each overlapping expert's own, shrunk to that
    (:mod:`moesaic.solvers.refit`). Shared neurons keep the common readout.
 
