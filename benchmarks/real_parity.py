@@ -24,14 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.anatomy import read_anatomy
 from moesaic.evaluate.differences import Differences, before_any
 from moesaic.evaluate.llama_cpp import llama_cpp_differences
 from moesaic.evaluate.native_parity import compare_with_stock, parity_ids
 from moesaic.evaluate.runtime import Runtime
 from moesaic.evaluate.vllm import find_python, vllm_differences, vllm_version
 from moesaic.jobs.export_gguf import export_gguf
-from moesaic.jobs.native import blueprint_runtime, read_stock
+from moesaic.jobs.native import blueprint_model, read_stock, target_of, target_runtime
 
 NEAR_TIES = (1e-6, 1e-5, 1e-4)
 """Margins, in standard deviations of the scores, up to which a choice counts as a near tie."""
@@ -110,7 +109,8 @@ def compare(dense: Path, folder: Path, given: argparse.Namespace) -> dict[str, A
     """All engines that were asked for, on one folder."""
     output, source, blueprint = read_stock(folder, dense)
     ids_NW = parity_ids(folder, int(output.config["vocab_size"]), given.window, given.windows)
-    runtime = blueprint_runtime(source, read_anatomy(source.config), blueprint)
+    split, target, options = target_of(output, source, blueprint)
+    runtime = target_runtime(blueprint_model(source, split.anatomy, blueprint), source, split, target, options)
     entry: dict[str, Any] = {}
     for engine in given.engines:
         if engine == "transformers":

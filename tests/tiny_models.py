@@ -100,7 +100,7 @@ def build_tiny(
     *,
     d_ff: int | None = None,
     seed: int = 0,
-    dtype: torch.dtype | str = "float32",
+    dtype: torch.dtype | str = "bfloat16",
     max_shard_size: str = "5GB",
     **config_overrides: Any,
 ) -> Path:
@@ -111,7 +111,7 @@ def build_tiny(
         folder: Where to write; created if missing.
         d_ff: Width of the FFN, of an expert in a MoE; 37, or 40 for experts of a MoE, when None.
         seed: Of the weights.
-        dtype: Of the weights on disk, as a torch dtype or its name.
+        dtype: Of the weights on disk, as a torch dtype or its name; bf16 by default, as most published checkpoints are.
         max_shard_size: ``"20KB"`` makes several shards and an index.
         config_overrides: Keys of config.json.
     """

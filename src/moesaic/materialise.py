@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moesaic.anatomy.attention import pruning_reasons
 from moesaic.anatomy.base import Anatomy, FFNSite
+from moesaic.anatomy.weights import load_ffn
 from moesaic.attention_plan import VALUE_TENSORS, AttentionPlan
 from moesaic.blueprint import Blueprint, LayerPlan
 from moesaic.errors import InputError
@@ -27,6 +28,7 @@ from moesaic.solvers.magnitude import fade_branch
 if TYPE_CHECKING:
     from torch import nn
 
+    from moesaic.checkpoint.reader import Checkpoint
     from moesaic.nn.moesaic_ffn import MoEFeedForward
 
 TENSOR_NAMES = {
@@ -110,22 +112,37 @@ def site_spec(weights: FFNWeights, plan: LayerPlan) -> dict[str, Any]:
     }
 
 
-def build_ffn(weights: FFNWeights, plan: LayerPlan) -> MoEFeedForward:
-    """The converted FFN as a module in eval mode, computing what its written form computes."""
+def build_ffn(weights: FFNWeights, plan: LayerPlan, dtype: torch.dtype | None = None) -> MoEFeedForward:
+    """The converted FFN as a module in eval mode, computing what its written form computes.
+
+    Args:
+        weights: The dense FFN as it is stored: what the plan changes is rounded as on disk.
+        plan: Its split.
+        dtype: In which the projections are held and computed; by default as they are stored. Routers stay fp32.
+    """
     from moesaic.nn.moesaic_union import build_feed_forward
 
     with torch.device("meta"):
         module = build_feed_forward(site_spec(weights, plan), weights.d_model, weights.activation)
-    module.load_state_dict(pack(weights, plan), assign=True)
+    tensors = pack(weights, plan)
+    projections = TENSOR_NAMES.values()
+    module.load_state_dict(
+        {name: tensor.to(dtype=dtype) if name in projections else tensor for name, tensor in tensors.items()},
+        assign=True,
+    )
     return module.eval()
 
 
 @torch.no_grad()
-def apply_blueprint(model: nn.Module, blueprint: Blueprint, anatomy: Anatomy, dtype: torch.dtype | None = None) -> None:
+def apply_blueprint(
+    model: nn.Module, blueprint: Blueprint, anatomy: Anatomy, checkpoint: Checkpoint | None = None
+) -> None:
     """Convert a loaded transformers model in place: every FFN that the blueprint names becomes its MoE form, every
     attention its pruned form.
 
-    FFNs are split in ``dtype``, which rounds what the split computes; by default in that of the model.
+    With ``checkpoint``, from which the model was loaded, each FFN is split in the dtype in which it is stored there, so
+    that what the split changes is rounded as a conversion rounds it. Without, in the dtype of the model. The model
+    keeps its dtype.
 
     In an existing MoE, a block of experts is converted as a whole: the blueprint names all of its experts or none.
 
@@ -147,8 +164,9 @@ def apply_blueprint(model: nn.Module, blueprint: Blueprint, anatomy: Anatomy, dt
     blocks: dict[str, dict[int, nn.Module]] = {}
     for path, plan in blueprint.sites.items():
         site = sites[path]
-        weights = ffn_of_model(model, site, anatomy.activation)
-        module = build_ffn(weights if dtype is None else weights.to(dtype), plan)
+        loaded = ffn_of_model(model, site, anatomy.activation)
+        stored = loaded if checkpoint is None else load_ffn(checkpoint, site, anatomy.activation)
+        module = build_ffn(stored, plan, loaded.up_FD.dtype)
         parent = path.rpartition(".")[0]
         if site.expert is not None:
             blocks.setdefault(parent, {})[site.expert] = module

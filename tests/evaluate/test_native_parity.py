@@ -17,7 +17,8 @@ from moesaic.blueprint import Blueprint
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import VerificationError
 from moesaic.evaluate.native_parity import NativeParity, compare_with_stock, native_parity, parity_ids
-from moesaic.jobs.native import blueprint_runtime
+from moesaic.evaluate.runtime import Runtime
+from moesaic.jobs.native import blueprint_model
 from tests.targets.helpers import plans_for, write
 from tests.tiny_models import build_tiny
 
@@ -61,7 +62,7 @@ def test_tokens_of_other_experts_are_counted_and_judged_apart(tiny: Tiny, tmp_pa
     plans = plans_for(tiny("llama"))
     folder = write(tiny("llama"), plans, tmp_path / "out", "glm4_moe")
     dense = Checkpoint(tiny("llama"))
-    runtime = blueprint_runtime(dense, read_anatomy(dense.config), Blueprint.load(folder))
+    runtime = Runtime(blueprint_model(dense, read_anatomy(dense.config), Blueprint.load(folder)))
     ids_NW = torch.arange(24).view(2, 12) * 7 % 290 + 4
     same = native_parity(folder, ids_NW, runtime, exact=True)
     assert (same.rerouted, same.undisturbed) == (0, 24)

@@ -103,7 +103,7 @@ def _times(heads: Tensor, mask: Tensor) -> Tensor:
 
 def dense_model(folder: Path, **options: Any) -> Any:
     """The dense model in eval mode."""
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
 def anatomy_of(folder: Path) -> Anatomy:

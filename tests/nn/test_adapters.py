@@ -88,7 +88,7 @@ def model(tiny: Callable[[str], Path], tmp_path: Path) -> Any:
     from moesaic.nn.modeling_moesaic import MoesaicForCausalLM
 
     folder = convert_by_hand("llama", tiny("llama"), tmp_path / "out", layout="S1A2E5", router="linear")
-    return MoesaicForCausalLM.from_pretrained(folder).eval()
+    return MoesaicForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def lora(model: Any, **options: Any) -> Any:

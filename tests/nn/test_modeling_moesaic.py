@@ -41,7 +41,9 @@ def folder(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def load(path: Path, **options: Any) -> Any:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, output_loading_info=True, **{"dtype": torch.float32, **options}
+    )
     model, info = loaded
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -66,7 +68,7 @@ def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_family_loads_equals_dense_with_all_experts_on_and_survives_saving(
     family: str, folder: Make, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    model, dense = load(folder(family)), AutoModelForCausalLM.from_pretrained(tiny(family)).eval()
+    model, dense = load(folder(family)), AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()
     assert type(model) is MoesaicForCausalLM
     assert model.config.get_text_config().model_type == dense.config.model_type
     ids = tokens(2, 19)
@@ -194,7 +196,10 @@ def test_gradients_are_the_same_with_checkpointing(family: str, folder: Make) ->
 
 
 def test_parameters_are_those_of_dense_plus_routers(folder: Make, tiny: Callable[[str], Path]) -> None:
-    model, dense = load(folder("llama", layout="S1A2E37")), AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    model, dense = (
+        load(folder("llama", layout="S1A2E37")),
+        AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32),
+    )
     routers = sum(
         p.numel() for m in model.modules() if isinstance(m, MoEFeedForward) and m.router for p in m.router.parameters()
     )
@@ -203,7 +208,10 @@ def test_parameters_are_those_of_dense_plus_routers(folder: Make, tiny: Callable
 
 
 def test_static_split_is_one_dense_network(folder: Make, tiny: Callable[[str], Path]) -> None:
-    model, dense = load(folder("llama", router="static")), AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    model, dense = (
+        load(folder("llama", router="static")),
+        AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32),
+    )
     assert relative_error(logits(model, tokens(2, 9)), logits(dense, tokens(2, 9))) < 1e-5
     assert not any("router" in name for name in model.state_dict())
 
@@ -215,7 +223,7 @@ def test_layers_that_are_not_named_stay_dense(
     model = load(folder(family, layers={1}))
     assert len(model.config.ffn_sites) < len(load(folder(family)).config.ffn_sites)
     assert not any(isinstance(module, (MoEFeedForward, MoesaicExperts)) for module in model.model.layers[0].modules())
-    dense = AutoModelForCausalLM.from_pretrained(tiny(family)).eval()
+    dense = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()
     model.all_experts_on()
     expected = logits(dense, tokens(2, 9))
     assert relative_error(logits(model, tokens(2, 9)), expected) < 1e-5

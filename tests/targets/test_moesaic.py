@@ -56,7 +56,7 @@ def written(folder: Path, out: Path, attention: dict[str, AttentionPlan] | None 
 
 
 def load(folder: Path) -> Any:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     model, info = loaded
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
@@ -66,7 +66,7 @@ def load(folder: Path) -> Any:
 @torch.no_grad()
 def test_the_folder_is_the_hard_mask_model_and_routes_alike(family: str, tiny: Tiny, tmp_path: Path) -> None:
     attention, plans = attention_plans(tiny(family), cap=5), tomoe_plans()
-    masked: Any = AutoModelForCausalLM.from_pretrained(tiny(family)).eval()
+    masked: Any = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()
     hook_masks(masked, attention)
     chosen: list[list[frozenset[int]]] = []
     anatomy = anatomy_of(tiny(family))

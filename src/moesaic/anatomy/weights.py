@@ -33,6 +33,17 @@ def ffn_tensor_names(checkpoint: Checkpoint, site: FFNSite) -> set[str]:
     return names
 
 
+def down_dtype(checkpoint: Checkpoint, site: FFNSite) -> str:
+    """torch's name for the dtype of an FFN's down projection, in a dense model or in one of the moesaic architecture.
+
+    Raises CheckpointError when the checkpoint holds neither.
+    """
+    packed = f"{site.path}.down_proj.weight"
+    if packed in checkpoint:
+        return checkpoint.info(packed).dtype
+    return checkpoint.info(f"{_stored_site(checkpoint, site).tensor_names()['down']}.weight").dtype
+
+
 def load_ffn(checkpoint: Checkpoint, site: FFNSite, activation: str) -> FFNWeights:
     """The weights of one FFN, in the checkpoint's dtype, as [F, D] and [D, F] however they are stored.
 

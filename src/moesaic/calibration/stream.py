@@ -170,9 +170,13 @@ class LayerStream:
                     captured.add(path, recorder.x_TD, index_TK, expert)
         return captured
 
+    def stored_weights(self, path: str) -> FFNWeights:
+        """The dense FFN of a site as it is stored. Raises CheckpointError, or KeyError for an unknown path."""
+        return load_ffn(self.checkpoint, self._sites[path], self.anatomy.activation)
+
     def weights(self, path: str) -> FFNWeights:
-        """The dense FFN of a site, in ``compute_dtype``. Raises CheckpointError, or KeyError for an unknown path."""
-        return load_ffn(self.checkpoint, self._sites[path], self.anatomy.activation).to(self.dtype)
+        """The same in ``compute_dtype``."""
+        return self.stored_weights(path).to(self.dtype)
 
     @torch.no_grad()
     def advance(self, replacements: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> None:

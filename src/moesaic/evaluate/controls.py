@@ -59,7 +59,7 @@ def control_model(
     whole = {path: plan for path, plan in blueprint.sites.items() if not plan.experts and plan.keeps_all}
     control = replace(control, sites={**untouched, **control.sites, **whole})
     model = AutoModelForCausalLM.from_pretrained(baseline, dtype="auto")
-    apply_blueprint(model, control, job.anatomy)
+    apply_blueprint(model, control, job.anatomy, job.checkpoint)
     return model.eval(), active_fraction(control)
 
 

@@ -34,6 +34,7 @@ NEAR_TIE = 1e-3
 APPROXIMATE_KL = 1e-3
 """Largest mean KL divergence, in nats, of a target that reaches weights of 1 only in the limit."""
 
+_KINDS = ("chosen", "weight")
 _CHARACTERS = 64
 """Of the evaluation text per token wanted: more than any tokenizer takes for one."""
 
@@ -55,7 +56,9 @@ if wrong:
 slots = 2 if getattr(model.config, "n_group", 1) > 1 else 1
 found = {}
 def keep(module, inputs, output):
-    found[f"chosen{len(found):05}"] = output[-1].reshape(-1, output[-1].shape[-1]) // slots
+    layer = len(found) // 2
+    found[f"chosen{layer:05}"] = output[-1].reshape(-1, output[-1].shape[-1]) // slots
+    found[f"weight{layer:05}"] = output[-2].reshape(-1, output[-2].shape[-1]).float()
 for module in model.modules():
     if type(module).__name__.lower().endswith("topkrouter"):
         module.register_forward_hook(keep)
@@ -86,8 +89,9 @@ class NativeParity:
         rerouted: Tokens of which some router chose other experts; None where the reference does not tell.
         undisturbed: Tokens with no such token in their window, up to and with themselves.
         undisturbed_delta: Largest |logit difference| of those.
-        forced_delta: Where some router chose other experts: the largest |logit difference| of all tokens, with those
-            experts forced upon the reference. None where no router did, or experts have weights of their own.
+        forced_delta: The largest |logit difference| of all tokens with the choices of stock transformers forced upon
+            the reference: its experts where some router chose others, and its weights as well where weights of 1 are
+            only approached. None where nothing need be forced, or experts have weights of their own.
         tie: The largest distance from a tie of a token that is rerouted even so.
     """
 
@@ -110,17 +114,18 @@ class NativeParity:
 
     def require(self, name: str) -> None:
         """Raise VerificationError when the folder is not what it should be."""
+        scale = self.max_delta / self.relative if self.relative else 1.0
         if self.exact:
-            scale = self.max_delta / self.relative if self.relative else 1.0
             undisturbed = 0.0 if self.undisturbed_delta is None else self.undisturbed_delta / scale
             right = (self.median <= EXACT_TOLERANCE or self._rounding(scale)) and undisturbed <= UNDISTURBED_TOLERANCE
         else:
-            right = self.mean_kl <= APPROXIMATE_KL
+            forced = 0.0 if self.forced_delta is None else self.forced_delta / scale
+            right = self.mean_kl <= APPROXIMATE_KL and forced <= UNDISTURBED_TOLERANCE
         if not right:
             raise VerificationError(
                 f"{name} in stock transformers differs from its blueprint: logits by {self.median:.1e} (median, "
                 f"relative), mean KL {self.mean_kl:.1e}",
-                "report it" if self.exact else "weights of 1 are too coarse here: use glm4_moe with exact_weights",
+                "report it" if self.exact else "where weights of 1 are too coarse, glm4_moe has exact_weights",
             )
 
     def _rounding(self, scale: float) -> bool:
@@ -153,10 +158,12 @@ class Comparison:
 
 
 class StockWindow(NamedTuple):
-    """What stock transformers computed of one window: logits_WV, and per MoE layer the chosen experts [W, K]."""
+    """What stock transformers computed of one window: logits_WV, and per MoE layer the chosen experts and their weights
+    [W, K]."""
 
     logits_WV: Tensor
     chosen: list[Tensor]
+    weights: list[Tensor]
 
 
 def native_parity(folder: Path, ids_NW: Tensor, reference: Callable[[Tensor], Tensor], *, exact: bool) -> NativeParity:
@@ -165,7 +172,7 @@ def native_parity(folder: Path, ids_NW: Tensor, reference: Callable[[Tensor], Te
     A :class:`Runtime` as reference tells which experts it chose, so that tokens of equal choices are judged apart.
     Raises VerificationError when stock transformers cannot load the folder, or misses or does not know a tensor of it.
     """
-    found = compare_with_stock(folder, ids_NW, reference)
+    found = compare_with_stock(folder, ids_NW, reference, weights=not exact)
     figures, scale = found.differences.figures(), found.scale
     rerouted = undisturbed = undisturbed_delta = None
     if found.rerouted_NW is not None:
@@ -187,8 +194,13 @@ def native_parity(folder: Path, ids_NW: Tensor, reference: Callable[[Tensor], Te
     )
 
 
-def compare_with_stock(folder: Path, ids_NW: Tensor, reference: Callable[[Tensor], Tensor]) -> Comparison:
-    """:func:`native_parity` with the figures of every token."""
+def compare_with_stock(
+    folder: Path, ids_NW: Tensor, reference: Callable[[Tensor], Tensor], *, weights: bool = False
+) -> Comparison:
+    """:func:`native_parity` with the figures of every token.
+
+    ``weights``: stock weights are not exactly 1, and are forced upon the reference too.
+    """
     parts: list[Differences] = []
     rerouted: list[Tensor] = []
     margins: list[Tensor] = []
@@ -203,17 +215,19 @@ def compare_with_stock(folder: Path, ids_NW: Tensor, reference: Callable[[Tensor
         if isinstance(reference, Runtime):
             rerouted.append(_rerouted(reference, stock.chosen))
             margins.append(reference.margin_W)
-            if rerouted[-1].any() and reference.uniform:
-                forced.append(_forced(reference, ids_W, stock))
+            if reference.uniform and (weights or rerouted[-1].any()):
+                forced.append(_forced(reference, ids_W, stock, weights))
     worst = (max(delta for delta, _ in forced), max(tie for _, tie in forced)) if forced else (None, None)
     rerouted_NW, margin_NW = (torch.stack(found) if found else None for found in (rerouted, margins))
     return Comparison(join(parts), scale, rerouted_NW, margin_NW, chosen, worst)
 
 
-def _forced(runtime: Runtime, ids_W: Tensor, stock: StockWindow) -> tuple[float, float]:
-    """With the experts of stock transformers: the largest |logit difference|, and the largest distance from a tie of a
-    token for which the runtime would still have chosen others."""
-    runtime.forced = [stock.chosen[layer] for layer in runtime.routed]
+def _forced(runtime: Runtime, ids_W: Tensor, stock: StockWindow, weights: bool) -> tuple[float, float]:
+    """With the experts (and weights) of stock transformers: the largest |logit difference|, and the largest distance
+    from a tie of a token for which the runtime would still have chosen others."""
+    runtime.forced = [
+        (stock.chosen[layer], stock.weights[layer] * runtime.factor if weights else None) for layer in runtime.routed
+    ]
     delta = float((runtime(ids_W).float() - stock.logits_WV).abs().max().nan_to_num(nan=float("inf")))
     runtime.forced = None
     marked_W = _rerouted(runtime, stock.chosen)
@@ -246,4 +260,5 @@ def _stock_windows(folder: Path, ids_NW: Tensor) -> Iterator[StockWindow]:
     """Each window, from a fresh isolated process."""
     for found in answers([sys.executable, "-I", "-c", _SCRIPT], folder, ids_NW, engine="stock transformers"):
         logits_WV = found.pop("logits")
-        yield StockWindow(logits_WV, [found[name] for name in sorted(found)])
+        chosen, weights = ([found[name] for name in sorted(found) if name.startswith(kind)] for kind in _KINDS)
+        yield StockWindow(logits_WV, chosen, weights)

@@ -203,7 +203,7 @@ def _summary(made: Decisions) -> dict[str, Any]:
 def _check(job: Job, folder: Path, blueprint: Blueprint, choice: Choice, progress: Progress) -> dict[str, Any]:
     """Parity of the staged folder, for results.json; raises VerificationError before the output appears."""
     from moesaic.evaluate.parity import stream_parity
-    from moesaic.jobs.native import check_native, proves_exactly, too_large
+    from moesaic.jobs.native import check_native, too_large
     from moesaic.jobs.verify import check_tensors
 
     if choice.name == "moesaic":
@@ -216,8 +216,8 @@ def _check(job: Job, folder: Path, blueprint: Blueprint, choice: Choice, progres
         return {"native_parity_skipped": reason}
     progress.note("verifying: logits in stock transformers against those of the blueprint")
     split = read_split(job.checkpoint, job.anatomy, blueprint.sites)
-    exact = proves_exactly(choice.name, split, job.settings.target_options, job.checkpoint.dtype)
-    return {"native_parity": check_native(folder, job.checkpoint, job.anatomy, blueprint, exact=exact).to_dict()}
+    parity = check_native(folder, job.checkpoint, split, blueprint, choice.name, job.settings.target_options)
+    return {"native_parity": parity.to_dict()}
 
 
 def _parity_ids(job: Job) -> Tensor:

@@ -165,7 +165,7 @@ def blueprint_of(job: Job, made: Decisions) -> Blueprint:
 
 def _move_on(stream: LayerStream, plans: Mapping[str, LayerPlan]) -> None:
     """Complete the layer with its converted FFNs, so that the next one sees what it will see in use."""
-    stream.advance({path: build_ffn(stream.weights(path), plan) for path, plan in plans.items()})
+    stream.advance({path: build_ffn(stream.stored_weights(path), plan, stream.dtype) for path, plan in plans.items()})
 
 
 def _open_stream(job: Job, staged: StagedOutput | None) -> tuple[LayerStream | None, int]:

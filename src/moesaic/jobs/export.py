@@ -12,18 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import moesaic
-from moesaic.anatomy.base import clipped
 from moesaic.checkpoint.origin import CARD
 from moesaic.checkpoint.output import write_side_files
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.results import read_results
 from moesaic.checkpoint.writer import StagedOutput
 from moesaic.errors import InputError
-from moesaic.evaluate.native_parity import native_parity, parity_ids
-from moesaic.evaluate.runtime import Runtime
 from moesaic.jobs import forecast, native
 from moesaic.jobs.native import read_converted
 from moesaic.progress import Progress, Silent
@@ -31,8 +28,6 @@ from moesaic.report.card import model_card
 from moesaic.settings import build
 from moesaic.targets import AUTO, Choice, choose_target, get_target
 from moesaic.targets.base import Split, TargetOptions
-
-_PARITY_WINDOW = 256
 
 
 @dataclass(frozen=True)
@@ -99,12 +94,9 @@ def export(
                 results["native_parity_skipped"] = reason
             else:
                 progress.note("verifying: logits in stock transformers against those of the source folder")
-                window = clipped(_PARITY_WINDOW, split.anatomy.config)
-                ids_NW = parity_ids(staged_folder, int(split.anatomy.config["vocab_size"]), window)
-                exact = native.proves_exactly(choice.name, split, settings, checkpoint.dtype)
-                parity = native_parity(staged_folder, ids_NW, moesaic_runtime(folder), exact=exact)
+                model = moesaic_model(folder)
+                parity = native.compare_stock(staged_folder, model, checkpoint, split, choice.name, settings)
                 results["native_parity"] = parity.to_dict()
-                parity.require(output.name)
             config = json.loads((staged_folder / "config.json").read_text(encoding="utf-8"))
             staged.write_text(CARD, model_card(config, results))
 
@@ -112,11 +104,11 @@ def export(
     return Export(output, choice.name, choice.refused, results)
 
 
-def moesaic_runtime(folder: Path) -> Runtime:
+def moesaic_model(folder: Path) -> nn.Module:
     """The model in a folder of the ``moesaic`` architecture, in fp32."""
     from moesaic.nn.modeling_moesaic import MoesaicForCausalLM
 
-    return Runtime(MoesaicForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    return MoesaicForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def _choose(split: Split, target: str) -> Choice:

@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy, clipped
+from moesaic.anatomy.weights import down_dtype
 from moesaic.blueprint import Blueprint
 from moesaic.checkpoint.output import read_split
 from moesaic.checkpoint.reader import Checkpoint
@@ -19,7 +21,7 @@ from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.engine_parity import WINDOW, WINDOWS, EngineParity
 from moesaic.evaluate.llama_cpp import available, llama_cpp_parity, stock_logits
 from moesaic.evaluate.native_parity import NativeParity, native_parity, parity_ids
-from moesaic.evaluate.runtime import Runtime
+from moesaic.evaluate.runtime import Runtime, round_experts
 from moesaic.jobs.request import check_source
 from moesaic.materialise import apply_blueprint
 from moesaic.targets import TARGETS, get_target
@@ -34,31 +36,62 @@ _MEMORY_SHARE = 0.5
 
 
 def check_native(
-    folder: Path, dense: Checkpoint, anatomy: Anatomy, blueprint: Blueprint, *, exact: bool, windows: int = 1
+    folder: Path,
+    dense: Checkpoint,
+    split: Split,
+    blueprint: Blueprint,
+    target: str,
+    options: TargetOptions,
+    windows: int = 1,
+) -> NativeParity:
+    """Compare logits of ``folder`` in stock transformers with those of ``dense`` under ``blueprint`` in our runtime.
+
+    See :func:`compare_stock`.
+    """
+    model = blueprint_model(dense, split.anatomy, blueprint)
+    return compare_stock(folder, model, dense, split, target, options, windows)
+
+
+def compare_stock(
+    folder: Path,
+    model: nn.Module,
+    source: Checkpoint,
+    split: Split,
+    target: str,
+    options: TargetOptions,
+    windows: int = 1,
 ) -> NativeParity:
     """Compare logits of ``folder`` in stock transformers, in a process of its own, with those of our runtime; fp32.
 
+    Args:
+        folder: Of the architecture ``target``.
+        model: What the folder was made of, with our FFNs, in fp32. Rounded here as the target rounds.
+        source: Where the weights of ``model`` are stored.
+        split: What became of its FFNs.
+        target: Architecture of the folder.
+        options: Its options.
+        windows: Of 256 tokens to compare on.
+
     Raises VerificationError when they differ by more than rounding and the target's approximation explain.
     """
-    window = clipped(_WINDOW, anatomy.config)
-    ids_NW = parity_ids(folder, int(anatomy.config["vocab_size"]), window, windows)
-    parity = native_parity(folder, ids_NW, blueprint_runtime(dense, anatomy, blueprint), exact=exact)
+    config = split.anatomy.config
+    ids_NW = parity_ids(folder, int(config["vocab_size"]), clipped(_WINDOW, config), windows)
+    runtime = target_runtime(model, source, split, target, options)
+    parity = native_parity(folder, ids_NW, runtime, exact=get_target(target).exact(split, options))
     parity.require(folder.name)
     return parity
 
 
-def proves_exactly(target: str, split: Split, options: TargetOptions, dtype: str) -> bool:
-    """Whether a written folder must agree with its blueprint to the rounding of fp32.
-
-    Not where weights of 1 are approached, nor where down projections of ``dtype`` were multiplied by a number that
-    16 bits round.
-    """
-    module = get_target(target)
-    if not module.exact(split, options):
-        return False
-    if dtype == "float32" or not any(plan.experts for plan in split.plans.values()):
-        return True
-    return module.factor(split, options).bit_count() == 1  # a power of two
+def target_runtime(model: nn.Module, source: Checkpoint, split: Split, target: str, options: TargetOptions) -> Runtime:
+    """``model`` as the reference for a folder of ``target``, rounded in place as the folder's weights are; see
+    :func:`compare_stock`."""
+    if not any(plan.experts for plan in split.plans.values()):
+        return Runtime(model)
+    factor = get_target(target).factor(split, options)
+    sites = [site for site in split.anatomy.sites if site.path in split.plans]
+    dtypes = {site.path: getattr(torch, down_dtype(source, site)) for site in sites}
+    round_experts(model, dtypes, factor)
+    return Runtime(model, factor)
 
 
 def too_large(model: Checkpoint, written: Checkpoint) -> str | None:
@@ -84,11 +117,16 @@ def verify_native(folder: str | Path, baseline: str | Path | None, *, windows: i
         VerificationError: the folder computes something else.
     """
     output, dense, blueprint = read_stock(folder, baseline)
+    split, target, options = target_of(output, dense, blueprint)
+    return check_native(output.folder, dense, split, blueprint, target, options, windows)
+
+
+def target_of(output: Checkpoint, dense: Checkpoint, blueprint: Blueprint) -> tuple[Split, str, TargetOptions]:
+    """What a stock folder was written from: the split of ``dense``, the target and its options."""
     anatomy = read_anatomy(dense.config, hierarchical=FAMILIES[dense.config["model_type"]].moe is not None)
     made = output.config["moesaic"]
     options = TargetOptions.model_validate(made.get("target_options") or {})
-    exact = proves_exactly(made["target"], read_split(dense, anatomy, blueprint.sites), options, dense.dtype)
-    return check_native(output.folder, dense, anatomy, blueprint, exact=exact, windows=windows)
+    return read_split(dense, anatomy, blueprint.sites), made["target"], options
 
 
 def read_stock(folder: str | Path, baseline: str | Path | None) -> tuple[Checkpoint, Checkpoint, Blueprint]:
@@ -183,11 +221,10 @@ def fitting_targets(folder: str | Path) -> dict[str, list[str]]:
     return {name: get_target(name).reasons(split) for name in TARGETS}
 
 
-def blueprint_runtime(dense: Checkpoint, anatomy: Anatomy, blueprint: Blueprint) -> Runtime:
-    """The dense model under the blueprint, as our runtime computes it, in fp32."""
+def blueprint_model(dense: Checkpoint, anatomy: Anatomy, blueprint: Blueprint) -> nn.Module:
+    """The dense model under the blueprint, in fp32; what the blueprint changes is rounded as it is stored."""
     from transformers import AutoModelForCausalLM
 
-    # FFNs are split in the checkpoint's dtype: scaled weights are rounded as they are on disk.
     model = AutoModelForCausalLM.from_pretrained(dense.folder, dtype=torch.float32)
-    apply_blueprint(model, blueprint, anatomy, getattr(torch, dense.dtype))
-    return Runtime(model.float())
+    apply_blueprint(model, blueprint, anatomy, dense)
+    return model

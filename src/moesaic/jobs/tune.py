@@ -27,9 +27,8 @@ from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.results import read_results
 from moesaic.checkpoint.writer import StagedOutput
 from moesaic.errors import InputError, VerificationError
-from moesaic.evaluate.native_parity import native_parity, parity_ids
+from moesaic.evaluate.native_parity import parity_ids
 from moesaic.evaluate.parity import TOLERANCE, relative_difference
-from moesaic.evaluate.runtime import Runtime
 from moesaic.jobs.decide import step_of
 from moesaic.jobs.job import load_tokenizer
 from moesaic.jobs.training_record import write_record
@@ -350,10 +349,9 @@ _MATRICES = frozenset(TENSOR_NAMES.values())
 def _check(job: _Job, folder: Path, model: nn.Module, blueprint: Blueprint) -> dict[str, Any]:
     """The written folder against the trained model, for results.json; raises VerificationError if they differ."""
     request = job.request
-    config = request.anatomy.config
-    window = clipped(_PARITY_WINDOW, config)
-    ids_NW = parity_ids(folder, int(config["vocab_size"]), window)
     if request.own:
+        config = request.anatomy.config
+        ids_NW = parity_ids(folder, int(config["vocab_size"]), clipped(_PARITY_WINDOW, config))
         check_tensors(Checkpoint(folder))
         written = MoesaicForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         with torch.inference_mode():
@@ -362,9 +360,9 @@ def _check(job: _Job, folder: Path, model: nn.Module, blueprint: Blueprint) -> d
         if difference > TOLERANCE:
             raise VerificationError(f"{folder.name} differs from the trained model by {difference:.1e}", "report it")
         return {"tune_parity": {"relative": difference, "tokens": ids_NW.numel()}}
-    from moesaic.jobs.native import proves_exactly
+    from moesaic.jobs.native import compare_stock
 
-    exact = proves_exactly(request.target, _split(request, blueprint), request.options, request.source.dtype)
-    parity = native_parity(folder, ids_NW, Runtime(model), exact=exact)
-    parity.require(folder.name)
+    assert request.dense is not None
+    split = _split(request, blueprint)
+    parity = compare_stock(folder, model, request.dense, split, request.target, request.options)
     return {"native_parity": parity.to_dict()}

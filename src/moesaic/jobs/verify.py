@@ -295,7 +295,7 @@ def _oracle_difference(model: PreTrainedModel, dense: Checkpoint, anatomy: Anato
             continue
         if site.path not in modules:
             raise VerificationError(f"{site.path} is not a MoE FFN in the loaded model")
-        weights = load_ffn(dense, site, anatomy.activation).to(torch.float32)
+        weights = load_ffn(dense, site, anatomy.activation)
         expected_TD = reference_ffn(weights, blueprint.sites[site.path], x_TD)
         difference = relative_difference(modules[site.path](x_TD), expected_TD)
         if difference > TOLERANCE:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,25 +20,26 @@ from moesaic.nn.ffn import FFNWeights, activation_function
 
 
 def reference_ffn(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor, *, all_experts_on: bool = False) -> Tensor:
-    """Output y_TD of the converted FFN, in the dtype of ``weights`` (give fp64 weights and inputs for fp64).
+    """Output y_TD of the converted FFN, computed in the dtype of ``x_TD``.
 
     Args:
-        weights: The dense FFN.
+        weights: The dense FFN as it is stored. What the plan changes is rounded to the dtype of the tensor that it
+            replaces, as the written checkpoint rounds it; only then is it computed with.
         plan: Its split, with fade, readout, expert scale and bias.
-        x_TD: Inputs; the router reads them in fp32.
+        x_TD: Inputs, at least as precise as ``weights``; the router reads them in fp32.
         all_experts_on: Every expert counts once with weight 1, whatever the router says.
 
     The work per token is one product with the shared neurons and one with each chosen expert.
     """
-    part = cache(partial(_part, weights, plan))
-    bias_D = weights.down_bias_D if plan.bias is None else plan.bias.to(x_TD.dtype)
+    part = cache(lambda e: _part(weights, plan, e).to(x_TD.dtype))
+    bias_D = weights.down_bias_D if plan.bias is None else plan.bias.to(weights.down_DF.dtype)
     rows = []
     for x_D in x_TD:
         y_D = part(-1)(x_D)
         every = [(e, x_D.new_ones(())) for e in range(len(plan.experts))]
         for e, weight in every if all_experts_on else choose(weights, plan, x_D):
             y_D = y_D + weight.to(x_D.dtype) * part(e)(x_D)
-        rows.append(y_D if bias_D is None else y_D + bias_D)
+        rows.append(y_D if bias_D is None else y_D + bias_D.to(x_TD.dtype))
     return torch.stack(rows) if rows else torch.zeros_like(x_TD)
 
 
@@ -90,7 +91,7 @@ def _part(weights: FFNWeights, plan: LayerPlan, e: int) -> FFNWeights:
     for name, tensor in plan.projections.items():
         rows = tensor[start : start + len(index)].clone()
         rows[index < 0] = 0
-        part = replace(part, **{name: rows.to(dtype)})
+        part = replace(part, **{name: rows.to(getattr(part, name).dtype)})
     if plan.readout is not None:
         columns = list(range(start, start + len(index)))
         if plan.union and e >= 0:

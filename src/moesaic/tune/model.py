@@ -74,7 +74,7 @@ def load_converted(source: Checkpoint, dense: Checkpoint | None, blueprint: Blue
     """The converted model in our runtime, fp32, frozen.
 
     A folder of the ``moesaic`` architecture is loaded as it is. The model of a stock folder is made again from
-    ``dense`` and the blueprint; its FFNs are packed in the checkpoint's dtype, as when the folder was written.
+    ``dense`` and the blueprint; its FFNs are packed as they are stored, as when the folder was written.
     """
     from transformers import AutoModelForCausalLM
 
@@ -85,7 +85,7 @@ def load_converted(source: Checkpoint, dense: Checkpoint | None, blueprint: Blue
     else:
         assert dense is not None
         model = AutoModelForCausalLM.from_pretrained(dense.folder, dtype=torch.float32)
-        apply_blueprint(model, blueprint, anatomy, getattr(torch, dense.dtype))
+        apply_blueprint(model, blueprint, anatomy, dense)
     return model.float().requires_grad_(False).eval()
 
 

@@ -85,7 +85,11 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
 
 def started(folder: Path, **options: Any) -> ToMoETask:
     here = context(folder)
-    task = ToMoETask(config(**options), here.anatomy, AutoModelForCausalLM.from_pretrained(here.checkpoint.folder))
+    task = ToMoETask(
+        config(**options),
+        here.anatomy,
+        AutoModelForCausalLM.from_pretrained(here.checkpoint.folder, dtype=torch.float32),
+    )
     if options["start"] != "noise":
         begin(task, here.checkpoint, tokens(40, 16))
     return task
@@ -210,7 +214,7 @@ def test_small_ffns_and_calibration() -> None:
 def test_attention_starts_at_what_carries_most_energy(tmp_path: Path) -> None:
     """The pairs and value dims that the weights were made to favour are the ones that start on."""
     here = context(tmp_path, "granite")
-    base = AutoModelForCausalLM.from_pretrained(here.checkpoint.folder)
+    base = AutoModelForCausalLM.from_pretrained(here.checkpoint.folder, dtype=torch.float32)
     task = ToMoETask(config(start="clusters", attention="both", active=0.75), here.anatomy, base)
     loud_pairs, loud_dims = [0, 2, 3], [1, 2, 4, 5, 6, 7]
     for site in task.attention:
