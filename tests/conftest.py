@@ -12,9 +12,8 @@ from filelock import FileLock
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import InputError
-from moesaic.jobs.demo import packaged_gguf
+from moesaic.jobs.demo import packaged_model
 from moesaic.paths import cache_folder
 from tests.tiny_models import build_tiny
 
@@ -42,12 +41,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct for tests marked ``real``: dequantised once, into the cache that ``moesaic demo`` uses."""
-    try:
-        gguf = packaged_gguf()
-    except InputError as missing:
-        pytest.fail(f"{missing}; or leave these tests out: -m 'not real'")
+    """SmolLM2-135M-Instruct in bf16 for tests marked ``real``: made once, in the cache that ``moesaic demo`` uses."""
     _USER_CACHE.mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch, FileLock(_USER_CACHE / ".tests.lock"):
         patch.setenv("MOESAIC_CACHE", str(_USER_CACHE))
-        return resolve_model(str(gguf))
+        try:
+            return packaged_model()
+        except InputError as missing:
+            pytest.fail(f"{missing}; or leave these tests out: -m 'not real'")

@@ -132,7 +132,7 @@ def run_reference(folder: Path, plans: Mapping[str, LayerPlan], ids_BW: Tensor =
     chosen: list[list[frozenset[int]]] = []
     for site in anatomy.sites:
         if site.path in plans:
-            weights = load_ffn(checkpoint, site, anatomy.activation).to(torch.float32)
+            weights = load_ffn(checkpoint, site, anatomy.activation)
             model.set_submodule(site.path, ReferenceFFN(weights, plans[site.path], chosen))
             for sibling in anatomy.family.bypass:
                 model.set_submodule(f"{anatomy.layer_path(site.layer)}.{sibling}", nn.Identity())

@@ -64,6 +64,15 @@ def packaged_gguf() -> Path:
     return found[0]
 
 
+def packaged_model() -> Path:
+    """The packaged model as a folder in bf16, as models are published; made once, in the cache."""
+    from moesaic.checkpoint.cast import cast_copy
+    from moesaic.checkpoint.source import resolve_model
+
+    dequantised = resolve_model(str(packaged_gguf()))
+    return cast_copy(dequantised, dequantised.with_name(f"{dequantised.name}-bf16"), "bfloat16")
+
+
 def demo(out: Path, *, windows: int = 6, tokens: int = _TOKENS, progress: Progress | None = None) -> DemoResult:
     """Convert the packaged model by CMoE, MLPMoE and token clusters into ``out``, measure everything, let one speak.
 
@@ -80,11 +89,9 @@ def demo(out: Path, *, windows: int = 6, tokens: int = _TOKENS, progress: Progre
     """
     from transformers import AutoTokenizer
 
-    from moesaic.checkpoint.source import resolve_model
-
     progress = progress or Silent()
     started = time.monotonic()
-    dense_folder = resolve_model(str(packaged_gguf()))
+    dense_folder = packaged_model()
     tokenizer = AutoTokenizer.from_pretrained(dense_folder)
     calibration = {"tokens": tokens, "window": min(_WINDOW, tokens)}
     shown = _converted(out, dense_folder, calibration, progress)

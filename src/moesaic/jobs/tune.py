@@ -315,7 +315,7 @@ class _Stored:
             dtype = getattr(torch, self._base.info(widest).dtype)
             packed[site.path] = {
                 name.removeprefix(prefix): self._rounded(
-                    name, dtype if name.removeprefix(prefix) in _MATRICES else None
+                    name, self._own_dtype(name, dtype) if name.removeprefix(prefix) in _MATRICES else None
                 )
                 for name in self._state
                 if name.startswith(prefix)
@@ -332,6 +332,10 @@ class _Stored:
     def _tensor(self, out: str, name: str) -> Tensor:
         kept = self._base.finite_tensor(name)
         return self._rounded(out, kept.dtype) if out in self._changed else kept
+
+    def _own_dtype(self, name: str, otherwise: torch.dtype) -> torch.dtype:
+        """That of the source's tensor of this name, where it has one."""
+        return getattr(torch, self._base.info(name).dtype) if self._own and name in self._base else otherwise
 
     def _rounded(self, name: str, dtype: torch.dtype | None) -> Tensor:
         """A tensor of the model in the dtype that is written, to which the model's own is rounded as well."""
