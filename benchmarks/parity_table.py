@@ -42,8 +42,9 @@ from moesaic.targets.base import TargetOptions
 STOCK = [name for name in TARGETS if name not in ("moesaic", "dense")]
 ENGINES = ("transformers", "llama.cpp", "vLLM")
 LAYOUT = "S2A2E6"
+DTYPES = {"bfloat16": ", bf16", "float32": ", fp32"}
 INTRODUCTION = f"""\
-Tiny random models, {LAYOUT} random experts, fp32. A cell is the largest difference of logits (transformers: 256 tokens,
+Tiny random models, {LAYOUT} random experts; weights of the dtype in the row, computed in fp32. A cell is the largest difference of logits (transformers: 256 tokens,
 against our runtime) or of log-probabilities (llama.cpp, vLLM: 24 or 32 tokens, against transformers on the same
 folder), and how often the likeliest next token is the same. [n] is the reason why there is no figure. ~ marks a target
 that only approaches weights of 1. Experts count with weight 1 in glm4_moe and qwen2_moe, elsewhere with the softmax
@@ -60,10 +61,10 @@ OTHERS = [
 ]
 
 
-def converted(case: str, work: Path) -> dict[str, Path]:
+def converted(case: str, work: Path, dtype: str) -> dict[str, Path]:
     """The split model in the moesaic architecture, once per way of weighing experts."""
     dense = work / "dense"
-    for_vllm(case, dense) if case in CASES else tiny_models.build_tiny(case, dense)
+    for_vllm(case, dense, dtype=dtype) if case in CASES else tiny_models.build_tiny(case, dense, dtype=dtype)
     hierarchical = ANATOMIES[Checkpoint(dense).config["model_type"]].moe is not None
     settings = {"method": "random", "options": {"layout": LAYOUT}, "target": "moesaic", "hierarchical": hierarchical}
     made = convert(dense, work / "ones", settings=settings)
@@ -103,11 +104,13 @@ def in_engine(engine: str, folder: Path, made: dict[str, Any], python: Path | No
         return {"refused": [str(error)]}
 
 
-def measure(case: str, engines: list[str], python: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """One family: target -> its form and every engine's figures, or the reasons why it does not fit."""
+def measure(
+    case: str, dtype: str, engines: list[str], python: Path | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """One family in one dtype: target -> its form and every engine's figures, or the reasons why it does not fit."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as work:
-        folders = converted(case, Path(work))
+        folders = converted(case, Path(work), dtype)
         for target in STOCK:
             form, reasons = form_for(target, folders)
             if reasons:
@@ -120,7 +123,7 @@ def measure(case: str, engines: list[str], python: Path | None, say: Callable[[s
                 continue
             entry = {engine: in_engine(engine, made.output, made.results, python) for engine in engines}
             found[target] = {"form": form, **entry}
-            say(f"{case} as {target}: {json.dumps(found[target])}")
+            say(f"{case}, {dtype}, as {target}: {json.dumps(found[target])}")
     return found
 
 
@@ -158,9 +161,15 @@ def page(results: dict[str, Any], versions: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _has(entry: dict[str, Any], engines: list[str]) -> bool:
+    """Whether a saved entry has figures, or a reason, for these engines."""
+    return "refused" in entry or all(engine in entry for engine in engines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=[*CASES, *OTHERS], default=[*CASES, *OTHERS])
+    parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES], default=[*DTYPES], help="of the weights")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["transformers", "llama.cpp"])
     parser.add_argument("--vllm-python", type=Path, help="interpreter that has vLLM")
     parser.add_argument("--out", type=Path, default=Path("docs/results/parity"), help="without suffix")
@@ -174,10 +183,14 @@ def main() -> None:
         "transformers": version("transformers"),
         "xllamacpp": version("xllamacpp"),
     }
-    for case in given.cases:
-        found = measure(case, given.engines, find_python(given.vllm_python), lambda text: print(text, flush=True))
-        earlier = results.get(case, {})
-        results[case] = {target: earlier.get(target, {}) | entry for target, entry in found.items()}
+    python = find_python(given.vllm_python) if "vLLM" in given.engines else None
+    for case, dtype in [(case, dtype) for dtype in given.dtypes for case in given.cases]:
+        row = case + DTYPES[dtype]
+        earlier = results.get(row, {})
+        if given.resume and earlier and all(_has(entry, given.engines) for entry in earlier.values()):
+            continue
+        found = measure(case, dtype, given.engines, python, lambda text: print(text, flush=True))
+        results[row] = {target: earlier.get(target, {}) | entry for target, entry in found.items()}
         file.write_text(json.dumps({"versions": versions, "results": results}, indent=1) + "\n")
         given.out.with_suffix(".md").write_text(page(results, versions))
 

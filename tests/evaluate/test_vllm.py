@@ -128,7 +128,7 @@ def vllm_python() -> Path:
     return python
 
 
-def for_vllm(case: str, folder: Path) -> Path:
+def for_vllm(case: str, folder: Path, dtype: str = "bfloat16") -> Path:
     """The tiny model of a case of the matrix, with heads of 32 or more: vLLM's attention for CPUs has no narrower."""
     family, config, _ = CASES[case]
     config = {"hidden_size": 128, "d_ff": 160, **config}
@@ -139,7 +139,7 @@ def for_vllm(case: str, folder: Path) -> Path:
     if "longrope" in str(config):  # a factor for every second one of the 24 rotated dimensions
         factors = {"short_factor": [1 + i / 12 for i in range(12)], "long_factor": [4 + i / 12 for i in range(12)]}
         config["rope_parameters"] = {**config["rope_parameters"], **factors}
-    return build_tiny(family, folder, **config)
+    return build_tiny(family, folder, dtype=dtype, **config)
 
 
 def compared(folder: Path, python: Path) -> EngineParity:
