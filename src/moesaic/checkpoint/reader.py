@@ -257,9 +257,15 @@ def _check_folder(folder: Path) -> None:
     if not any(folder.iterdir()):
         raise CheckpointError(f"{folder} is empty", "give a folder with config.json and safetensors")
     if not (folder / CONFIG).is_file():
-        gguf = sorted(file.name for file in folder.glob("*.gguf"))
-        hint = f"for a GGUF model give the file itself: {folder / gguf[0]}" if gguf else "is it a Hugging Face model?"
-        raise CheckpointError(f"{folder} has no {CONFIG}", hint)
+        raise missing_config(folder)
+
+
+def missing_config(folder: Path) -> CheckpointError:
+    """Why a folder is no checkpoint, naming the GGUF to give in its place where it holds one."""
+    files = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".gguf")
+    models = [name for name in files if not name.lower().startswith("mmproj")] or files
+    hint = f"for a GGUF model give the file itself: {folder / models[0]}" if files else "is it a Hugging Face model?"
+    return CheckpointError(f"{folder} has no {CONFIG}", hint)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a conversion would make, from config.json alone: shapes, alignment, memory, time, targets. No torch here.
+"""What a conversion would make, from config.json or a GGUF's header: shapes, memory, time, targets. No torch here.
 
 The figures for time and memory are forecasts from counted operations and bytes; ``docs/results`` holds measured ones.
 """
@@ -10,21 +10,29 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
+from moesaic.checkpoint.reader import missing_config
+from moesaic.checkpoint.source import check_file
 from moesaic.errors import InputError
 from moesaic.jobs import forecast
 from moesaic.jobs.request import active_neurons, check_options, check_split
 from moesaic.layout import Layout
 from moesaic.methods import get_config
+from moesaic.paths import cache_folder
 from moesaic.settings import ConvertSettings, build, check_fits, method_config
 from moesaic.targets import AUTO, TARGETS
 from moesaic.targets.backbone import no_backbone
 
+if TYPE_CHECKING:
+    from moesaic.gguf_input.model import GGUFModel
+
 GFLOPS_PER_CORE = 45.0
 """Sustained fp32 matmul speed of one server core (AVX-512), in 1e9 operations per second; native bf16 doubles it."""
+_TOKENIZER_GROWTH = 2
+"""Size of tokenizer.json over that of the GGUF's metadata which it is made from, as with SmolLM2's."""
 ALIGNMENTS = {64: "GPU kernels", 256: "GGUF K-quants"}
 
 
@@ -69,18 +77,50 @@ class PlanReport:
         return asdict(self) | {"remarks": list(self.remarks)}
 
 
-def read_config(model: str | Path) -> dict[str, Any]:
-    """config.json of a local folder. Raises InputError when there is none."""
-    path = Path(model).expanduser() / "config.json"
+@dataclass(frozen=True)
+class _Described:
+    """A model as ``plan`` sees it: its config.json, and the header of the GGUF that it is still in."""
+
+    config: dict[str, Any]
+    gguf: GGUFModel | None = None
+
+    def source(self, folder: Path, anatomy: Anatomy) -> forecast.Source:
+        if self.gguf is None:
+            return forecast.guess_source(folder, anatomy)
+        tied = bool(self.config["tie_word_embeddings"])
+        beside = _TOKENIZER_GROWTH * self.gguf.header.tokenizer_bytes
+        return forecast.Source(self.gguf.nbytes, self.gguf.element, tied, 0, beside)
+
+    def remarks(self) -> tuple[str, ...]:
+        if self.gguf is None:
+            return ()
+        size = f"{self.gguf.nbytes / 1e9:.2f} GB"
+        return (f"the GGUF is dequantised first, once: {size} as {self.gguf.dtype} in {cache_folder()}",)
+
+
+def _describe(model: str | Path) -> _Described:
+    """A local model without its weights. Raises InputError when there is none, and as a GGUF's header is refused."""
+    try:
+        path = Path(model).expanduser()
+        if path.is_file():
+            from moesaic.gguf_input.model import read_model
+
+            check_file(path)
+            gguf = read_model(path)
+            return _Described(gguf.config, gguf)
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise missing_config(path)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot read {str(model)!r}: {error}") from error
+    return _Described(_read_config(path / "config.json"))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        hint = "give the folder of a Hugging Face checkpoint; of a .gguf or hub id, the folder in the cache"
+        hint = "give the folder of a Hugging Face checkpoint or a .gguf; of a hub id, the folder in the cache"
         raise InputError(f"{path} does not exist", hint) from error
-    except NotADirectoryError as error:
-        raise InputError(
-            f"{model} is a file, not a checkpoint folder", "give the folder that holds config.json"
-        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}", "fetch the file again") from error
     if not isinstance(config, dict):
@@ -91,6 +131,10 @@ def read_config(model: str | Path) -> dict[str, Any]:
 def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None = None, **values: Any) -> PlanReport:
     """Forecast ``convert(model, ..., settings)``.
 
+    Args:
+        model: A checkpoint folder, or a GGUF, of which only the header is read.
+        settings: The conversion; or its fields as ``values``.
+
     Raises:
         InputError, UnsupportedModelError: for what ``convert`` would refuse, as far as config.json shows it.
     """
@@ -98,7 +142,8 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
         settings = build(ConvertSettings, {**(settings or {}), **values}, "settings")
     config = method_config(settings)
     check_options(settings, config)
-    anatomy = read_anatomy(read_config(model), hierarchical=settings.hierarchical)
+    described = _describe(model)
+    anatomy = read_anatomy(described.config, hierarchical=settings.hierarchical)
     dense_layers = check_fits(settings.method, config, anatomy, settings.dense_layers)
     check_split(settings, config, anatomy)
     sites = [site for site in anatomy.sites if site.layer not in dense_layers]
@@ -106,7 +151,7 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
     # An active fraction goes before a layout, a width of experts only keeps its fractions.
     fixed = any(getattr(config, name, None) is not None for name in ("active", "expert_width"))
     layout = Layout.parse(text) if isinstance(text, str) and not fixed else None
-    source = forecast.guess_source(Path(model).expanduser(), anatomy)
+    source = described.source(Path(model).expanduser(), anatomy)
     memory = forecast.memory(settings, anatomy, source)
     space = forecast.disk(settings, anatomy, dense_layers, source)
     d_ff = sites[0].d_ff
@@ -150,6 +195,7 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
             _target_remark(settings, anatomy, shape),
             *_allocation_remarks(settings, anatomy),
             *_size_remarks(memory, space),
+            *described.remarks(),
         ),
     )
 
