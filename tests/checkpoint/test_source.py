@@ -118,7 +118,7 @@ def test_gguf_is_dequantised_once(tiny_gguf: Path, cache: Path) -> None:
     times = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert resolve_model(str(tiny_gguf)) == folder
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == times
-    assert list(cache.iterdir()) == [folder]
+    assert {path.name for path in cache.iterdir()} == {".lock", folder.name}
 
 
 def truncated(source: Path, target: Path, size: int) -> Path:
@@ -132,7 +132,7 @@ def test_truncated_gguf(size: int, tiny_gguf: Path, tmp_path: Path, cache: Path)
     with pytest.raises(CheckpointError, match=r"cut\.gguf is damaged or incomplete") as caught:
         resolve_model(str(file))
     assert "\n" not in str(caught.value)
-    assert list(cache.iterdir()) == []
+    assert not cache.exists()
 
 
 def test_gguf_of_an_unknown_architecture(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_cache_that_cannot_be_written(tiny_gguf: Path, cache: Path) -> None:
 WRONG: dict[str, tuple[str, bytes | None, type[MoesaicError], str]] = {
     "no GGUF": ("a.gguf", b"PK\x03\x04", CheckpointError, r"a\.gguf is not a GGUF file"),
     "empty": ("a.gguf", b"", CheckpointError, "is not a GGUF file"),
-    "part of a split": ("m-00001-of-00003.gguf", b"GGUF", UnsupportedModelError, "one part of a split GGUF.*--merge"),
+    "no header": ("a.GGUF", b"GGUF", CheckpointError, r"a\.GGUF is damaged or incomplete"),
     "one shard": ("model.safetensors", b"x", InputError, "one file of a checkpoint .give its folder"),
     "config": ("config.json", b"{}", InputError, "one file of a checkpoint .give its folder"),
     "text": ("notes.txt", b"hello", CheckpointError, r"notes\.txt is not a model"),

@@ -84,6 +84,8 @@ def _only_process(cache: Path) -> Iterator[None]:
 
 
 def _make(model: GGUFModel, folder: Path) -> None:
+    from moesaic.checkpoint.durable import sync_tree
+
     file, staging = model.header.file, folder.with_name(f"{_STAGING}{folder.name}")
     with _ended_by_sigterm():
         try:
@@ -94,6 +96,7 @@ def _make(model: GGUFModel, folder: Path) -> None:
             _write_tensors(model, staging)
             fields = {key: value for key, value in model.header.metadata.items() if key.startswith("general.")}
             write_gguf_card(fields, staging)
+            sync_tree(staging)
             staging.replace(folder)
         except MemoryError as error:
             raise ResourceError(f"not enough memory to dequantise {file}", "use a machine with more memory") from error

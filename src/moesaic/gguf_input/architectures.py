@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moesaic.errors import UnsupportedModelError
+from moesaic.errors import CheckpointError, UnsupportedModelError
 from moesaic.gguf_input.header import Header
 from moesaic.gguf_input.keys import Keys
 from moesaic.gguf_input.rope import rope_parameters
@@ -83,7 +83,7 @@ def _decoder(keys: Keys, header: Header, *, partial: bool = False, ffn_width: in
     rope = rope_parameters(keys, header, context, rotary)
     return {
         "hidden_size": hidden,
-        "num_hidden_layers": keys.size("block_count"),
+        "num_hidden_layers": _layers(keys, header),
         "num_attention_heads": heads,
         "num_key_value_heads": keys.size("attention.head_count_kv", heads),
         "head_dim": width,
@@ -95,6 +95,16 @@ def _decoder(keys: Keys, header: Header, *, partial: bool = False, ffn_width: in
         "rope_parameters": rope | ({"partial_rotary_factor": rotary / width} if partial else {}),
         "hidden_act": "silu",
     }
+
+
+def _layers(keys: Keys, header: Header) -> int:
+    count = keys.size("block_count")
+    if not any(name.startswith(f"blk.{count - 1}.") for name in header.tensors):
+        raise CheckpointError(
+            f"{header.file} has no tensor of layer {count - 1}, though {keys.prefix}block_count is {count}",
+            "download it again",
+        )
+    return count
 
 
 def _llama(keys: Keys, header: Header) -> Config:
@@ -218,7 +228,7 @@ def _gpt2(keys: Keys, header: Header) -> Config:
     keys.expect("attention.head_count_kv", heads, "GPT-2 has no shared keys and values")
     return {
         "n_embd": hidden,
-        "n_layer": keys.size("block_count"),
+        "n_layer": _layers(keys, header),
         "n_head": heads,
         "n_positions": keys.size("context_length"),
         "n_inner": keys.size("feed_forward_length"),

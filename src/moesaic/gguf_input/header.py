@@ -91,7 +91,7 @@ def read_header(file: Path) -> Header:
     match = _PART.fullmatch(file.name)
     if "split.count" not in own.metadata and match:
         count = int(match[3])
-    if count == 1:
+    if count == 1 or not isinstance(count, int):
         return own
     if match is None or int(match[3]) != count:
         raise InputError(
@@ -220,7 +220,11 @@ class _Cursor:
         return content
 
     def text(self) -> str:
-        return self._bytes().decode()
+        """A name. struct.error for one that no line could show."""
+        text = self._bytes().decode()
+        if not text.isprintable():
+            raise struct.error("a name with control characters")
+        return text
 
     def tensor(self) -> tuple[tuple[int, ...], int, int]:
         """Shape in torch's order, type and offset."""
