@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,9 +230,9 @@ MODELS = [
     Bad(
         "GGUF part",
         "convert a-00001-of-00002.gguf out",
-        "one part of a split",
-        "--merge",
-        write("a-00001-of-00002.gguf", b"GGUF"),
+        "beside it there is no a-00002-of-00002.gguf",
+        "download all parts",
+        write("a-00001-of-00002.gguf", b"GGUF" + struct.pack("<IQQ", 3, 0, 0)),
     ),
 ]
 
@@ -363,7 +364,7 @@ BLUEPRINTS = [
 
 VERBS = [
     Bad("plan: wrong path", "plan nowhere", "nowhere/config.json does not exist", "folder"),
-    Bad("plan: a file", f"plan model/{WEIGHTS}", "is a file", "folder"),
+    Bad("plan: a file", f"plan model/{WEIGHTS}", "is one file of a checkpoint", "folder"),
     Bad("plan: config is a list", "plan model", "not hold a JSON object", arrange=write("model/config.json", "[]")),
     Bad("plan: experts > neurons", "plan model --layout S1A1E64", "only 37 neurons"),
     Bad("inspect: no output", "inspect model", "no blueprint in model", "conversion"),
