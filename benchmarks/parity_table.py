@@ -44,11 +44,11 @@ ENGINES = ("transformers", "llama.cpp", "vLLM")
 LAYOUT = "S2A2E6"
 DTYPES = {"bfloat16": ", bf16", "float32": ", fp32"}
 INTRODUCTION = f"""\
-Tiny random models, {LAYOUT} random experts; weights of the dtype in the row, computed in fp32. A cell is the largest difference of logits (transformers: 256 tokens,
-against our runtime) or of log-probabilities (llama.cpp, vLLM: 24 or 32 tokens, against transformers on the same
-folder), and how often the likeliest next token is the same. [n] is the reason why there is no figure. ~ marks a target
-that only approaches weights of 1. Experts count with weight 1 in glm4_moe and qwen2_moe, elsewhere with the softmax
-over the chosen."""
+Tiny random models, {LAYOUT} random experts. Weights have the dtype of the row; computed in fp32. A cell is the
+largest difference of logits (transformers: 256 tokens, against our runtime) or of log-probabilities (llama.cpp,
+vLLM: 24 or 32 tokens, against transformers on the same folder). Beside it: how often the likeliest next token is the
+same. [n] is the reason why there is no figure. ~ marks a target that only approaches weights of 1. Experts count with
+weight 1 in glm4_moe and qwen2_moe, elsewhere with the softmax over the chosen."""
 OTHERS = [
     name
     for name in [

@@ -35,7 +35,7 @@ def test_single_file(tiny: Tiny) -> None:
     assert checkpoint.nbytes == sum(tensor.nbytes for tensor in stored.values())
     for name, tensor in stored.items():
         info = checkpoint.info(name)
-        assert (info.dtype, info.shape, info.nbytes) == ("float32", tuple(tensor.shape), tensor.nbytes)
+        assert (info.dtype, info.shape, info.nbytes) == ("bfloat16", tuple(tensor.shape), tensor.nbytes)
         assert info.file == tiny("gpt2") / WEIGHTS
         assert torch.equal(checkpoint.tensor(name), tensor)
 

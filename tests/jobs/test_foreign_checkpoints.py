@@ -56,25 +56,25 @@ def test_a_tensor_without_a_place_is_refused_before_the_work(tiny: Tiny, tmp_pat
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_weights_are_taken_in_their_own_dtype_whatever_the_config_says(tiny: Tiny, tmp_path: Path) -> None:
-    source = changed(tiny("llama"), tmp_path / "model", {"dtype": "bfloat16", "torch_dtype": "bfloat16"})
+def test_weights_are_taken_in_their_own_dtype_whatever_the_config_says(tmp_path: Path) -> None:
+    fp32 = build_tiny("llama", tmp_path / "fp32", dtype="float32")
+    source = changed(fp32, tmp_path / "model", {"dtype": "bfloat16", "torch_dtype": "bfloat16"})
     options = {"method": "static", "options": {"active": 0.5}, "calibration": {"tokens": 256, "window": 64}}
     done = moesaic.convert(source, tmp_path / "out", **options)
     assert done.target == "dense"
     assert done.results["native_parity"]["max_delta"] < 1e-3
 
 
-@pytest.mark.parametrize(("active", "exact"), [(2, True), (3, False)])
-def test_experts_times_a_number_that_16_bits_round_are_judged_by_their_distribution(
-    active: int, exact: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("active", [2, 3])
+def test_experts_times_a_number_that_16_bits_round_are_judged_as_strictly(active: int, tmp_path: Path) -> None:
     source = build_tiny("llama", tmp_path / "dense", dtype="bfloat16")
     options = {"layout": f"S0A{active}E6", "gate": "softmax_topk"}
     calibration = {"tokens": 256, "window": 64}
     done = moesaic.convert(
         source, tmp_path / "out", method="llama_moe", options=options, calibration=calibration, target="mixtral"
     )
-    assert done.results["native_parity"]["exact"] == exact
+    assert done.results["native_parity"]["exact"]
+    assert done.results["native_parity"]["median"] < 1e-5
 
 
 def test_a_head_of_its_own_is_kept_where_the_config_ties_it(tmp_path: Path) -> None:

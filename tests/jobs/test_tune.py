@@ -235,7 +235,8 @@ def test_what_was_tuned_says_so_and_is_not_undone(made: Any, tmp_path: Path) -> 
         tune(stock, tmp_path / "twice", baseline=dense, config=short)
     again = tune(own, tmp_path / "again", baseline=dense, config=short)  # its own weights can be loaded
     first = json.loads((own / "results.json").read_text())["tune"]["held_out"]["after"]["kl"]
-    assert again.results["tune"]["held_out"]["before"]["kl"] == pytest.approx(first, rel=1e-3)
+    # What was trained in fp32 was rounded to the folder's bf16.
+    assert again.results["tune"]["held_out"]["before"]["kl"] == pytest.approx(first, rel=1e-2)
     assert not (tmp_path / "undone").exists()
     assert not (tmp_path / "twice").exists()
 

@@ -54,13 +54,13 @@ PAIRS = [(case, target) for case, (_, _, targets) in CASES.items() for target in
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """``dense("mistral-window")``: the tiny dense model of a case."""
-    built: dict[str, Path] = {}
+    built: dict[tuple[str, str], Path] = {}
 
-    def folder_of(case: str) -> Path:
-        if case not in built:
+    def folder_of(case: str, dtype: str = "bfloat16") -> Path:
+        if (case, dtype) not in built:
             family, config, _ = CASES[case]
-            built[case] = build_tiny(family, tmp_path_factory.mktemp(case) / "model", **config)
-        return built[case]
+            built[case, dtype] = build_tiny(family, tmp_path_factory.mktemp(case) / "model", dtype=dtype, **config)
+        return built[case, dtype]
 
     return folder_of
 
@@ -127,9 +127,10 @@ def test_top1_has_weight_one_exactly(target: str, dense: Any, reference: Any, tm
 
 @pytest.mark.parametrize("target", ["glm4_moe", "granitemoeshared", "qwen2_moe", "mixtral", "ernie4_5_moe"])
 def test_no_shared_expert(target: str, dense: Any, reference: Any, tmp_path: Path) -> None:
-    plans = plans_for(dense("llama"), "S0A2E5", router="static")
-    run = run_stock(write(dense("llama"), plans, tmp_path / "out", target))
-    assert relative(run, reference(dense("llama"), "no shared", plans)) <= 2e-6
+    source = dense("llama", "float32")  # some of these targets store 5 times the down projections
+    plans = plans_for(source, "S0A2E5", router="static")
+    run = run_stock(write(source, plans, tmp_path / "out", target))
+    assert relative(run, reference(source, "no shared", plans)) <= 2e-6
 
 
 def unequal(paths: list[str]) -> dict[str, LayerPlan]:
