@@ -13,6 +13,7 @@ import moesaic
 from moesaic.anatomy.base import Anatomy, FFNSite
 from moesaic.anatomy.weights import ffn_tensor_names, load_ffn
 from moesaic.blueprint import AttentionPlan, Blueprint, LayerPlan
+from moesaic.checkpoint.head import with_true_tie
 from moesaic.checkpoint.origin import read_origin
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import StagedOutput
@@ -129,7 +130,7 @@ def write_side_files(
     for name, text in target.files().items():
         staged.write_text(name, text)
     blueprint.save(staged.folder)
-    config = target.config_json(split, provenance, options)
+    config = with_true_tie(target.config_json(split, provenance, options), checkpoint)
     staged.write_text("config.json", json.dumps(config, indent=2) + "\n")
 
 

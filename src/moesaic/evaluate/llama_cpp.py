@@ -1,18 +1,19 @@
 """Does a GGUF compute in llama.cpp what the folder it was written from computes in transformers?
 
-llama.cpp comes as the wheel ``xllamacpp``: its server inside this process, of which we ask the log-probabilities of the
-likeliest next tokens at every position. Attention caches are f32, every window begins with an empty one, and the text
-is fed as token ids. Distributions are compared over these candidates alone, both normalised anew: llama.cpp sums its
-normaliser in fp32, which shifts all log-probabilities of a position by 1e-4 at 50 000 tokens.
+llama.cpp comes as the wheel ``xllamacpp``: its server, in a process of its own (``llama_cpp_child.py``), as it aborts
+on some files. We ask it for the log-probabilities of the likeliest next tokens at every position. Attention caches are
+f32, every window begins with an empty one, and the text is fed as token ids. Distributions are compared over these
+candidates alone, both normalised anew: llama.cpp sums its normaliser in fp32, which shifts all log-probabilities of a
+position by 1e-4 at 50 000 tokens.
 
 Axes: N windows, W tokens per window, V vocabulary, C candidates that llama.cpp names.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
-import urllib.request
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -25,19 +26,18 @@ from torch import Tensor
 from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.differences import Differences
 from moesaic.evaluate.engine_parity import EngineParity
+from moesaic.evaluate.fresh_process import Child
+
+_CHILD = Path(__file__).with_name("llama_cpp_child.py")
 
 
 def available() -> bool:
     """Whether llama.cpp can be run here."""
-    try:
-        import xllamacpp  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec("xllamacpp") is not None
 
 
 class LlamaCpp:
-    """A GGUF in llama.cpp on the CPU; a context manager.
+    """A GGUF in llama.cpp on the CPU, in a process of its own; a context manager.
 
     Args:
         gguf: The file.
@@ -47,30 +47,22 @@ class LlamaCpp:
 
     Raises:
         InputError: xllamacpp is not installed.
-        VerificationError: llama.cpp does not load the file.
+        VerificationError: llama.cpp does not load the file, aborts, or gives no answer in time; so do all methods.
     """
 
     def __init__(self, gguf: Path, *, context: int = 512, threads: int = 1, f32_cache: bool = True) -> None:
+        if not available():
+            raise InputError("running llama.cpp needs xllamacpp", "pip install 'moesaic[llama-cpp]'")
+        settings = {"gguf": str(gguf), "context": context, "threads": threads, "f32_cache": f32_cache}
+        # -P: the folder of the script is no place to import from. The variable: no debugger starts when it aborts.
+        command = [sys.executable, "-P", str(_CHILD), json.dumps(settings)]
+        self._child = Child(command, engine="llama.cpp", subject=gguf.name, environment={"GGML_NO_BACKTRACE": "1"})
         try:
-            xllamacpp: Any = importlib.import_module("xllamacpp")  # compiled, without type stubs
-        except ImportError as error:
-            raise InputError("running llama.cpp needs xllamacpp", "pip install 'moesaic[llama-cpp]'") from error
-        params = xllamacpp.CommonParams()
-        params.model.path = str(gguf)
-        params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
-        params.n_batch = params.n_ubatch = min(context, 512)
-        params.port, params.warmup, params.verbosity = 0, False, -1
-        params.fit_params = params.ctx_shift = False
-        params.cache_ram_mib = 0  # no store of earlier prompts' caches
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        if f32_cache:
-            params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-            params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        try:
-            self._server: Any = xllamacpp.Server(params)
-        except Exception as error:  # whatever the binding throws
-            raise VerificationError(f"llama.cpp does not load {gguf}: {error}", "report it") from error
-        self._letter = self.tokenize("a")[-1]
+            self._child.answer()
+            self._letter = self._letter_token()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
 
     def __enter__(self) -> LlamaCpp:
         return self
@@ -78,13 +70,22 @@ class LlamaCpp:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._server = None  # its destructor stops the threads
+        self._child.__exit__(kind, error, trace)
+
+    def _letter_token(self) -> int:
+        ids = self.tokenize("a")
+        if not ids:
+            raise VerificationError("llama.cpp makes no token of the letter a", "is the tokenizer that of the model?")
+        return ids[-1]
+
+    def _ask(self, **request: Any) -> Any:
+        self._child.send(json.dumps(request))
+        return json.loads(self._child.answer())
 
     def complete(self, prompt: str | list[int], count: int, **options: Any) -> dict[str, Any]:
         """A greedy completion of ``count`` tokens, as the server answers it."""
         request = {"prompt": prompt, "n_predict": count, "temperature": 0, "cache_prompt": False, **options}
-        answer = self._server.handle_completions(request)
-        answer = json.loads(answer) if isinstance(answer, str | bytes) else answer
+        answer = self._ask(complete=request)
         if "choices" not in answer and "timings" not in answer:
             raise VerificationError(f"llama.cpp cannot run this model: {str(answer)[:300]}", "report it")
         return answer
@@ -103,12 +104,7 @@ class LlamaCpp:
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text; ``special``: with the tokens that begin and end a text."""
-        body = json.dumps({"content": text, "add_special": special, "parse_special": True}).encode()
-        request = urllib.request.Request(
-            f"{self._server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request) as response:
-            return json.load(response)["tokens"]
+        return self._ask(tokenize={"content": text, "add_special": special, "parse_special": True})
 
 
 def llama_cpp_parity(

@@ -60,7 +60,9 @@ def _glm4moe(config: Any) -> Values:
         "expert_weights_scale": float(config.routed_scaling_factor),
         "expert_gating_func": _SIGMOID,
     }
-    if config.n_group > 1:
+    if (
+        1 <= config.topk_group < config.n_group
+    ):  # llama.cpp aborts where all groups are chosen: then they choose nothing
         values |= {"expert_group_count": config.n_group, "expert_group_used_count": config.topk_group}
     return values
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from gguf import (
 )
 from torch import Tensor
 
-from moesaic.checkpoint.durable import disk_errors, replace_file, sync
+from moesaic.checkpoint.durable import replace_file
 from moesaic.errors import InputError
 
 DTYPES: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
@@ -89,7 +88,7 @@ def write_gguf(
     dtype: str,
     advance: Callable[[str], None],
 ) -> None:
-    """Write ``path``, under a temporary name first. ``advance`` is told the name of every tensor that is written.
+    """Write ``path``; a failure leaves no part of it. ``advance`` is told the name of every tensor that is written.
 
     Raises:
         InputError: a value does not fit f16.
@@ -114,12 +113,7 @@ def write_gguf(
         finally:
             writer.close()
 
-    # A name of its own: two exports to one file at the same time must not write into each other.
-    own = path.with_name(f"{path.name}.{uuid4().hex[:8]}")
-    replace_file(own, write)
-    with disk_errors(path):
-        own.replace(path)
-        sync(path.parent)
+    replace_file(path, write)
 
 
 def expected_bytes(tensors: Sequence[GGUFTensor], dtype: str) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from moesaic.errors import UnsupportedModelError
+from moesaic.gguf.tokenizer_parts import COPY_HINT, flat
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -41,44 +42,25 @@ def pretokenizer_name(content: dict[str, Any]) -> str:
 
     Raises UnsupportedModelError when it is not one of those known here.
     """
-    steps = tuple(_step(step) for step in _flat(content.get("pre_tokenizer")))
+    steps = tuple(_step(step) for step in flat(content.get("pre_tokenizer")))
     skips_merges = bool(content["model"].get("ignore_merges"))
     for known, skips, name in _NAMES:
         if steps == known and skips in (None, skips_merges):
             return name
     raise UnsupportedModelError(
         f"the tokenizer splits text in a way that is not known here ({', '.join(str(step[0]) for step in steps)})",
-        "give a GGUF of the dense model to copy the tokenizer from",
+        COPY_HINT,
     )
-
-
-def is_sentencepiece(content: dict[str, Any]) -> bool:
-    """Whether a BPE is one made by SentencePiece: characters it lacks become bytes."""
-    return bool(content["model"].get("byte_fallback"))
-
-
-def adds_space_prefix(content: dict[str, Any]) -> bool:
-    """Whether a SentencePiece tokenizer puts a space before the text."""
-    normalizers = [step["type"] for step in _flat(content.get("normalizer"))]
-    schemes = [step.get("prepend_scheme", "always") for step in _flat(content.get("pre_tokenizer"))]
-    return "Prepend" in normalizers or any(scheme in ("always", "first") for scheme in schemes)
-
-
-def _flat(step: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if step is None:
-        return []
-    if step["type"] == "Sequence":
-        return [part for inner in step.get("pretokenizers") or step.get("normalizers") or [] for part in _flat(inner)]
-    return [step]
 
 
 def _step(step: dict[str, Any]) -> tuple[Any, ...]:
     kind = step["type"]
-    if kind == "ByteLevel" and not step.get("add_prefix_space"):
-        return (kind, step.get("use_regex", True))
+    if kind == "ByteLevel":
+        return ("ByteLevel with add_prefix_space",) if step.get("add_prefix_space") else (kind, step["use_regex"])
     if kind == "Digits":
         return (kind, step.get("individual_digits"))
-    if kind == "Split" and step.get("behavior") in ("Isolated", "Removed") and "Regex" in step.get("pattern", {}):
-        # "Removed" and inverted keeps the matches: the same as isolating them, for patterns that match everything.
+    # "Removed" and inverted keeps the matches: the same as isolating them, for patterns that match everything.
+    isolates = (step.get("behavior"), bool(step.get("invert"))) in (("Isolated", False), ("Removed", True))
+    if kind == "Split" and isolates and "Regex" in step.get("pattern", {}):
         return (kind, step["pattern"]["Regex"])
     return (f"{kind} with options",)

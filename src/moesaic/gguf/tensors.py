@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesaic.checkpoint.head import stores_own_head
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import CheckpointError, UnsupportedModelError
 from moesaic.gguf.architectures import Architecture, head_width
@@ -20,11 +21,8 @@ from moesaic.gguf.file import GGUFTensor
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias|e_score_correction_bias)")
 _EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)")
-_TOP = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_TOP = {_EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", _HEAD: "output.weight"}
 _MODULES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -69,16 +67,28 @@ def gguf_tensors(checkpoint: Checkpoint, architecture: Architecture, config: Any
     """Every tensor of the file, in the order in which they lie in it.
 
     Raises:
-        CheckpointError: the folder has a tensor that llama.cpp has no place for, or lacks experts.
+        CheckpointError: the folder has a tensor that llama.cpp has no place for, or lacks experts, embeddings or head.
         UnsupportedModelError: it has a bias that llama.cpp ignores, or a shared gate that is NaN there.
     """
     parts: dict[str, dict[int, _Part]] = {}
+    headless = _headless(checkpoint, config)
     for name in checkpoint.names:
-        if not name.endswith(_STALE) and not (name == "lm_head.weight" and config.tie_word_embeddings):
+        if not name.endswith(_STALE) and not (name == _HEAD and headless):
             for destination, expert, part in _places(name, architecture):
                 parts.setdefault(destination, {})[expert] = part
     tensors = [_tensor(checkpoint, architecture, config, name, parts[name]) for name in sorted(parts, key=_file_order)]
     return tensors + _rope_factors(config)
+
+
+def _headless(checkpoint: Checkpoint, config: Any) -> bool:
+    """Whether the file has no head, as it is the embedding matrix: llama.cpp then takes that.
+
+    Raises CheckpointError where either matrix is missing though the config asks for it.
+    """
+    for name in (_EMBEDDING, _HEAD):
+        if name not in checkpoint and not (name == _HEAD and config.tie_word_embeddings):
+            raise CheckpointError(f"{checkpoint.folder}: no tensor {name}", "save the model anew with transformers")
+    return bool(config.tie_word_embeddings) and not stores_own_head(checkpoint)
 
 
 def _file_order(name: str) -> tuple[int, str]:

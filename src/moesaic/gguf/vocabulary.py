@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGUFReader, GGUFValueType, TokenType
+from tokenizers import Tokenizer
 
 from moesaic.errors import CheckpointError, InputError, UnsupportedModelError
 from moesaic.gguf.file import Field, field
-from moesaic.gguf.pretokenizers import adds_space_prefix, is_sentencepiece, pretokenizer_name
+from moesaic.gguf.pretokenizers import pretokenizer_name
+from moesaic.gguf.tokenizer_parts import COPY_HINT, adds_space_prefix, check_parts, is_sentencepiece
 
 _TOKENS, _TYPES, _SCORES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.scores"
 _FILLERS = {_TYPES: int(TokenType.UNUSED), _SCORES: -1e4}
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _NO_MERGE = -1e4
 """Score of a piece that no merge makes: behind all others."""
 
@@ -48,7 +51,8 @@ def built_vocabulary(folder: Path, config: dict[str, Any], vocabulary: int) -> d
 
     Raises:
         InputError: there is no tokenizer.json.
-        UnsupportedModelError: llama.cpp has no such tokenizer, as far as known here.
+        CheckpointError: it cannot be read.
+        UnsupportedModelError: llama.cpp has no such tokenizer, as far as known here, or leaves out a part of it.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -56,14 +60,14 @@ def built_vocabulary(folder: Path, config: dict[str, Any], vocabulary: int) -> d
             f"{folder} has no tokenizer.json",
             "save it there with transformers' AutoTokenizer, or give a GGUF of the dense model to copy it from",
         )
-    content = _read_json(path)
+    tokenizer = read_tokenizer(path)
+    content = content_of(tokenizer)
     settings_path = folder / "tokenizer_config.json"
     settings = _read_json(settings_path) if settings_path.is_file() else {}
     model, added = content["model"], content.get("added_tokens", [])
-    if model.get("type") != "BPE":
-        raise UnsupportedModelError(
-            f"a {model.get('type')} tokenizer: only BPE ones are written", "copy it from a GGUF"
-        )
+    if model["type"] != "BPE":
+        raise UnsupportedModelError(f"a {model['type']} tokenizer: only BPE ones are written", COPY_HINT)
+    check_parts(content, settings)
     tokens, types = _tokens(model, added, vocabulary, str(path))
     metadata = {_TOKENS: field(tokens), _TYPES: field(types)}
     if is_sentencepiece(content):
@@ -82,7 +86,29 @@ def built_vocabulary(folder: Path, config: dict[str, Any], vocabulary: int) -> d
         }
         if merges:
             metadata["tokenizer.ggml.merges"] = field(merges)
-    return metadata | _special_tokens(path, config, settings, tokens) | _chat_template(folder, settings)
+    ids = _special_ids(config, settings, tokens)
+    metadata |= {f"tokenizer.ggml.{_SPECIAL[name]}_token_id": field(index) for name, index in ids.items()}
+    return metadata | _ends(tokenizer, ids) | _chat_template(folder, settings)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json, which encodes whole texts: cutting and padding that it asks for are off.
+
+    Raises CheckpointError when the library cannot read it.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare exceptions
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{path} is no tokenizer that can be read: {reason}", "copy it again") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def content_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Its tokenizer.json as the library writes it today."""
+    return json.loads(tokenizer.to_str())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -125,29 +151,32 @@ def _scores(model: dict[str, Any], tokens: list[str]) -> list[float]:
     return [-float(first[token]) if token in first else _NO_MERGE for token in tokens]
 
 
-def _special_tokens(
-    path: Path, config: dict[str, Any], settings: dict[str, Any], tokens: list[str]
-) -> dict[str, Field]:
-    from tokenizers import Tokenizer
-
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+def _special_ids(config: dict[str, Any], settings: dict[str, Any], tokens: list[str]) -> dict[str, int]:
+    """Ids of bos, eos, unk and pad, as far as there are such tokens: -1, the null of some configs, is none."""
     ids: dict[str, int] = {}
-    for name in names:
+    for name in _SPECIAL:
         stated = settings.get(f"{name}_token")
         text = stated.get("content") if isinstance(stated, dict) else stated
         if text in tokens:
             ids[name] = tokens.index(text)
-        elif (fallback := _first(config.get(f"{name}_token_id"))) is not None:
-            ids[name] = fallback
-    encoded = Tokenizer.from_file(str(path)).encode("a").ids
-    return {f"tokenizer.ggml.{names[name]}_token_id": field(index) for name, index in ids.items()} | {
-        "tokenizer.ggml.add_bos_token": field(len(encoded) > 1 and encoded[0] == ids.get("bos")),
-        "tokenizer.ggml.add_eos_token": field(len(encoded) > 1 and encoded[-1] == ids.get("eos")),
-    }
+            continue
+        listed = config.get(f"{name}_token_id")
+        first = next((index for index in (listed if isinstance(listed, list) else [listed])), None)
+        if isinstance(first, int) and 0 <= first < len(tokens):
+            ids[name] = first
+    return ids
 
 
-def _first(ids: Any) -> int | None:
-    return (ids[0] if ids else None) if isinstance(ids, list) else ids
+def _ends(tokenizer: Tokenizer, ids: dict[str, int]) -> dict[str, Field]:
+    """Whether a text gets bos in front and eos behind. Raises UnsupportedModelError where it gets anything else."""
+    bare, encoded = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    for bos, eos in ((False, False), (True, False), (False, True), (True, True)):
+        if encoded == [*([ids.get("bos")] if bos else []), *bare, *([ids.get("eos")] if eos else [])]:
+            return {"tokenizer.ggml.add_bos_token": field(bos), "tokenizer.ggml.add_eos_token": field(eos)}
+    shown = " ".join(tokenizer.id_to_token(index) or "?" for index in encoded)
+    raise UnsupportedModelError(
+        f"the tokenizer's post-processor makes {shown!r} of 'a': llama.cpp adds bos and eos alone", COPY_HINT
+    )
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> dict[str, Field]:

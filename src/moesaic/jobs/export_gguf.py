@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from moesaic.checkpoint.durable import full_disk_errors
 from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.staged_file import staged_file
 from moesaic.errors import InputError, ResourceError
 from moesaic.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from moesaic.evaluate.engine_parity import EngineParity
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 
@@ -24,6 +29,8 @@ class GGUFExport:
         dtype: Storage type of the matrices; norms, biases and routers are f32.
         nbytes: Size of the file.
         wider: Tensors that are f16 in a q8_0 file, as their rows are no multiple of 32.
+        parity: llama.cpp on the file against transformers on the folder; None where that was not compared.
+        unchecked: Why it was not, or what to install; None where it was.
     """
 
     output: Path
@@ -31,6 +38,8 @@ class GGUFExport:
     dtype: str
     nbytes: int
     wider: tuple[str, ...]
+    parity: EngineParity | None
+    unchecked: str | None
 
 
 def export_gguf(
@@ -39,17 +48,19 @@ def export_gguf(
     dtype: str = "f16",
     *,
     tokenizer_gguf: str | Path | None = None,
+    check: bool = True,
     progress: Progress | None = None,
 ) -> GGUFExport:
-    """Write the model in a stock folder as a GGUF for llama.cpp.
+    """Write the model in a stock folder as a GGUF for llama.cpp, and check it before it appears.
 
     Args:
         folder: Output of :func:`moesaic.export`, or of a conversion with a stock target: glm4_moe, granitemoeshared,
             mixtral, qwen3_moe, qwen2_moe; or a dense llama, mistral, qwen2, qwen3.
-        out_file: File to create; it appears when it is complete.
+        out_file: File to create; it appears when it is complete and right.
         dtype: Storage type of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``. In a q8_0 file, a matrix whose rows
             are no multiple of 32 is f16.
         tokenizer_gguf: A GGUF of the dense model to copy the tokenizer from, in place of the folder's tokenizer.json.
+        check: Read every tensor back; where llama.cpp is installed and memory suffices, compare tokens and logits.
         progress: Receives tensors done and notes.
 
     Raises:
@@ -57,19 +68,24 @@ def export_gguf(
             ``gguf`` is missing. Nothing is written.
         UnsupportedModelError: llama.cpp would compute something else.
         CheckpointError: the folder is damaged.
+        VerificationError: the file is not what it should be, or llama.cpp cannot run it; it does not appear.
         ResourceError: not enough room.
     """
     progress = progress or Silent()
     folder, output = Path(folder).expanduser(), Path(out_file).expanduser()
     _check_arguments(output, dtype)
+    from moesaic.evaluate.gguf_parity import check_gguf
+    from moesaic.evaluate.tokenizer_parity import check_tokens
     from moesaic.gguf import architectures, vocabulary
     from moesaic.gguf.file import expected_bytes, field, write_gguf
+    from moesaic.gguf.readback import check_tensors
     from moesaic.gguf.tensors import gguf_tensors
 
     checkpoint = Checkpoint(folder)
     architecture = architectures.architecture_of(str(checkpoint.config.get("model_type")))
     config = architectures.read_config(checkpoint.config)
     architectures.check(architecture, config)
+    _check_pad(folder, config)
     tensors = gguf_tensors(checkpoint, architecture, config)
     architectures.check_graph(architecture, config, len(tensors))
     if tokenizer_gguf is None:
@@ -83,15 +99,46 @@ def export_gguf(
 
     output.parent.mkdir(parents=True, exist_ok=True)
     _check_room(output, expected_bytes(tensors, dtype))
-    progress.start(f"{output.name}: tensors", len(tensors))
-    with full_disk_errors(output):
-        write_gguf(output, architecture.name, metadata | tokenizer, tensors, dtype, progress.advance)
+    with staged_file(output) as file:
+        progress.start(f"{output.name}: tensors", len(tensors))
+        write_gguf(file, architecture.name, metadata | tokenizer, tensors, dtype, progress.advance)
+        nbytes = file.stat().st_size
+        parity, unchecked = None, "not asked for"
+        if check:
+            progress.note("reading the file back")
+            check_tensors(file, tensors, dtype)
+            unchecked = _unchecked(checkpoint, nbytes)
+            if unchecked is None:
+                progress.note("comparing: llama.cpp on the file with transformers on the folder")
+                if tokenizer_gguf is None:
+                    check_tokens(file, folder)
+                parity = check_gguf(file, folder, dtype)
     wider = tuple(tensor.name for tensor in tensors if tensor.stored_as(dtype).name == "F16" and dtype == "q8_0")
     if wider:
         progress.note(
             f"{len(wider)} of {len(tensors)} tensors are f16: their rows are no multiple of 32 ({wider[0]}, ...)"
         )
-    return GGUFExport(output, architecture.name, dtype, output.stat().st_size, wider)
+    return GGUFExport(output, architecture.name, dtype, nbytes, wider, parity, unchecked)
+
+
+def _unchecked(checkpoint: Checkpoint, nbytes: int) -> str | None:
+    """Why the file is not run in llama.cpp, or None."""
+    from moesaic.evaluate.llama_cpp import available
+    from moesaic.jobs.native import beyond_memory, fp32_bytes
+
+    if not available():
+        return "pip install 'moesaic[llama-cpp]'"
+    return beyond_memory(fp32_bytes(checkpoint) + nbytes, "the folder in fp32 and the file")
+
+
+def _check_pad(folder: Path, config: Any) -> None:
+    """Refuse what stops transformers when it builds the embeddings."""
+    pad, size = config.pad_token_id, config.vocab_size
+    if isinstance(pad, int) and not -size <= pad < size:
+        raise InputError(
+            f"{folder / 'config.json'}: pad_token_id {pad} is beyond the {size} embeddings",
+            "transformers does not load it so: set it to null, or to the id of a token",
+        )
 
 
 def _check_arguments(output: Path, dtype: str) -> None:
@@ -114,10 +161,15 @@ def _general(output: Path, dtype: str) -> dict[str, str | int]:
 
     return {
         "general.type": "model",
-        "general.name": output.stem,
+        "general.name": _name(output.stem),
         "general.file_type": int(TYPES[dtype][1]),
         "general.quantization_version": GGML_QUANT_VERSION,
     }
+
+
+def _name(stem: str) -> str:
+    """The file's name, but nothing by which llama.cpp takes a model for one whose special tokens eat spaces."""
+    return re.sub("(?i)(phi)-?(3)|(modern)-(bert)", r"\1\3_\2\4", stem)
 
 
 def _check_room(output: Path, needed: int) -> None:

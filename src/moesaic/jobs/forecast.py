@@ -310,7 +310,7 @@ def _written(target: str, shape: Shape, options: TargetOptions) -> tuple[int, in
     if target in REPLICATING:
         return experts * (shared + width), experts
     if target == "glm4_moe":
-        paired = options.exact_weights and shape.router != "static" and shape.top_k > 1
+        paired = options.exact_weights and shape.router != "static" and 1 < shape.top_k < shape.experts
         experts = max(2, experts) * (2 if paired else 1)
         return experts * width + max(width, aligned(shared, max(width, 1))), experts
     if target == "ernie4_5_moe":

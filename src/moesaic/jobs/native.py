@@ -15,11 +15,8 @@ from moesaic.anatomy.weights import down_dtype
 from moesaic.blueprint import Blueprint
 from moesaic.checkpoint.output import read_split
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.checkpoint.results import read_results
 from moesaic.checkpoint.source import resolve_model
-from moesaic.errors import InputError, VerificationError
-from moesaic.evaluate.engine_parity import WINDOW, WINDOWS, EngineParity
-from moesaic.evaluate.llama_cpp import available, llama_cpp_parity, stock_logits
+from moesaic.errors import InputError
 from moesaic.evaluate.native_parity import NativeParity, native_parity, parity_ids
 from moesaic.evaluate.runtime import Runtime, round_experts
 from moesaic.jobs.request import check_source
@@ -29,8 +26,6 @@ from moesaic.targets.base import Split, TargetOptions
 from moesaic.tune.mark import tuned
 
 _WINDOW = 256
-APPROXIMATE_GGUF_KL = 1e-2
-"""Largest mean KL divergence, in nats, between llama.cpp and transformers for a folder that approaches weights of 1."""
 _MEMORY_SHARE = 0.5
 """Share of the machine's memory that the check at the end of a conversion may take for both models."""
 
@@ -96,11 +91,20 @@ def target_runtime(model: nn.Module, source: Checkpoint, split: Split, target: s
 
 def too_large(model: Checkpoint, written: Checkpoint) -> str | None:
     """Why both models should not be in memory at once on this machine, or None."""
-    needed = 4 * sum(math.prod(one.info(name).shape) for one in (model, written) for name in one.names)
+    return beyond_memory(fp32_bytes(model) + fp32_bytes(written), "two models in fp32")
+
+
+def fp32_bytes(model: Checkpoint) -> int:
+    """Size of its tensors in fp32."""
+    return 4 * sum(math.prod(model.info(name).shape) for name in model.names)
+
+
+def beyond_memory(needed: int, what: str) -> str | None:
+    """Why ``what`` of ``needed`` bytes should not be in memory on this machine, or None."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed <= _MEMORY_SHARE * memory:
         return None
-    return f"two models in fp32 take {needed / 1e9:.0f} GB, more than half of this machine's {memory / 1e9:.0f} GB"
+    return f"{what} take {needed / 1e9:.0f} GB, more than half of this machine's {memory / 1e9:.0f} GB"
 
 
 def verify_native(folder: str | Path, baseline: str | Path | None, *, windows: int = 1) -> NativeParity:
@@ -165,38 +169,6 @@ def read_converted(folder: Path) -> tuple[Checkpoint, Blueprint, Split]:
     hierarchical = FAMILIES[dense_config["model_type"]].moe is not None
     anatomy = read_anatomy(dense_config, hierarchical=hierarchical)
     return checkpoint, blueprint, Split(anatomy, blueprint.sites, checkpoint.config["ffn_sites"], blueprint.attention)
-
-
-def check_gguf(gguf: Path, folder: str | Path, dtype: str) -> EngineParity | None:
-    """Compare llama.cpp on ``gguf`` with transformers on the stock folder it was written from, on 256 tokens of text.
-
-    None where the package ``xllamacpp`` is missing. Raises VerificationError when an f32 file differs by more than
-    rounding in more short windows than :class:`EngineParity` excuses; narrower types differ by what they round. Where
-    weights of 1 are approached by scores of size eps, fp32 cannot tell all neighbouring scores apart, so that engines
-    choose other experts for some tokens. How often, and what becomes of the text after them, is then the question:
-    such a file must stay within ``APPROXIMATE_GGUF_KL`` on the whole of one long window.
-    """
-    if not available():
-        return None
-    folder = Path(folder).expanduser()
-    approximate = _approximate(folder)
-    window, windows = (_WINDOW, 1) if approximate else (WINDOW, WINDOWS)
-    ids_NW = parity_ids(folder, int(Checkpoint(folder).config["vocab_size"]), window, windows)
-    parity = llama_cpp_parity(gguf, ids_NW, stock_logits(folder))
-    if dtype == "f32" and approximate:
-        if not parity.mean_kl <= APPROXIMATE_GGUF_KL:
-            raise VerificationError(
-                f"{gguf.name} in llama.cpp chooses other experts than transformers: mean KL {parity.mean_kl:.1e}",
-                "its scores are too close to each other: export the folder with a larger eps, or to glm4_moe",
-            )
-    elif dtype == "f32":
-        parity.require_exact(gguf.name)
-    return parity
-
-
-def _approximate(folder: Path) -> bool:
-    """Whether the check at the end of its export took the folder for one that only approaches weights of 1."""
-    return not read_results(folder).get("native_parity", {}).get("exact", True)
 
 
 def fitting_targets(folder: str | Path) -> dict[str, list[str]]:

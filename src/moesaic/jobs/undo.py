@@ -14,6 +14,7 @@ from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy, FFNSite
 from moesaic.attention_plan import VALUE_TENSORS
 from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.checkpoint.head import with_true_tie
 from moesaic.checkpoint.manifest import check_manifest
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import StagedOutput
@@ -25,8 +26,9 @@ from moesaic.tune.mark import tuned
 def undo(folder: str | Path, out: str | Path, *, restart: bool = False) -> Path:
     """Write to ``out`` the dense checkpoint that the conversion in ``folder`` was made from; returns ``out``.
 
-    Values and names of the tensors are those of the source (with the base model's prefix, where the source lacks it),
-    and config.json has its content; the division into shards is the conversion's. One shard is in memory at a time.
+    Values and names of the tensors are those of the source (with the base model's prefix, where the source lacks it).
+    config.json has its content, but for a flag that ties a head of its own to the embeddings. The division into shards
+    is the conversion's. One shard is in memory at a time.
     Interrupted, the same call resumes.
 
     Args:
@@ -72,7 +74,7 @@ def undo(folder: str | Path, out: str | Path, *, restart: bool = False) -> Path:
                 staged.write_shard(step, _dense_shard(converted, anatomy, blueprint, names))
         for path in converted.side_files():
             staged.copy_file(path)
-        staged.write_text("config.json", json.dumps(dense_config, indent=2) + "\n")
+        staged.write_text("config.json", json.dumps(with_true_tie(dense_config, converted), indent=2) + "\n")
         return staged.finish(manifest=False)
 
 

@@ -2,8 +2,8 @@
 
 Weights of 1, three ways:
 
-- Normalised, where all layers have one top-k: w_i = K sigmoid(eps z_i) / sum_topk; exactly 1 for K = 1 and for static
-  routers.
+- Normalised, where all layers have one top-k: w_i = K sigmoid(eps z_i) / sum_topk; exactly 1 for K = 1, and where all
+  experts are always on: then z = 0.
 - Plain, where layers differ: w = 2 sigmoid(eps z) = 1 + eps z / 2. Missing experts of a layer are dead (bias -10),
   missing active ones are experts of zeros that are always chosen (bias +10).
 - Paired (``exact_weights``) [OURS]: expert e becomes a group of two, the expert with a router row of zeros, and a

@@ -73,6 +73,11 @@ def weighs_one(plan: LayerPlan) -> bool:
     return plan.gate == "softmax_topk" and plan.top_k == 1
 
 
+def always_on(plan: LayerPlan) -> bool:
+    """Whether every expert counts with weight 1 for every token, so that no score of the router matters."""
+    return plan.router.kind == "static" or (all_on(plan) and weighs_one(plan))
+
+
 def biased_selection(plan: LayerPlan) -> bool:
     """Whether the selection bias decides anything: it differs between experts, and not all are chosen."""
     bias_E = plan.selection_bias
@@ -85,7 +90,7 @@ def approximates(split: Split, *, normalised: bool) -> bool:
     ``normalised``: it divides by the sum over the chosen experts, so that a single one has weight 1 whatever its score.
     """
     return any(
-        plan.router.kind != "static" and weighs_one(plan) and not (normalised and plan.top_k == 1)
+        weighs_one(plan) and not always_on(plan) and not (normalised and plan.top_k == 1)
         for plan in split.plans.values()
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moesaic.blueprint import LayerPlan
-from moesaic.targets.limits import biased_selection, weighs_one
+from moesaic.targets.limits import always_on, biased_selection, weighs_one
 
 
 class Branch(NamedTuple):
@@ -103,7 +103,7 @@ def router_rows(plan: LayerPlan, d_model: int, gamma_D: Tensor | None, eps: floa
 
     Where weights are 1, the rows are centred over the experts and brought to scores of standard deviation ``eps``:
     neither changes which experts are chosen, and both bring stock weights near 1 [OURS]. Elsewhere they are the plan's
-    own, and a static router has rows of zeros: equal weights.
+    own. Where all experts are always on, rows are zeros: equal weights, of exactly 1.
 
     Args:
         plan: Of an FFN with experts, linear, low-rank (multiplied out) or static router.
@@ -113,7 +113,7 @@ def router_rows(plan: LayerPlan, d_model: int, gamma_D: Tensor | None, eps: floa
         eps: Standard deviation of the scores where weights are to be 1.
         any_scale: The architecture gives weights of 1 whatever the size of the scores; they then keep the most digits.
     """
-    if plan.router.kind == "static":
+    if always_on(plan):
         return RouterRows(torch.zeros(len(plan.experts), d_model), torch.zeros(len(plan.experts)))
     weight_ED = plan.router.rows()
     bias_E = plan.router.tensors.get("bias", torch.zeros(len(weight_ED))).float()

@@ -1,0 +1,144 @@
+"""Is a GGUF right? llama.cpp on the file against transformers on the stock folder it was written from.
+
+An f32 file must compute the same function (:meth:`EngineParity.require_exact`). A narrower type rounds, so its bound is
+measured on the model itself [OURS]: transformers runs the folder again with noise on every matrix that the file rounds.
+The noise is uniform in the rounding interval of the type, so it moves the logits as far as rounding the weights does.
+llama.cpp also rounds the inputs of each product to the same type, which is as much again, and independent. Variances
+add: a right file differs by sqrt(2) times the noise, or by less where the folder's weights fit the type already.
+Measured on right files: 0.5 to 1.5 times. ``NOISE_FACTOR`` times the noise is allowed. Routers that choose other experts
+because of rounding do so in both, so the bound grows with them. What hides below the noise, such as two rows of one
+matrix in the wrong order, is found by :mod:`moesaic.gguf.readback`, which needs no engine.
+
+Axes: N windows, W tokens per window, V vocabulary, C candidates, B blocks of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.results import read_results
+from moesaic.errors import VerificationError
+from moesaic.evaluate.engine_parity import EXACT_MEDIAN, WINDOW, WINDOWS, EngineParity
+from moesaic.evaluate.llama_cpp import llama_cpp_parity
+from moesaic.evaluate.native_parity import parity_ids
+
+APPROXIMATE_KL = 1e-2
+"""Largest mean KL divergence, in nats, of an f32 file from a folder that only approaches weights of 1."""
+NOISE_FACTOR = 2.5
+"""A narrower file may differ by this many times the noise: sqrt(2) is expected, the rest is for chance."""
+_DRAWS = 3
+_LONG_WINDOW = 256
+_CANDIDATES = 64
+_RELATIVE = {"f16": 2.0**-11, "bf16": 2.0**-8}
+"""Half the distance of neighbouring numbers, over the number: 11 and 8 significant bits."""
+_BLOCK, _STEPS = 32, 254
+"""q8_0: values of a block share one scale, its largest / 127; half a step is the largest / 254."""
+_PRECISE = (".gate.weight", ".router.layer.weight", "shared_expert_gate.weight")
+"""Matrices that are f32 in every file: the routers."""
+
+
+def check_gguf(gguf: Path, folder: Path, dtype: str) -> EngineParity:
+    """Compare llama.cpp on ``gguf`` with transformers on ``folder``, on 256 tokens of text, and judge the file.
+
+    Equality is judged over short windows (see :mod:`engine_parity`). A folder that approaches weights of 1 by scores of
+    size eps is another matter: fp32 cannot tell all neighbouring scores apart, so engines choose other experts for some
+    tokens. How often, and what becomes of the text after them, is then the question: such a file is judged on one long
+    window.
+
+    Args:
+        gguf: The file.
+        folder: The stock folder.
+        dtype: Storage type of its matrices.
+
+    Raises:
+        InputError: xllamacpp is not installed.
+        VerificationError: the file computes something else, or llama.cpp cannot run it.
+    """
+    approximate = not read_results(folder).get("native_parity", {}).get("exact", True)
+    window, windows = (_LONG_WINDOW, 1) if approximate else (WINDOW, WINDOWS)
+    ids_NW = parity_ids(folder, int(Checkpoint(folder).config["vocab_size"]), window, windows)
+    stock = Stock(folder)
+    parity = llama_cpp_parity(gguf, ids_NW, stock.logits, candidates=_CANDIDATES)
+    if dtype == "f32" and not approximate:
+        parity.require_exact(gguf.name)
+    elif dtype == "f32":
+        if not parity.mean_kl <= APPROXIMATE_KL:
+            raise VerificationError(
+                f"{gguf.name} in llama.cpp chooses other experts than transformers: mean KL {parity.mean_kl:.1e}",
+                "its scores are too close to each other: export the folder with a larger eps, or to glm4_moe",
+            )
+    else:
+        bound = max(EXACT_MEDIAN, NOISE_FACTOR * rounding_noise(stock, ids_NW, dtype))
+        if not (parity.median <= bound and math.isfinite(parity.window_median)):
+            raise VerificationError(
+                f"{gguf.name} in {parity.engine} differs by more than {dtype} rounds: log-probabilities by "
+                f"{parity.median:.1e} (median), rounding explains {bound:.1e}",
+                "report it",
+            )
+    return parity
+
+
+class Stock:
+    """A stock folder in transformers, in fp32."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        self.model = model.eval()
+
+    @torch.inference_mode()
+    def logits(self, ids_W: Tensor) -> Tensor:
+        """logits_WV."""
+        return self.model(ids_W[None], use_cache=False).logits[0]
+
+    @contextmanager
+    def noisy(self, dtype: str, seed: int) -> Iterator[None]:
+        """The model with rounding noise of a type on its matrices, for the length of a block."""
+        self._add(dtype, seed, 1)
+        try:
+            yield
+        finally:
+            self._add(dtype, seed, -1)
+
+    @torch.inference_mode()
+    def _add(self, dtype: str, seed: int, sign: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.model.named_parameters():
+            if parameter.dim() > 1 and not name.endswith(_PRECISE):
+                uniform = torch.rand(parameter.shape, generator=generator).mul_(2).sub_(1)
+                parameter.add_(uniform.mul_(half_step(parameter, dtype)), alpha=sign)
+
+
+def half_step(weight: Tensor, dtype: str) -> Tensor:
+    """The largest rounding error of each value in a narrow type. Rows that do not fill blocks of q8_0 are f16."""
+    if dtype != "q8_0" or weight.shape[-1] % _BLOCK:
+        return weight.abs() * _RELATIVE.get(dtype, _RELATIVE["f16"])
+    blocks = weight.unflatten(-1, (-1, _BLOCK))
+    return (blocks.abs().amax(-1, keepdim=True) / _STEPS).expand(blocks.shape).flatten(-2)
+
+
+def rounding_noise(stock: Stock, ids_NW: Tensor, dtype: str) -> float:
+    """How far rounding noise moves log-probabilities: the median over positions, the largest of a few draws."""
+    expected = [stock.logits(ids_W) for ids_W in ids_NW]
+    found = []
+    for seed in range(_DRAWS):
+        with stock.noisy(dtype, seed):
+            moved = [_moved(logits_WV, stock.logits(ids_W)) for logits_WV, ids_W in zip(expected, ids_NW, strict=True)]
+        found.append(torch.cat(moved).median().item())
+    return max(found)
+
+
+def _moved(expected_WV: Tensor, actual_WV: Tensor) -> Tensor:
+    """Per position the largest |log-probability difference| over the likeliest candidates, as engines are compared."""
+    ids_WC = expected_WV.topk(min(_CANDIDATES, expected_WV.shape[-1]), dim=-1).indices
+    expected_WC, actual_WC = (part.double().gather(-1, ids_WC).log_softmax(-1) for part in (expected_WV, actual_WV))
+    return (expected_WC - actual_WC).abs().amax(-1)
