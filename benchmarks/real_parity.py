@@ -90,7 +90,7 @@ def in_llama_cpp(folder: Path, runtime: Runtime, ids_NW: Tensor, threads: int) -
     """llama.cpp on the f32 GGUF of the folder."""
     gguf = folder.with_name(f"{folder.name}-f32.gguf")
     if not gguf.exists():
-        export_gguf(folder, gguf, "f32")
+        export_gguf(folder, gguf, "f32", check=False)
     reference = Margins(runtime)
     found = llama_cpp_differences(gguf, ids_NW, reference, candidates=100, threads=threads)
     return figures(found, torch.stack(reference.margins)) | {"version": version("xllamacpp")}

@@ -64,7 +64,7 @@ def test_a_gguf_that_computes_something_else_does_not_stay(
     def differs(*_given: object) -> None:
         raise VerificationError("differs")
 
-    monkeypatch.setattr("moesaic.jobs.native.check_gguf", differs)
+    monkeypatch.setattr("moesaic.evaluate.gguf_parity.check_gguf", differs)
     code, _, err = run("export", tiny("llama"), tmp_path / "model.gguf", "--to", "gguf")
     assert (code, err.splitlines()[-1]) == (3, "error: differs")
     assert not list(tmp_path.iterdir())

@@ -10,8 +10,7 @@ import torch
 
 from moesaic.evaluate.differences import join
 from moesaic.evaluate.llama_cpp import available, llama_cpp_differences, llama_cpp_parity, stock_logits
-from moesaic.jobs.export_gguf import export_gguf
-from tests.targets.helpers import plans_for, write
+from tests.targets.helpers import plans_for, write, write_gguf
 
 pytestmark = pytest.mark.skipif(not available(), reason="xllamacpp is not installed")
 
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="xllamacpp is not instal
 @pytest.mark.parametrize("reuse", [True, False])
 def test_windows_do_not_share_a_context(reuse: bool, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     folder = write(tiny("llama"), plans_for(tiny("llama")), tmp_path / "moe", "glm4_moe")
-    file = export_gguf(folder, tmp_path / "model.gguf", "f32").output
+    file = write_gguf(folder, tmp_path / "model.gguf", "f32").output
     ids_NW = torch.randint(4, 290, (4, 12), generator=torch.Generator().manual_seed(0))
     ids_NW[1, :8] = ids_NW[0, :8]  # the second goes on as the first begins
     ids_NW[3] = ids_NW[0]

@@ -1,4 +1,4 @@
-"""What `export --to gguf` demands of the file: equality where the folder is exact, a bound where eps approaches it.
+"""What `export --to gguf` demands of the file: equality in f32, what rounding explains in narrower types.
 
 Axes: T tokens of a window, D model width, V vocabulary.
 """
@@ -6,35 +6,31 @@ Axes: T tokens of a window, D model width, V vocabulary.
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moesaic.calibration.samples import evaluation_text
 from moesaic.errors import VerificationError
-from moesaic.evaluate import native_parity
+from moesaic.evaluate import gguf_parity, native_parity
 from moesaic.evaluate.engine_parity import WINDOW, WINDOWS, EngineParity
 from moesaic.evaluate.llama_cpp import available, llama_cpp_parity
 from moesaic.evaluate.native_parity import parity_ids
-from moesaic.jobs import native
 from moesaic.jobs.export import export
-from moesaic.jobs.export_gguf import export_gguf
-from tests.targets.helpers import plans_for, write
+from tests.targets.faults import ATTENTION, EXPERTS, Tensors, altered, swap, times
+from tests.targets.helpers import plans_for, write, write_gguf
 from tests.tiny_models import build_tiny
 
 pytestmark = pytest.mark.skipif(not available(), reason="xllamacpp is not installed")
 FOUND = EngineParity("llama.cpp", 256, 64, 9.0, 1e-5, 0.9, 5e-3, 8, 1e-5, 5e-3)
 Tiny = Callable[[str], Path]
-Tensors = dict[str, Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -58,17 +54,17 @@ def test_bounds_follow_what_the_form_can_give(
 ) -> None:
     converted = write(tiny("llama"), plans_for(tiny("llama")), tmp_path / "converted", "moesaic")
     folder = export(converted, tmp_path / target, target=target).output
-    file = export_gguf(folder, tmp_path / "model.gguf", "f32").output
-    right = native.check_gguf(file, folder, "f32")
+    file = write_gguf(folder, tmp_path / "model.gguf", "f32").output
+    right = gguf_parity.check_gguf(file, folder, "f32")
     assert right is not None
     assert right.max_delta < 1e-4
     # Equality is judged by windows; how often choices differ, by one long one.
     assert (right.windows, right.tokens) == (WINDOWS if target == "glm4_moe" else 1, WINDOWS * WINDOW)
     for kl in allowed + refused:
         found = replace(FOUND, mean_kl=kl, window_kl=kl)
-        monkeypatch.setattr(native, "llama_cpp_parity", lambda *args, found=found, **kw: found)
+        monkeypatch.setattr(gguf_parity, "llama_cpp_parity", lambda *args, found=found, **kw: found)
         with nullcontext() if kl in allowed else pytest.raises(VerificationError, match=r"llama\.cpp"):
-            assert native.check_gguf(file, folder, "f32") is found
+            assert gguf_parity.check_gguf(file, folder, "f32") is found
 
 
 def rerouted_logits(folder: Path, windows: Collection[int], at: int) -> Callable[[Tensor], Tensor]:
@@ -104,11 +100,12 @@ def test_a_token_that_takes_another_expert_early_in_a_window_does_not_refuse(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write(tiny("llama"), plans_for(tiny("llama")), tmp_path / "moe", "glm4_moe")
-    file = export_gguf(folder, tmp_path / "model.gguf", "f32").output
+    file = write_gguf(folder, tmp_path / "model.gguf", "f32").output
 
     def check(*windows: int) -> EngineParity:
-        monkeypatch.setattr(native, "stock_logits", lambda folder: rerouted_logits(folder, windows, at=3))
-        found = native.check_gguf(file, folder, "f32")
+        logits = rerouted_logits(folder, windows, at=3)
+        monkeypatch.setattr(gguf_parity, "Stock", lambda folder: SimpleNamespace(logits=logits))
+        found = gguf_parity.check_gguf(file, folder, "f32")
         assert found is not None
         return found
 
@@ -126,23 +123,6 @@ def test_a_token_that_takes_another_expert_early_in_a_window_does_not_refuse(
     assert long.median > 1e-3
     with pytest.raises(VerificationError):
         long.require_exact(file.name)
-
-
-ATTENTION = "model.layers.1.self_attn."
-EXPERTS = "model.layers.1.mlp.experts."
-
-
-def swap(tensors: Tensors, first: str, second: str) -> Tensors:
-    """Everything under one name for everything under the other."""
-    pairs = {name: name.replace(first, second, 1) for name in tensors if name.startswith(first)}
-    assert pairs
-    return {name: tensors[other] for name, other in pairs.items()} | {
-        other: tensors[name] for name, other in pairs.items()
-    }
-
-
-def times(tensors: Tensors, name: str, factor: float) -> Tensors:
-    return {name: tensors[name] * factor}
 
 
 # name: (family, change of tensors, change of config.json)
@@ -203,31 +183,16 @@ FAULTS: dict[str, tuple[str, Callable[[Tensors], Tensors], dict[str, Any]]] = {
 }
 
 
-def altered(folder: Path, out: Path, change: Callable[[Tensors], Tensors], config: dict[str, Any]) -> Path:
-    """A copy with other tensors and other values in config.json."""
-    shutil.copytree(folder, out)
-    tensors: Tensors = {}
-    for file in out.glob("model*.safetensors"):
-        tensors |= load_file(file)
-        file.unlink()
-    (out / "model.safetensors.index.json").unlink(missing_ok=True)
-    changed = {name: tensor.contiguous().clone() for name, tensor in (tensors | change(tensors)).items()}
-    save_file(changed, out / "model.safetensors", metadata={"format": "pt"})
-    path = out / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    return out
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_file_that_is_wrong_everywhere_is_refused(fault: str, tiny: Tiny, tmp_path: Path) -> None:
     family, change, config = FAULTS[fault]
     folder = write(tiny(family), plans_for(tiny(family)), tmp_path / "right", "glm4_moe")
-    file = export_gguf(altered(folder, tmp_path / "wrong", change, config), tmp_path / "wrong.gguf", "f32").output
+    file = write_gguf(altered(folder, tmp_path / "wrong", change, config), tmp_path / "wrong.gguf", "f32").output
     if fault == "none":
-        assert native.check_gguf(file, folder, "f32") is not None
+        assert gguf_parity.check_gguf(file, folder, "f32") is not None
         return
     with pytest.raises(VerificationError, match=r"wrong\.gguf in llama\.cpp .* differs in more than 2 of 8 windows"):
-        native.check_gguf(file, folder, "f32")
+        gguf_parity.check_gguf(file, folder, "f32")
 
 
 def test_a_wrong_expert_that_only_half_the_windows_meet_is_refused(tmp_path: Path) -> None:
@@ -237,6 +202,6 @@ def test_a_wrong_expert_that_only_half_the_windows_meet_is_refused(tmp_path: Pat
     def change(tensors: Tensors) -> Tensors:
         return times(tensors, f"{EXPERTS}8.down_proj.weight", 0)
 
-    file = export_gguf(altered(folder, tmp_path / "wrong", change, {}), tmp_path / "wrong.gguf", "f32").output
+    file = write_gguf(altered(folder, tmp_path / "wrong", change, {}), tmp_path / "wrong.gguf", "f32").output
     with pytest.raises(VerificationError, match="differs in more than 2 of 8 windows"):
-        native.check_gguf(file, folder, "f32")
+        gguf_parity.check_gguf(file, folder, "f32")

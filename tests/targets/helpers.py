@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,12 +21,15 @@ from moesaic.blueprint import STATIC, AttentionPlan, Blueprint, LayerPlan, Route
 from moesaic.checkpoint.output import read_split, write_layer, write_rest
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import StagedOutput
+from moesaic.jobs.export_gguf import export_gguf
 from moesaic.layout import Layout
 from moesaic.methods.routed import pad_experts, split_units
 from moesaic.nn.reference import choose, reference_ffn
 from moesaic.targets import get_target
 from moesaic.targets.base import Split, TargetOptions
 
+write_gguf = partial(export_gguf, check=False)
+"""Without the checks at its end: these tests compare by themselves."""
 IDS = torch.arange(24)[None] * 11 % 290 + 4
 
 

@@ -20,10 +20,10 @@ from moesaic.evaluate.llama_cpp import LlamaCpp, available, llama_cpp_parity, st
 from moesaic.evaluate.native_parity import parity_ids
 from moesaic.gguf import tensors as gguf_tensors
 from moesaic.gguf.architectures import ARCHITECTURES, check_graph
-from moesaic.jobs.export_gguf import DTYPES, export_gguf
+from moesaic.jobs.export_gguf import DTYPES
 from moesaic.progress import Silent
 from moesaic.targets.base import TargetOptions
-from tests.targets.helpers import IDS, plan_of, plans_for, write
+from tests.targets.helpers import IDS, plan_of, plans_for, write, write_gguf
 from tests.tiny_models import build_tiny
 
 Tiny = Callable[[str], Path]
@@ -93,7 +93,7 @@ def test_llama_cpp_computes_what_transformers_does(
     family: str, target: str, config: dict[str, Any], stock: Any, tmp_path: Path
 ) -> None:
     folder = stock(family, target, **config)
-    written = export_gguf(folder, tmp_path / "model.gguf", "f32")
+    written = write_gguf(folder, tmp_path / "model.gguf", "f32")
     found = parity(written.output, folder, reuse=len(family) % 2 == 0)
     assert found.tokens == IDS.numel()
     assert found.top1 == 1.0
@@ -103,7 +103,7 @@ def test_llama_cpp_computes_what_transformers_does(
 @needs_llama_cpp
 def test_pairs_of_expert_and_twin_work_in_llama_cpp(stock: Any, tmp_path: Path) -> None:
     folder = stock("llama", "glm4_moe", PAIRED)
-    written = export_gguf(folder, tmp_path / "model.gguf", "f32")
+    written = write_gguf(folder, tmp_path / "model.gguf", "f32")
     assert values(written.output)["glm4moe.expert_group_used_count"] == 2
     assert parity(written.output, folder).max_delta < 5e-5
 
@@ -119,7 +119,7 @@ def test_unequal_layers_work_in_llama_cpp(case: str, options: TargetOptions, tin
     else:
         plans[last] = plan_of(37, 32, "S1A1E4")
     folder = write(tiny("llama"), plans, tmp_path / "moe", "glm4_moe", options)
-    written = export_gguf(folder, tmp_path / "model.gguf", "f32")
+    written = write_gguf(folder, tmp_path / "model.gguf", "f32")
     assert parity(written.output, folder).max_delta < 5e-5
 
 
@@ -129,7 +129,7 @@ def test_the_comparison_finds_rows_in_the_wrong_order(
 ) -> None:
     folder = stock("llama", "granitemoeshared")
     monkeypatch.setattr(gguf_tensors, "_rope_order", lambda *args: lambda tensor: tensor)
-    written = export_gguf(folder, tmp_path / "model.gguf", "f32")
+    written = write_gguf(folder, tmp_path / "model.gguf", "f32")
     with pytest.raises(VerificationError, match=r"in llama\.cpp .* differs"):
         parity(written.output, folder).require_exact("model.gguf")
 
@@ -138,7 +138,7 @@ def test_the_comparison_finds_rows_in_the_wrong_order(
 @pytest.mark.parametrize(("dtype", "bound"), [("f16", 1e-3), ("bf16", 1e-2), ("q8_0", 1e-2)])
 def test_smaller_types_run_in_llama_cpp(dtype: str, bound: float, stock: Any, tmp_path: Path) -> None:
     folder = stock("qwen2", "glm4_moe")
-    written = export_gguf(folder, tmp_path / "model.gguf", dtype)
+    written = write_gguf(folder, tmp_path / "model.gguf", dtype)
     assert parity(written.output, folder).mean_kl < bound
 
 
@@ -152,7 +152,7 @@ def test_a_file_that_llama_cpp_refuses_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_survive_in_every_type(dtype: str, stock: Any, tmp_path: Path) -> None:
     folder = stock("llama", "glm4_moe")
-    written = export_gguf(folder, tmp_path / "model.gguf", dtype)
+    written = write_gguf(folder, tmp_path / "model.gguf", dtype)
     source = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     found = stored(written.output)
     exact = {"f32": 0.0, "f16": 1e-3, "bf16": 8e-3, "q8_0": 1e-2}[dtype]
@@ -172,7 +172,7 @@ def test_values_survive_in_every_type(dtype: str, stock: Any, tmp_path: Path) ->
 
 
 def test_rows_that_do_not_fill_a_block_are_f16_in_a_q8_0_file(stock: Any, tmp_path: Path) -> None:
-    written = export_gguf(stock("llama", "glm4_moe"), tmp_path / "model.gguf", "q8_0")
+    written = write_gguf(stock("llama", "glm4_moe"), tmp_path / "model.gguf", "q8_0")
     found = stored(written.output)
     assert written.wider == tuple(name for name, tensor in found.items() if tensor.tensor_type.name == "F16")
     assert "blk.0.ffn_down_exps.weight" in written.wider  # rows of 8
@@ -181,7 +181,7 @@ def test_rows_that_do_not_fill_a_block_are_f16_in_a_q8_0_file(stock: Any, tmp_pa
 
 def test_metadata_of_glm4_moe(tiny: Tiny, tmp_path: Path) -> None:
     folder = write(tiny("qwen2"), plans_for(tiny("qwen2")), tmp_path / "moe", "glm4_moe", PLAIN)
-    found = values(export_gguf(folder, tmp_path / "small-moe.gguf", "bf16").output)
+    found = values(write_gguf(folder, tmp_path / "small-moe.gguf", "bf16").output)
     expected = {
         "general.architecture": "glm4moe",
         "general.name": "small-moe",
@@ -219,7 +219,7 @@ def test_what_llama_cpp_would_compute_wrongly_is_refused(
 ) -> None:
     folder = stock(family, target, **config)
     with pytest.raises(UnsupportedModelError, match=reason):
-        export_gguf(folder, tmp_path / "gguf" / "model.gguf")
+        write_gguf(folder, tmp_path / "gguf" / "model.gguf")
     assert not (tmp_path / "gguf").exists()
 
 
@@ -244,7 +244,7 @@ def test_qwen2_moe_with_normalised_weights_or_dense_layers_is_refused(stock: Any
         assert old in text
         config.write_text(text.replace(old, new))
         with pytest.raises(UnsupportedModelError, match=reason):
-            export_gguf(folder, tmp_path / "model.gguf")
+            write_gguf(folder, tmp_path / "model.gguf")
 
 
 def _change(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -267,7 +267,7 @@ def test_bad_values_leave_no_file(name: str, value: float, reason: str, stock: A
     _change(folder, name, lambda tensor: torch.full_like(tensor, value))
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match=reason):
-        export_gguf(folder, tmp_path / "out" / "model.gguf")
+        write_gguf(folder, tmp_path / "out" / "model.gguf")
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -276,7 +276,7 @@ def test_a_tensor_without_a_place_is_refused(tiny: Tiny, tmp_path: Path) -> None
     file = folder / "model.safetensors"
     save_file(load_file(file) | {"model.layers.0.mlp.extra.weight": torch.ones(2)}, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"extra\.weight has no place"):
-        export_gguf(folder, tmp_path / "model.gguf")
+        write_gguf(folder, tmp_path / "model.gguf")
 
 
 def test_arguments_are_checked_before_anything_is_read(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_arguments_are_checked_before_anything_is_read(tmp_path: Path) -> None:
         ("new.bin", "f16", r"does not end in \.gguf"),
     ]:
         with pytest.raises(InputError, match=reason):
-            export_gguf(tmp_path / "missing", tmp_path / out, dtype)
+            write_gguf(tmp_path / "missing", tmp_path / out, dtype)
     assert (tmp_path / "old.gguf").read_text() == "precious"
 
 
@@ -295,27 +295,45 @@ class Nested(Silent):
     """Starts the same export again in the middle of the first."""
 
     def __init__(self, folder: Path, out: Path) -> None:
-        self.folder, self.out, self.started = folder, out, False
+        self.folder, self.out, self.refused = folder, out, ""
 
     def advance(self, detail: str = "") -> None:
-        if not self.started:
-            self.started = True
-            export_gguf(self.folder, self.out, "f32")
+        if not self.refused:
+            with pytest.raises(InputError) as refusal:
+                write_gguf(self.folder, self.out, "f32")
+            self.refused = refusal.value.message
 
 
 def test_two_exports_to_one_file_do_not_mix(tiny: Tiny, tmp_path: Path) -> None:
-    alone = export_gguf(tiny("qwen2"), tmp_path / "alone" / "model.gguf", "f32").output
+    alone = write_gguf(tiny("qwen2"), tmp_path / "alone" / "model.gguf", "f32").output
     together = tmp_path / "together" / "model.gguf"
-    export_gguf(tiny("qwen2"), together, "f32", progress=Nested(tiny("qwen2"), together))
+    nested = Nested(tiny("qwen2"), together)
+    write_gguf(tiny("qwen2"), together, "f32", progress=nested)
+    assert "another process is writing" in nested.refused
     assert together.read_bytes() == alone.read_bytes()
     assert list(together.parent.iterdir()) == [together]
+
+
+def test_what_a_killed_export_left_is_cleared_and_what_is_not_ours_is_not(tiny: Tiny, tmp_path: Path) -> None:
+    left = tmp_path / "model.gguf.partial"
+    left.mkdir()
+    for name in ("lock", "model.gguf", "model.gguf.tmp"):
+        (left / name).write_text("half")
+    assert write_gguf(tiny("llama"), tmp_path / "model.gguf").output.stat().st_size > 1000
+    assert not left.exists()
+    other = tmp_path / "other.gguf.partial"
+    other.mkdir()
+    (other / "diary").write_text("precious")
+    with pytest.raises(InputError, match="in the way"):
+        write_gguf(tiny("llama"), tmp_path / "other.gguf")
+    assert (other / "diary").read_text() == "precious"
 
 
 def test_equal_folders_give_equal_bytes(tiny: Tiny, tmp_path: Path) -> None:
     plans: dict[str, LayerPlan] = plans_for(tiny("llama"))
     folder = write(tiny("llama"), plans, tmp_path / "moe", "granitemoeshared")
     (tmp_path / "again").mkdir()
-    files = [export_gguf(folder, tmp_path / where / "model.gguf", "q8_0").output for where in (".", "again")]
+    files = [write_gguf(folder, tmp_path / where / "model.gguf", "q8_0").output for where in (".", "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -326,7 +344,7 @@ def test_smollm2_on_real_text_in_llama_cpp(target: str, smollm2: Path, tmp_path:
     folder, ids_NW = smollm2, parity_ids(smollm2, 49152, 48)
     if target:
         folder = write(smollm2, plans_for(smollm2, "S3A3E8"), tmp_path / target, target, PAIRED)
-    written = export_gguf(folder, tmp_path / "model.gguf", "f32")
+    written = write_gguf(folder, tmp_path / "model.gguf", "f32")
     found = llama_cpp_parity(written.output, ids_NW, stock_logits(folder), candidates=200)
     assert found.top1 == 1.0
     assert found.max_delta < 1e-3

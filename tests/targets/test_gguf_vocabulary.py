@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from moesaic.calibration.samples import evaluation_text
 from moesaic.errors import InputError, UnsupportedModelError
 from moesaic.evaluate.llama_cpp import LlamaCpp, available
-from moesaic.jobs.export_gguf import export_gguf
+from tests.targets.helpers import write_gguf
 from tests.tiny_models import build_tiny
 
 needs_llama_cpp = pytest.mark.skipif(not available(), reason="xllamacpp is not installed")
@@ -123,7 +123,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 @pytest.mark.parametrize("name", BYTE_LEVEL)
 def test_byte_level_tokens_are_the_same_in_llama_cpp(name: str, folder_with: Any, tmp_path: Path) -> None:
     tokenizer = byte_level(*BYTE_LEVEL[name])
-    written = export_gguf(folder_with(tokenizer), tmp_path / "model.gguf", "f32")
+    written = write_gguf(folder_with(tokenizer), tmp_path / "model.gguf", "f32")
     assert values(written.output)["tokenizer.ggml.pre"] == name
     assert differing(written.output, tokenizer) == []
 
@@ -138,14 +138,14 @@ def test_another_name_for_the_split_would_be_noticed(
 ) -> None:
     tokenizer = byte_level(*BYTE_LEVEL[name])
     monkeypatch.setattr("moesaic.gguf.vocabulary.pretokenizer_name", lambda content: other)
-    assert differing(export_gguf(folder_with(tokenizer), tmp_path / "model.gguf", "f32").output, tokenizer)
+    assert differing(write_gguf(folder_with(tokenizer), tmp_path / "model.gguf", "f32").output, tokenizer)
 
 
 @needs_llama_cpp
 def test_sentencepiece_tokens_are_the_same_in_llama_cpp(folder_with: Any, tmp_path: Path) -> None:
     tokenizer = sentencepiece()
     folder = folder_with(tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    written = export_gguf(folder, tmp_path / "model.gguf", "f32")
+    written = write_gguf(folder, tmp_path / "model.gguf", "f32")
     assert differing(written.output, tokenizer) == []
     with LlamaCpp(written.output) as engine:
         assert engine.tokenize("two words", special=True) == tokenizer.encode("two words").ids
@@ -156,7 +156,7 @@ def test_special_tokens_types_and_template_are_carried(folder_with: Any, tmp_pat
     tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     folder = folder_with(tokenizer, bos_token="<|im_start|>", eos_token={"content": "<|im_end|>"})
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    found = values(export_gguf(folder, tmp_path / "model.gguf", "f32").output)
+    found = values(write_gguf(folder, tmp_path / "model.gguf", "f32").output)
     tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
     assert found["tokenizer.ggml.bos_token_id"] == 1
     assert found["tokenizer.ggml.eos_token_id"] == 2
@@ -175,9 +175,9 @@ def test_special_tokens_types_and_template_are_carried(folder_with: Any, tmp_pat
 def test_a_tokenizer_is_copied_from_another_gguf(folder_with: Any, tmp_path: Path) -> None:
     tokenizer = byte_level(*BYTE_LEVEL["smollm"])
     folder = folder_with(tokenizer, bos_token="<|im_start|>", chat_template="{{ messages }}")
-    first = export_gguf(folder, tmp_path / "first.gguf", "f32").output
+    first = write_gguf(folder, tmp_path / "first.gguf", "f32").output
     (folder / "tokenizer.json").unlink()
-    second = export_gguf(folder, tmp_path / "second.gguf", "f16", tokenizer_gguf=first).output
+    second = write_gguf(folder, tmp_path / "second.gguf", "f16", tokenizer_gguf=first).output
     before, after = values(first), values(second)
     assert {key for key in before if key.startswith("tokenizer.")} == {k for k in after if k.startswith("tokenizer.")}
     assert all(after[key] == value for key, value in before.items() if key.startswith("tokenizer."))
@@ -186,15 +186,15 @@ def test_a_tokenizer_is_copied_from_another_gguf(folder_with: Any, tmp_path: Pat
 
 def test_tokenizers_that_do_not_fit_are_refused(folder_with: Any, tmp_path: Path) -> None:
     folder = folder_with(byte_level(*BYTE_LEVEL["smollm"]))
-    large = export_gguf(folder, tmp_path / "large.gguf", "f32").output
+    large = write_gguf(folder, tmp_path / "large.gguf", "f32").output
     small = build_tiny("llama", tmp_path / "small")
     with pytest.raises(InputError, match="1200 tokens, the model 300 embeddings"):
-        export_gguf(small, tmp_path / "out.gguf", tokenizer_gguf=large)
+        write_gguf(small, tmp_path / "out.gguf", tokenizer_gguf=large)
     with pytest.raises(InputError, match="cannot be read as a GGUF"):
-        export_gguf(small, tmp_path / "out.gguf", tokenizer_gguf=small / "config.json")
+        write_gguf(small, tmp_path / "out.gguf", tokenizer_gguf=small / "config.json")
     (small / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"has no tokenizer\.json"):
-        export_gguf(small, tmp_path / "out.gguf")
+        write_gguf(small, tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize(
@@ -208,5 +208,5 @@ def test_tokenizers_that_do_not_fit_are_refused(folder_with: Any, tmp_path: Path
 def test_unknown_tokenizers_are_refused(split: Any, model: Any, reason: str, folder_with: Any, tmp_path: Path) -> None:
     folder = folder_with(byte_level(split) if model is None else Tokenizer(model))
     with pytest.raises(UnsupportedModelError, match=reason):
-        export_gguf(folder, tmp_path / "model.gguf")
+        write_gguf(folder, tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
