@@ -13,7 +13,7 @@ import torch
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.targets import get_target
 from moesaic.targets.base import TargetOptions
-from tests.targets.helpers import plans_for, split_for, write
+from tests.targets.helpers import plans_for, relative, run_reference, run_stock, split_for, write
 from tests.tiny_models import build_tiny
 
 Tiny = Callable[[str], Path]
@@ -128,6 +128,20 @@ def test_glm4_moe_has_groups_of_two_and_weights_of_one_in_pairs(written: Any) ->
     _, plain = written("mistral", "glm4_moe", exact_weights=False)
     assert (plain["n_group"], plain["topk_group"]) == (1, 1)
     assert plain["n_routed_experts"] >= 2
+
+
+@pytest.mark.parametrize("layout", ["S4A4E8", "S7A1E8", "S0A8E8"])
+@pytest.mark.parametrize("target", ["glm4_moe", "granitemoeshared"])
+def test_experts_that_are_always_on_need_no_pairs_and_no_scores(layout: str, target: str, tmp_path: Path) -> None:
+    folder = build_tiny("llama", tmp_path / "dense", dtype="bfloat16")
+    plans = plans_for(folder, layout)
+    output = Checkpoint(write(folder, plans, tmp_path / "out", target))
+    assert get_target(target).exact(split_for(folder, plans), TargetOptions())
+    assert (output.config.get("n_group", 1), output.config.get("topk_group", 1)) == (1, 1)
+    routers = [name for name in output.names if name.endswith(("mlp.gate.weight", "router.layer.weight"))]
+    assert len(routers) == 2
+    assert not any(output.tensor(name).any() for name in routers)
+    assert relative(run_stock(tmp_path / "out"), run_reference(folder, plans)) < 1e-2  # bf16
 
 
 def test_granitemoeshared_adds_a_zero_bias_where_one_switch_stands_for_four(written: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +21,7 @@ from moesaic.evaluate.llama_cpp import LlamaCpp, available, llama_cpp_parity, st
 from moesaic.evaluate.native_parity import parity_ids
 from moesaic.gguf import tensors as gguf_tensors
 from moesaic.gguf.architectures import ARCHITECTURES, check_graph
-from moesaic.jobs.export_gguf import DTYPES
+from moesaic.jobs.export_gguf import DTYPES, export_gguf
 from moesaic.progress import Silent
 from moesaic.targets.base import TargetOptions
 from tests.targets.helpers import IDS, plan_of, plans_for, write, write_gguf
@@ -105,6 +106,26 @@ def test_pairs_of_expert_and_twin_work_in_llama_cpp(stock: Any, tmp_path: Path) 
     folder = stock("llama", "glm4_moe", PAIRED)
     written = write_gguf(folder, tmp_path / "model.gguf", "f32")
     assert values(written.output)["glm4moe.expert_group_used_count"] == 2
+    assert parity(written.output, folder).max_delta < 5e-5
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("layout", ["S4A4E8", "S7A1E8", "S5A2E7"])
+def test_layouts_at_the_edge_work_in_llama_cpp(layout: str, tiny: Tiny, tmp_path: Path) -> None:
+    plans = plans_for(tiny("llama"), layout)
+    folder = write(tiny("llama"), plans, tmp_path / "moe", "glm4_moe", PAIRED)
+    written = write_gguf(folder, tmp_path / "model.gguf", "f32")
+    assert parity(written.output, folder).max_delta < 5e-5
+
+
+@needs_llama_cpp
+def test_groups_that_are_all_chosen_are_left_out_as_llama_cpp_aborts_on_them(stock: Any, tmp_path: Path) -> None:
+    folder = stock("llama", "glm4_moe", PAIRED)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"topk_group": config["n_group"], "num_experts_per_tok": config["n_group"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    written = write_gguf(folder, tmp_path / "model.gguf", "f32")
+    assert "glm4moe.expert_group_count" not in values(written.output)
     assert parity(written.output, folder).max_delta < 5e-5
 
 
@@ -277,6 +298,58 @@ def test_a_tensor_without_a_place_is_refused(tiny: Tiny, tmp_path: Path) -> None
     save_file(load_file(file) | {"model.layers.0.mlp.extra.weight": torch.ones(2)}, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"extra\.weight has no place"):
         write_gguf(folder, tmp_path / "model.gguf")
+
+
+def _config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("ids", "found"),
+    [
+        ({"pad_token_id": -1, "eos_token_id": [5, 6], "bos_token_id": None}, {"eos": 5}),
+        ({"pad_token_id": None, "eos_token_id": 300, "bos_token_id": 10**9}, {}),
+        ({"eos_token_id": []}, {"bos": 0, "padding": 1}),
+    ],
+)
+def test_odd_token_ids_are_carried_as_far_as_there_are_such_tokens(
+    ids: dict[str, Any], found: dict[str, int], tmp_path: Path
+) -> None:
+    folder = build_tiny("llama", tmp_path / "dense", dtype="bfloat16")
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "generation_config.json").write_text('{"pad_token_id": [1], "eos_token_id": [0, 999]}')
+    _config(folder, **ids)
+    written = export_gguf(folder, tmp_path / "model.gguf")
+    metadata = values(written.output)
+    names = ("bos", "eos", "unknown", "padding")
+    keys = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names}
+    assert {name: index for name, index in keys.items() if index is not None} == found
+
+
+@pytest.mark.parametrize("pad", [300, -301, [1], "one"])
+def test_a_padding_token_that_stops_transformers_is_refused_at_once(pad: Any, tmp_path: Path) -> None:
+    folder = build_tiny("llama", tmp_path / "dense", dtype="bfloat16")
+    _config(folder, pad_token_id=pad)
+    with pytest.raises(InputError, match="pad_token_id"):
+        export_gguf(folder, tmp_path / "out" / "model.gguf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_or_embeddings_that_are_missing_are_named(tmp_path: Path) -> None:
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        folder = build_tiny("llama", tmp_path / name, dtype="bfloat16", tie_word_embeddings=False)
+        file = folder / "model.safetensors"
+        kept = {key: tensor for key, tensor in load_file(file).items() if key != name}
+        save_file(kept, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"no tensor {name}"):
+            export_gguf(folder, tmp_path / "model.gguf")
+
+
+def test_a_file_name_does_not_switch_on_what_llama_cpp_does_to_some_models(tmp_path: Path) -> None:
+    folder = build_tiny("llama", tmp_path / "dense", dtype="bfloat16")
+    names = [values(write_gguf(folder, tmp_path / f"{stem}.gguf").output)["general.name"] for stem in ("Phi-3x", "ok")]
+    assert names == ["Phi_3x", "ok"]
 
 
 def test_arguments_are_checked_before_anything_is_read(tmp_path: Path) -> None:

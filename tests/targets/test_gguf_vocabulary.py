@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
 from tokenizers import pre_tokenizers as splits
 from tokenizers.processors import TemplateProcessing
 
 from moesaic.calibration.samples import evaluation_text
-from moesaic.errors import InputError, UnsupportedModelError
+from moesaic.errors import CheckpointError, InputError, UnsupportedModelError, VerificationError
 from moesaic.evaluate.llama_cpp import LlamaCpp, available
+from moesaic.evaluate.tokenizer_parity import check_tokens
+from moesaic.jobs.export_gguf import export_gguf
 from tests.targets.helpers import write_gguf
 from tests.tiny_models import build_tiny
 
@@ -210,3 +213,99 @@ def test_unknown_tokenizers_are_refused(split: Any, model: Any, reason: str, fol
     with pytest.raises(UnsupportedModelError, match=reason):
         write_gguf(folder, tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
+
+
+def plain(**parts: Any) -> Tokenizer:
+    """A GPT-2-like tokenizer with other parts."""
+    tokenizer = byte_level(_bytes(regex=True))
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    return tokenizer
+
+
+def with_token(token: AddedToken, tokenizer: Tokenizer | None = None) -> Tokenizer:
+    tokenizer = tokenizer or plain()
+    tokenizer.add_tokens([token])
+    return tokenizer
+
+
+def metaspace(scheme: Any, split: bool = False) -> Tokenizer:
+    tokenizer = sentencepiece()
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = splits.Metaspace(prepend_scheme=scheme, split=split)
+    return tokenizer
+
+
+PREFIX = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+# the part that llama.cpp leaves out -> (tokenizer, tokenizer_config.json)
+LEFT_OUT: dict[str, tuple[Callable[[], Tokenizer], dict[str, Any]]] = {
+    "the normalizer Lowercase": (lambda: plain(normalizer=normalizers.Lowercase()), {}),
+    "the normalizer NFKC": (lambda: plain(normalizer=normalizers.NFKC()), {}),
+    "the normalizer Strip": (lambda: plain(normalizer=normalizers.Sequence([normalizers.Strip()])), {}),
+    "ByteLevel with add_prefix_space": (lambda: plain(pre_tokenizer=splits.ByteLevel(add_prefix_space=True)), {}),
+    "add_prefix_space of tokenizer_config": (plain, {"add_prefix_space": True}),
+    "split_special_tokens": (plain, {"split_special_tokens": True}),
+    "(single_word)": (lambda: with_token(AddedToken("one", single_word=True, normalized=False)), {}),
+    "(lstrip)": (lambda: with_token(AddedToken("<X>", lstrip=True)), {}),
+    "'<Y>' takes the spaces after it (rstrip)": (lambda: with_token(AddedToken("<Y>", rstrip=True)), {}),
+    "(normalized)": (lambda: with_token(AddedToken("<X>", normalized=True), sentencepiece()), {}),
+    "post-processor makes '<|im_start|> a'": (lambda: plain(post_processor=PREFIX), {"bos_token": "<|im_end|>"}),
+    "the pre-tokenizer Metaspace, which puts a space before a text (first)": (lambda: metaspace("first"), {}),
+    "the pre-tokenizer Metaspace": (lambda: metaspace("never", split=True), {}),
+    "makes ▁ of a space": (lambda: sentencepiece_with(normalizer=None), {}),
+}
+
+
+def sentencepiece_with(**parts: Any) -> Tokenizer:
+    tokenizer = sentencepiece()
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    return tokenizer
+
+
+@pytest.mark.parametrize("part", LEFT_OUT)
+def test_parts_that_llama_cpp_leaves_out_are_refused_by_name(part: str, folder_with: Any, tmp_path: Path) -> None:
+    make, settings = LEFT_OUT[part]
+    with pytest.raises(UnsupportedModelError, match=re.escape(part)):
+        write_gguf(folder_with(make(), **settings), tmp_path / "out" / "model.gguf")
+    assert not (tmp_path / "out").exists()
+
+
+ACCEPTED: dict[str, Callable[[], Tokenizer]] = {
+    "nfc": lambda: plain(normalizer=normalizers.NFC()),
+    "added words": lambda: with_token(AddedToken("there"), with_token(AddedToken("the<X>"))),
+    "cut and padded": lambda: cut_and_padded(plain()),
+    "sentencepiece": sentencepiece,
+    "metaspace without a prefix": lambda: metaspace("never"),
+    **{name: (lambda name=name: byte_level(*BYTE_LEVEL[name])) for name in BYTE_LEVEL},
+}
+
+
+def cut_and_padded(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8)
+    return tokenizer
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_odd_texts_have_the_same_tokens_in_llama_cpp(name: str, folder_with: Any, tmp_path: Path) -> None:
+    folder = folder_with(ACCEPTED[name](), bos_token="<s>")
+    check_tokens(write_gguf(folder, tmp_path / "model.gguf", "f32").output, folder)
+
+
+@needs_llama_cpp
+def test_tokens_that_differ_refuse_the_file(folder_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_with(plain(normalizer=normalizers.Lowercase()))
+    monkeypatch.setattr("moesaic.gguf.vocabulary.check_parts", lambda content, settings: None)
+    with pytest.raises(VerificationError, match="makes other tokens of .The Other"):
+        export_gguf(folder, tmp_path / "out" / "model.gguf")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_damaged_tokenizer_is_one_line(folder_with: Any, tmp_path: Path) -> None:
+    folder = folder_with(plain())
+    for text in ("{}", "[1]", '{"model": null}', "half"):
+        (folder / "tokenizer.json").write_text(text)
+        with pytest.raises(CheckpointError, match="no tokenizer that can be read"):
+            write_gguf(folder, tmp_path / "model.gguf")

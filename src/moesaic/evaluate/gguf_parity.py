@@ -29,6 +29,7 @@ from moesaic.errors import VerificationError
 from moesaic.evaluate.engine_parity import EXACT_MEDIAN, WINDOW, WINDOWS, EngineParity
 from moesaic.evaluate.llama_cpp import llama_cpp_parity
 from moesaic.evaluate.native_parity import parity_ids
+from moesaic.evaluate.stock import Stock
 
 APPROXIMATE_KL = 1e-2
 """Largest mean KL divergence, in nats, of an f32 file from a folder that only approaches weights of 1."""
@@ -86,36 +87,23 @@ def check_gguf(gguf: Path, folder: Path, dtype: str) -> EngineParity:
     return parity
 
 
-class Stock:
-    """A stock folder in transformers, in fp32."""
+@contextmanager
+def noisy(model: Any, dtype: str, seed: int) -> Iterator[None]:
+    """A model with rounding noise of a type on its matrices, for the length of a block."""
+    _add_noise(model, dtype, seed, 1)
+    try:
+        yield
+    finally:
+        _add_noise(model, dtype, seed, -1)
 
-    def __init__(self, folder: Path) -> None:
-        from transformers import AutoModelForCausalLM
 
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-        self.model = model.eval()
-
-    @torch.inference_mode()
-    def logits(self, ids_W: Tensor) -> Tensor:
-        """logits_WV."""
-        return self.model(ids_W[None], use_cache=False).logits[0]
-
-    @contextmanager
-    def noisy(self, dtype: str, seed: int) -> Iterator[None]:
-        """The model with rounding noise of a type on its matrices, for the length of a block."""
-        self._add(dtype, seed, 1)
-        try:
-            yield
-        finally:
-            self._add(dtype, seed, -1)
-
-    @torch.inference_mode()
-    def _add(self, dtype: str, seed: int, sign: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.model.named_parameters():
-            if parameter.dim() > 1 and not name.endswith(_PRECISE):
-                uniform = torch.rand(parameter.shape, generator=generator).mul_(2).sub_(1)
-                parameter.add_(uniform.mul_(half_step(parameter, dtype)), alpha=sign)
+@torch.inference_mode()
+def _add_noise(model: Any, dtype: str, seed: int, sign: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and not name.endswith(_PRECISE):
+            uniform = torch.rand(parameter.shape, generator=generator).mul_(2).sub_(1)
+            parameter.add_(uniform.mul_(half_step(parameter, dtype)), alpha=sign)
 
 
 def half_step(weight: Tensor, dtype: str) -> Tensor:
@@ -131,7 +119,7 @@ def rounding_noise(stock: Stock, ids_NW: Tensor, dtype: str) -> float:
     expected = [stock.logits(ids_W) for ids_W in ids_NW]
     found = []
     for seed in range(_DRAWS):
-        with stock.noisy(dtype, seed):
+        with noisy(stock.model, dtype, seed):
             moved = [_moved(logits_WV, stock.logits(ids_W)) for logits_WV, ids_W in zip(expected, ids_NW, strict=True)]
         found.append(torch.cat(moved).median().item())
     return max(found)

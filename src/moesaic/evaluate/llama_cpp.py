@@ -27,6 +27,7 @@ from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.differences import Differences
 from moesaic.evaluate.engine_parity import EngineParity
 from moesaic.evaluate.fresh_process import Child
+from moesaic.evaluate.stock import Stock
 
 _CHILD = Path(__file__).with_name("llama_cpp_child.py")
 
@@ -158,12 +159,4 @@ def llama_cpp_differences(
 
 def stock_logits(folder: Path) -> Callable[[Tensor], Tensor]:
     """A function from ids_W to logits_WV of a stock folder in transformers, in fp32."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
-
-    @torch.inference_mode()
-    def logits(ids_W: Tensor) -> Tensor:
-        return model(ids_W[None], use_cache=False).logits[0]
-
-    return logits
+    return Stock(folder).logits
