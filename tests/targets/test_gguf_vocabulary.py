@@ -298,7 +298,7 @@ def test_odd_texts_have_the_same_tokens_in_llama_cpp(name: str, folder_with: Any
 def test_tokens_that_differ_refuse_the_file(folder_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_with(plain(normalizer=normalizers.Lowercase()))
     monkeypatch.setattr("moesaic.gguf.vocabulary.check_parts", lambda content, settings: None)
-    with pytest.raises(VerificationError, match="makes other tokens of .The Other"):
+    with pytest.raises(VerificationError, match=r"makes other tokens of .The Other"):
         export_gguf(folder, tmp_path / "out" / "model.gguf")
     assert list((tmp_path / "out").iterdir()) == []
 
