@@ -5,7 +5,7 @@ measured on the model itself [OURS]: transformers runs the folder again with noi
 The noise is uniform in the rounding interval of the type, so it moves the logits as far as rounding the weights does.
 llama.cpp also rounds the inputs of each product to the same type, which is as much again, and independent. Variances
 add: a right file differs by sqrt(2) times the noise, or by less where the folder's weights fit the type already.
-Measured on right files: 0.5 to 1.5 times. ``NOISE_FACTOR`` times the noise is allowed. Routers that choose other
+Measured on right files: 0.5 to 1.6 times. ``NOISE_FACTOR`` times the noise is allowed. Routers that choose other
 experts because of rounding do so in both, so the bound grows with them. What hides below the noise, such as two rows of
 one matrix in the wrong order, is found by :mod:`moesaic.gguf.readback`, which needs no engine.
 
