@@ -38,7 +38,7 @@ REFUSED: dict[str, tuple[dict[str, Any], bool, str, str]] = {
         {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}, "vision_config": {}},
         False,
         "multimodal wrapper around gemma3_text",
-        "save its text model .gemma3_text",
+        "save its text model as a gemma3_text checkpoint",
     ),
     "llava": (
         {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {}},
@@ -46,7 +46,23 @@ REFUSED: dict[str, tuple[dict[str, Any], bool, str, str]] = {
         "llava is a multimodal wrapper around llama",
         "text model",
     ),
-    "flat multimodal": ({"model_type": "qwen2_vl", "vision_config": {}}, False, "multimodal wrapper", "language_model"),
+    "flat multimodal": ({"model_type": "qwen2_vl", "vision_config": {}}, False, "around qwen2_vl_text", "a qwen2 ch"),
+    "multimodal around an unknown one": (
+        {"model_type": "new", "text_config": {"model_type": "new_text"}},
+        False,
+        "multimodal wrapper around new_text, which moesaic does not know",
+        "text models that it knows: .*llama",
+    ),
+    "tuples": ({**LLAMA, "return_dict": False}, False, "return_dict = false", "remove that line"),
+    "list of pad tokens": ({**LLAMA, "pad_token_id": [1]}, False, r"pad_token_id = \[1\]", "one whole number"),
+    "end token of text": ({**LLAMA, "eos_token_id": "</s>"}, False, "eos_token_id = </s>", "or a list"),
+    "layer types of more layers": (
+        {**LLAMA, "layer_types": ["full_attention"] * 6},
+        False,
+        "6 layer_types for 2",
+        "mend",
+    ),
+    "too few NoPE layers": ({**LLAMA, "no_rope_layers": [1]}, False, "1 no_rope_layers for 2", "mend"),
     "moesaic": ({"model_type": "moesaic", "text_config": LLAMA}, False, "already converted by moesaic", "undo"),
     "moesaic target": ({**LLAMA, "moesaic": {"version": "0.1.0"}}, False, "already converted", "undo"),
     "adapter": ({"peft_type": "LORA", "base_model_name_or_path": "x"}, False, "PEFT adapter .LORA", "merge"),
@@ -89,6 +105,7 @@ def test_refused(name: str) -> None:
     "config",
     [
         LLAMA,
+        {**LLAMA, "pad_token_id": -1, "eos_token_id": [1, 2], "no_rope_layers": [1] * 6},
         {**LLAMA, "architectures": ["LlamaForCausalLM"], "quantization_config": None, "auto_map": {}},
         {
             "model_type": "gpt2",

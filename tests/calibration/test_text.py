@@ -29,7 +29,7 @@ def windows(*sources: object, max_positions: int | None = None, **values: Any) -
 
 
 def read(source: object) -> str:
-    return read_source(Source.parse(str(source)), LIMIT)[0]
+    return read_source(Source.parse(str(source)), LIMIT, tiny_tokenizer()).text
 
 
 def words(count: int, first: int = 0) -> str:
@@ -61,8 +61,9 @@ def test_jsonl_and_parquet_fields(tmp_path: Path) -> None:
 
 def test_a_long_text_is_cut_and_this_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x" * 100, encoding="utf-8")
-    assert read_source(Source.parse(str(tmp_path / "a.txt")), 60) == ("x" * 60, True)
-    assert read_source(Source.parse(str(tmp_path / "a.txt")), 100) == ("x" * 100, False)
+    source = Source.parse(str(tmp_path / "a.txt"))
+    assert read_source(source, 60, tiny_tokenizer()).text == "x" * 60
+    assert read_source(source, 100, tiny_tokenizer()) == ("x" * 100, ())
     (tmp_path / "long.txt").write_text("word " * 1000, encoding="utf-8")
     assert "only its first 4,096 characters" in windows(tmp_path / "long.txt", tokens=64, window=32).notes[0]
     assert windows("tiny", tokens=64, window=32).notes == ()

@@ -266,6 +266,24 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[MoesaicError], str, str]]
         "again",
     ),
     "index without map": (lambda f: edit_json(f / INDEX, dict.clear), CheckpointError, "no weight_map", "again"),
+    "index without metadata": (
+        lambda f: edit_json(f / INDEX, lambda index: index.pop("metadata")),
+        CheckpointError,
+        "has no metadata, without which transformers",
+        '"metadata": {}',
+    ),
+    "shard in capitals": (
+        lambda f: first_shard(f).rename(f / first_shard(f).name.upper()),
+        CheckpointError,
+        "model-00001.*is missing",
+        "rename MODEL-00001",
+    ),
+    "weights under another name": (
+        lambda f: [file.unlink() for file in f.glob("*.safetensors*")] and (f / "weights.safetensors").write_bytes(b""),
+        CheckpointError,
+        "weights.safetensors but neither",
+        "rename it to model.safetensors",
+    ),
     "index no JSON": (lambda f: (f / INDEX).write_text("{"), CheckpointError, f"{INDEX} is not readable", "again"),
     "index missing": (lambda f: (f / INDEX).unlink(), CheckpointError, "neither model.safetensors nor", "index"),
     "tensor twice": (duplicate, CheckpointError, "is both in model-00001.* and in model-00002", "shards"),
@@ -289,7 +307,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[MoesaicError], str, str]]
         lambda f: (f / "adapter_config.json").write_text("{}"),
         UnsupportedModelError,
         "PEFT adapter",
-        "merge_and_unload",
+        "docs/checkpoints.md",
     ),
 }
 

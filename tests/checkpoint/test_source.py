@@ -201,11 +201,11 @@ def test_hub_id_offline(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_hub_model_without_safetensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshot = tmp_path / "hub" / "models--owner--model" / "snapshots" / "abc"
+    snapshot = tmp_path / "hub" / "models--owner--model" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(InputError, match="owner/model has no safetensors"):
         resolve_model("owner/model")

@@ -91,7 +91,7 @@ def index(weight_map: Mapping[str, str]) -> Arrange:
 
     def arrange(work: Path) -> None:
         (work / "model" / WEIGHTS).rename(work / "model/model-00001-of-00002.safetensors")
-        (work / "model" / INDEX).write_text(json.dumps({"weight_map": dict(weight_map)}))
+        (work / "model" / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict(weight_map)}))
 
     return arrange
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -16,10 +17,21 @@ from transformers import AutoModelForCausalLM
 import moesaic
 from moesaic.checkpoint.reader import WEIGHTS, Checkpoint
 from moesaic.errors import CheckpointError, InputError
-from tests.tiny_models import build_tiny
+from moesaic.progress import Silent
+from tests.tiny_models import build_tiny, tiny_tokenizer
 
 Tiny = Callable[[str], Path]
 EXACT = {"method": "mlpmoe", "options": {"branches": 4}}
+
+
+class Notes(Silent):
+    """Keeps what a user would be told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
 
 
 def changed(source: Path, folder: Path, config: dict[str, Any] | None = None, **tensors: torch.Tensor) -> Path:
@@ -85,6 +97,31 @@ def test_a_head_of_its_own_is_kept_where_the_config_ties_it(tmp_path: Path) -> N
     assert float((expected - logits(tied)).abs().max()) > 0.1
     done = moesaic.convert(source, tmp_path / "out", target="granitemoeshared", **EXACT)
     torch.testing.assert_close(logits(done.output), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_generation_settings_that_transformers_cannot_read_stand_in_no_verbs_way(tmp_path: Path) -> None:
+    source = build_tiny("llama", tmp_path / "model", dtype="bfloat16")
+    (source / "generation_config.json").write_text('{"pad_token_id": [1], "eos_token_id": [0, 1]}')
+    notes = Notes()
+    for target in ("moesaic", "dense"):
+        done = moesaic.convert(source, tmp_path / target, target=target, progress=notes, **EXACT)
+        moesaic.evaluate_model(done.output, baseline=source, window=32, limit=1)
+        assert (done.output / "generation_config.json").read_bytes() == (source / "generation_config.json").read_bytes()
+    moesaic.verify(tmp_path / "moesaic", baseline=str(source))
+    assert sum("cannot read generation_config.json" in note for note in notes.told) == 2
+
+
+def test_a_token_beyond_the_embedding_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
+    source = build_tiny("llama", tmp_path / "model", dtype="bfloat16")
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(source)
+    (tmp_path / "t.txt").write_text("an <extra> word " * 40)
+    with pytest.raises(InputError, match="writes token 300, '<extra>', but the model has only 300"):
+        moesaic.evaluate_model(source, text=tmp_path / "t.txt", window=32)
+    calibration = {"sources": [str(tmp_path / "t.txt")], "tokens": 64, "window": 32}
+    with pytest.raises(InputError, match="writes token 300, '<extra>'"):
+        moesaic.convert(source, tmp_path / "out", calibration=calibration)
 
 
 def test_a_blueprint_takes_no_dense_layers(tiny: Tiny, tmp_path: Path) -> None:

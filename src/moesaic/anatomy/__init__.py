@@ -27,7 +27,7 @@ from moesaic.anatomy import (
     smollm3,
 )
 from moesaic.anatomy.base import Anatomy, Config, Family, FFNSite, MoENames, require
-from moesaic.anatomy.refusals import ACTIVATIONS, refuse_foreign
+from moesaic.anatomy.refusals import ACTIVATIONS, refuse_foreign, refuse_layers
 from moesaic.errors import UnsupportedModelError
 
 _MODULES = (
@@ -89,6 +89,7 @@ def read_anatomy(config: Config, *, hierarchical: bool = False) -> Anatomy:
             f"config.json of this {model_type} model has {family.num_layers} = {num_layers}",
             f"at most {_MOST_LAYERS} are read",
         )
+    refuse_layers(config, num_layers)
     return Anatomy(
         family=family,
         config=config,
@@ -119,7 +120,7 @@ def _d_ff(config: Config, family: Family, model_type: str) -> int:
 
 def _activation(config: Config, family: Family, model_type: str) -> str:
     name = family.activation_of(config) if family.activation_of else require(config, family.activation, model_type)
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise UnsupportedModelError(
             f"this {model_type} model uses the activation {name!r}", f"supported: {', '.join(sorted(ACTIVATIONS))}"
         )

@@ -189,6 +189,11 @@ def max_positions(config: Config) -> int | None:
     return config.get("max_position_embeddings") or config.get("n_positions")
 
 
+def vocabulary(config: Config) -> int | None:
+    """Rows of the embedding of a model (or of a ``moesaic`` folder); None where its config does not say."""
+    return (config.get("text_config") or config).get("vocab_size")
+
+
 def clipped(window: int, config: Config) -> int:
     """A window of that many tokens, or of as many as the model reads."""
     return min(window, max_positions(config) or window)

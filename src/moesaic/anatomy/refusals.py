@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,6 +38,11 @@ _HEADS = (
     "ForMaskedLM",
     "ForRewardModel",
 )
+_PER_LAYER = {"layer_types": False, "no_rope_layers": True}  # whether transformers takes a list that is too long
+# Text models whose multimodal rotary positions are the plain ones where there is only text.
+_PLAIN_ON_TEXT = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+_SIZES = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+_TORCH_DTYPE = re.compile(r"b?float\d+\w*|float|half|double")
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -47,14 +53,18 @@ def refuse_foreign(config: Config, known: Iterable[str]) -> None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise UnsupportedModelError("config.json has no model_type", "give a Hugging Face language model")
-    for check in (_moesaic, _quantised, _multimodal, _other_kind, _head):
-        check(config, model_type)
     known = sorted(known)
+    for check in (_moesaic, _quantised):
+        check(config, model_type)
+    _multimodal(config, model_type, known)
+    for check in (_other_kind, _head, _tuples, _token_ids, _numbers, _dtype):
+        check(config, model_type)
     if model_type not in known:
         _unknown(config, model_type, known)
 
 
-MERGE_HINT = "merge it into its base model first (peft: merge_and_unload, then save_pretrained)"
+RECIPES = "docs/checkpoints.md"
+MERGE_HINT = f"merge it into its base model first and convert that: {RECIPES} has the lines"
 
 
 def _moesaic(config: Config, model_type: str) -> None:
@@ -67,6 +77,11 @@ def _moesaic(config: Config, model_type: str) -> None:
 
 def _quantised(config: Config, model_type: str) -> None:
     for key in ("quantization_config", "compression_config"):
+        if config.get(key) == {}:
+            raise UnsupportedModelError(
+                f"config.json of this {model_type} model has an empty {key}, with which transformers cannot load it",
+                "remove that line from config.json",
+            )
         if config.get(key):
             settings: Any = config[key]
             method = settings.get("quant_method", "unnamed method") if isinstance(settings, dict) else "unnamed method"
@@ -76,14 +91,72 @@ def _quantised(config: Config, model_type: str) -> None:
             )
 
 
-def _multimodal(config: Config, model_type: str) -> None:
+def _multimodal(config: Config, model_type: str, known: list[str]) -> None:
     inner = config.get("text_config") or config.get("llm_config") or config.get("thinker_config")
-    if isinstance(inner, dict) or any(key in config for key in ("vision_config", "audio_config")):
-        text_type = inner.get("model_type") if isinstance(inner, dict) else None
+    if not isinstance(inner, dict) and not any(key in config for key in ("vision_config", "audio_config")):
+        return
+    text_type = inner.get("model_type") if isinstance(inner, dict) else None
+    text_type = text_type or f"{model_type}_text"  # files from before wrappers named it
+    plain = _PLAIN_ON_TEXT.get(text_type, text_type)
+    if plain in known:
         raise UnsupportedModelError(
-            f"{model_type} is a multimodal wrapper around {text_type or 'a text model'}",
-            f"save its text model ({text_type or 'language_model'}) as a checkpoint of its own and convert that",
+            f"{model_type} is a multimodal wrapper around {text_type}",
+            f"save its text model as a {plain} checkpoint and convert that: {RECIPES} has the lines",
         )
+    raise UnsupportedModelError(
+        f"{model_type} is a multimodal wrapper around {text_type}, which moesaic does not know",
+        f"text models that it knows: {', '.join(known)}",
+    )
+
+
+def _tuples(config: Config, model_type: str) -> None:
+    if config.get("return_dict") is False:
+        raise UnsupportedModelError(
+            f"config.json of this {model_type} model has return_dict = false, with which transformers cannot run it",
+            "remove that line from config.json",
+        )
+
+
+def _token_ids(config: Config, model_type: str) -> None:
+    """Refuse token ids of a kind that transformers refuses."""
+    where = f"config.json of this {model_type} model"
+    for key, lists in (("pad_token_id", False), ("bos_token_id", False), ("eos_token_id", True)):
+        value = config.get(key)
+        values = value if lists and isinstance(value, list) else [value]
+        if not all(entry is None or (isinstance(entry, int) and not isinstance(entry, bool)) for entry in values):
+            kind = "a whole number or a list of them" if lists else "one whole number, or null"
+            raise UnsupportedModelError(f"{where} has {key} = {str(value)[:40]}", f"it must be {kind}")
+
+
+def _numbers(config: Config, model_type: str) -> None:
+    """Refuse sizes that are no whole numbers; those that a family needs are looked at with its own keys."""
+    for key in _SIZES:
+        value = config.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UnsupportedModelError(
+                f"config.json of this {model_type} model has {key} = {value!r}", "it must be a positive whole number"
+            )
+
+
+def _dtype(config: Config, model_type: str) -> None:
+    for key in ("dtype", "torch_dtype"):
+        value = config.get(key)
+        if isinstance(value, str) and not _TORCH_DTYPE.fullmatch(value):
+            raise UnsupportedModelError(
+                f"config.json of this {model_type} model has {key} = {value!r}, which transformers does not know",
+                "write bfloat16, float16 or float32",
+            )
+
+
+def refuse_layers(config: Config, num_layers: int) -> None:
+    """Refuse a list with an entry for each layer that has another length, as pruning of layers can leave it."""
+    for key, may_be_longer in _PER_LAYER.items():
+        entries = config.get(key)
+        if isinstance(entries, list) and len(entries) != num_layers and not (may_be_longer and entries[num_layers:]):
+            raise UnsupportedModelError(
+                f"config.json has {len(entries)} {key} for {num_layers} layers",
+                f"mend {key}: one entry for each layer that is there",
+            )
 
 
 def _other_kind(config: Config, model_type: str) -> None:

@@ -6,12 +6,13 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from moesaic.anatomy.base import FFNSite
+from moesaic.anatomy.refusals import RECIPES
 from moesaic.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moesaic.checkpoint.reader import Checkpoint
+    from moesaic.checkpoint.reader import Checkpoint, StoredNames
     from moesaic.nn.ffn import FFNWeights
 
 
@@ -24,12 +25,12 @@ def stored_path(checkpoint: Checkpoint, site: FFNSite) -> str:
     return _stored_site(checkpoint, site).disk_path
 
 
-def ffn_tensor_names(checkpoint: Checkpoint, site: FFNSite) -> set[str]:
+def ffn_tensor_names(stored: StoredNames, site: FFNSite) -> set[str]:
     """Names of all tensors in the checkpoint that make up this FFN. Raises CheckpointError when a matrix is missing."""
     names = set[str]()
-    for base in _stored_site(checkpoint, site).tensor_names().values():
-        checkpoint.info(f"{base}.weight")
-        names |= {name for name in (f"{base}.weight", f"{base}.bias") if name in checkpoint}
+    for base in _stored_site(stored, site).tensor_names().values():
+        stored.require(f"{base}.weight")
+        names |= {name for name in (f"{base}.weight", f"{base}.bias") if name in stored}
     return names
 
 
@@ -86,16 +87,29 @@ def load_ffn(checkpoint: Checkpoint, site: FFNSite, activation: str) -> FFNWeigh
     )
 
 
-def _stored_site(checkpoint: Checkpoint, site: FFNSite) -> FFNSite:
+def _stored_site(checkpoint: StoredNames, site: FFNSite) -> FFNSite:
     without_prefix = site.disk_path.partition(".")[2]
     candidates = [site, dataclasses.replace(site, disk_path=without_prefix)]
     for candidate in candidates:
         if f"{candidate.tensor_names()['up']}.weight" in checkpoint:
             return candidate
+    wanted = f"{site.tensor_names()['up']}.weight"
+    if found := _under_another_prefix(checkpoint, wanted):
+        raise CheckpointError(
+            f"{checkpoint.folder}: the tensors have names that a {checkpoint.config.get('model_type')} model does not "
+            f"read: {found} in place of {wanted}",
+            f"write them anew under its names: {RECIPES} has the lines",
+        )
     raise CheckpointError(
-        f"{checkpoint.folder}: no tensor {site.tensor_names()['up']}.weight, though config.json describes it",
+        f"{checkpoint.folder}: no tensor {wanted}, though config.json describes it",
         "config.json and the weights belong to different models, or the download is incomplete",
     )
+
+
+def _under_another_prefix(checkpoint: StoredNames, wanted: str) -> str | None:
+    """The name of this tensor where a wrapper (compiled, parallel, multimodal) has put words before it or into it."""
+    below = wanted.partition(".")[2]
+    return next((name for name in checkpoint.names if name.endswith(f".{below}")), None)
 
 
 def _matrix(checkpoint: Checkpoint, base: str, transposed: bool) -> Tensor:

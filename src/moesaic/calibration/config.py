@@ -15,11 +15,21 @@ if TYPE_CHECKING:
     import torch
 
 MIX_NAME = "mix"
-RECORD_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+RECORD_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
 """Suffixes of files that hold records, of which one field is the text."""
+COMPRESSED = (".gz", ".bz2", ".xz")
+"""Suffixes behind those, and behind those of text files, that are unpacked."""
 
 _WEIGHT = re.compile(r"(?P<rest>.+)=(?P<weight>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
-_FIELD = re.compile(rf"(?P<path>.+({'|'.join(map(re.escape, RECORD_SUFFIXES))})):(?P<field>[^:/\\]+)")
+_ANY_RECORDS, _ANY_PACKED = ("|".join(map(re.escape, suffixes)) for suffixes in (RECORD_SUFFIXES, COMPRESSED))
+_FIELD = re.compile(rf"(?P<path>.+({_ANY_RECORDS})({_ANY_PACKED})?):(?P<field>[^:/\\]+)", re.IGNORECASE)
 
 
 class Source(BaseModel):
@@ -30,7 +40,8 @@ class Source(BaseModel):
     name: str = Field(
         min_length=1,
         description="A built-in sample (wikitext, c4, code, wiki, tiny), `mix`, or the path of a text file, a folder "
-        "of text files, a .jsonl or a .parquet file. A built-in name wins; write ./code for a folder of that name.",
+        "of text files, or a file of records (.jsonl, .json, .csv, .tsv, .parquet; also .gz, .bz2, .xz of them). A "
+        "built-in name wins; write ./code for a folder of that name.",
     )
     weight: float = Field(
         default=1.0,
@@ -39,7 +50,8 @@ class Source(BaseModel):
     )
     field: str | None = Field(
         default=None,
-        description="Field of a .jsonl record or column of a .parquet file that holds the text; `text` if left out.",
+        description="Field of the records that holds the text, or chat messages, which go through the model's chat "
+        "template. If left out, the first of `text`, `messages`, `conversations` that a record has.",
     )
 
     @field_validator("weight")
@@ -55,12 +67,15 @@ class Source(BaseModel):
     def parse(cls, text: str) -> Source:
         """Read the command line's form ``NAME[:FIELD][=WEIGHT]``: ``c4``, ``docs/``, ``corpus.parquet:content=2.0``.
 
+        Where the whole text, or what stands before the weight, is a path that exists, it is that path:
+        ``run/text=2024`` may be a file.
+
         Raises InputError for an empty name or a weight that is not positive.
         """
         rest, weight, field = text.strip(), 1.0, None
-        if match := _WEIGHT.fullmatch(rest):
+        if not _exists(rest) and (match := _WEIGHT.fullmatch(rest)):
             rest, weight = match["rest"], float(match["weight"])
-        if match := _FIELD.fullmatch(rest):
+        if not _exists(rest) and (match := _FIELD.fullmatch(rest)):
             rest, field = match["path"], match["field"]
         if not rest:
             raise InputError("an empty calibration source", f"give a path, {MIX_NAME} or one of {', '.join(SAMPLES)}")
@@ -78,8 +93,12 @@ class Source(BaseModel):
 
     @property
     def kind(self) -> str:
-        """How it is read: ``builtin``, ``jsonl``, ``parquet`` or ``text``."""
-        return "builtin" if self.builtin else RECORD_SUFFIXES.get(Path(self.name).suffix.lower(), "text")
+        """How it is read: ``builtin``, ``text``, or a value of ``RECORD_SUFFIXES``."""
+        if self.builtin:
+            return "builtin"
+        path = Path(self.name)
+        path = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+        return RECORD_SUFFIXES.get(path.suffix.lower(), "text")
 
 
 class CalibrationConfig(BaseModel):
@@ -88,9 +107,9 @@ class CalibrationConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sources: tuple[Source, ...] = Field(
-        default=(Source.parse("wikitext"),),
+        default=(Source(name="wikitext"),),
         description="Texts, mixed by weight: `wikitext` (as in the papers), `c4`, `code`, `wiki`, `tiny`, `mix` "
-        "(wikitext 2, c4 1, code 1), or paths such as docs/, data.jsonl:text, corpus.parquet:content=2.0.",
+        "(wikitext 2, c4 1, code 1), or paths such as docs/, chats.jsonl, data.csv:body, corpus.parquet:content=2.0.",
     )
     tokens: int = Field(default=16384, gt=0, description="Calibration tokens in all (T), rounded up to whole windows.")
     window: int = Field(
@@ -137,6 +156,13 @@ class CalibrationConfig(BaseModel):
         if self.compute_dtype != "auto":
             return getattr(torch, self.compute_dtype)
         return torch.bfloat16 if _multiplies_bfloat16() else torch.float32
+
+
+def _exists(path: str) -> bool:
+    try:
+        return bool(path) and Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, "~nobody", a zero byte: no path
+        return False
 
 
 def _multiplies_bfloat16() -> bool:

@@ -182,9 +182,12 @@ class Skeleton:
             if stored is None:
                 if full_name in may_miss:
                     continue
+                untied = "if its head is the embedding, set tie_word_embeddings to true in config.json"
                 raise CheckpointError(
                     f"{self.checkpoint.folder}: no tensor {full_name}, though config.json describes it",
-                    "config.json and the weights belong to different models, or the download is incomplete",
+                    untied
+                    if full_name == _HEAD
+                    else "config.json and the weights belong to different models, or the download is incomplete",
                 )
             tensor = self.checkpoint.finite_tensor(stored)
             if tensor.shape != parameter.shape:
@@ -210,8 +213,10 @@ def _without_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # what a bad value raises is up to each model
         reason = " ".join(str(error).split())[:200]
+        pad = "set pad_token_id in config.json to one of the model's own tokens, such as eos_token_id"
         raise CheckpointError(
-            f"{folder}: transformers cannot build this model: {reason}", "check config.json"
+            f"{folder}: transformers cannot build this model: {reason}",
+            pad if "Padding_idx" in reason else "check config.json",
         ) from error
     for name, buffer in list(model.named_buffers()):
         _replace(model, name, torch.empty_like(buffer, device="cpu"))

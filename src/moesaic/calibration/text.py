@@ -6,30 +6,24 @@ Axes: N windows, W tokens per window.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moesaic.calibration.config import MIX_NAME, CalibrationConfig, Source
-from moesaic.calibration.samples import SAMPLES, sample_text
+from moesaic.calibration.chat import chat_text
+from moesaic.calibration.config import CalibrationConfig, Source
+from moesaic.calibration.documents import read_documents
 from moesaic.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst"})
-"""Files of a folder that are read; a file given by its own name may have any suffix."""
-
 DOCUMENT_JOINT = "\n\n"
-DEFAULT_FIELD = "text"
 
 CHARACTERS_PER_TOKEN = 64
 """How much of a source is read per calibration token, about 16 times what is needed: windows lie in its first part."""
@@ -52,8 +46,18 @@ class Windows:
     notes: tuple[str, ...] = ()
 
 
+class SourceText(NamedTuple):
+    """The text of one source, and what the user should know of how it was read."""
+
+    text: str
+    notes: tuple[str, ...]
+
+
 def build_windows(
-    config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, max_positions: int | None = None
+    config: CalibrationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_positions: int | None = None,
+    vocabulary: int | None = None,
 ) -> Windows:
     """Read the sources of ``config`` and cut them into token windows.
 
@@ -64,10 +68,12 @@ def build_windows(
         config: Sources, number of tokens, window, seed.
         tokenizer: The model's tokenizer.
         max_positions: Longest context of the model; windows are clipped to it.
+        vocabulary: Rows of the model's embedding; an id beyond them is refused.
 
     Raises:
-        InputError: A path is missing or unreadable, a folder has no text files, a text is empty or not UTF-8, a record
-            is not valid JSON or lacks the field, pyarrow is missing, or a source has fewer tokens than its share.
+        InputError: A source cannot be read (:func:`moesaic.calibration.documents.read_documents`) or has no text, the
+            chat template refuses its messages, the model does not know one of its tokens, or it has fewer tokens than
+            its share.
     """
     sources = config.expanded()
     window = min(config.window, config.tokens, max_positions or config.window)
@@ -78,9 +84,8 @@ def build_windows(
     windows: list[list[int]] = []
     source_tokens = {}
     for index, (source, share) in enumerate(zip(sources, shares, strict=True)):
-        text, cut = read_source(source, limit=CHARACTERS_PER_TOKEN * config.tokens)
-        if cut and not source.builtin:
-            notes.append(f"calibration source {source.label}: only its first {len(text):,} characters are used")
+        text, found = read_source(source, CHARACTERS_PER_TOKEN * config.tokens, tokenizer)
+        notes += found
         if share == 0:
             notes.append(f"calibration source {source.label} is too light for a window; raise the number of tokens")
         ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -90,7 +95,22 @@ def build_windows(
         source_tokens[source.label] = share * window
     random.Random(f"{config.seed}:order").shuffle(windows)
     ids_NW = torch.tensor(windows, dtype=torch.int64)
+    check_ids(ids_NW, tokenizer, vocabulary)
     return Windows(ids_NW, _fingerprint(ids_NW), source_tokens, tuple(notes))
+
+
+def check_ids(ids: Tensor, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> None:
+    """Refuse ids without a row in the model's embedding, as a tokenizer with added tokens gives them.
+
+    Raises InputError, naming the token.
+    """
+    if vocabulary is not None and ids.numel() and int(ids.max()) >= vocabulary:
+        worst = int(ids.max())
+        raise InputError(
+            f"the tokenizer writes token {worst}, {tokenizer.convert_ids_to_tokens(worst)!r}, but the model has "
+            f"only {vocabulary}",
+            "put the model's own tokenizer there, or resize the model: resize_token_embeddings(len(tokenizer))",
+        )
 
 
 def largest_remainder(weights: Sequence[float], total: int) -> list[int]:
@@ -103,14 +123,17 @@ def largest_remainder(weights: Sequence[float], total: int) -> list[int]:
     return counts
 
 
-def read_source(source: Source, limit: int) -> tuple[str, bool]:
-    """The text of a source, its documents joined by blank lines, and whether it was cut at ``limit`` characters.
+def read_source(source: Source, limit: int, tokenizer: PreTrainedTokenizerBase) -> SourceText:
+    """The text of a source, its documents joined by blank lines, cut at ``limit`` characters.
 
     Raises InputError as :func:`build_windows` says.
     """
     parts: list[str] = []
-    size = 0
-    for document in _documents(source, limit):
+    size, chats = 0, False
+    for document in read_documents(source, limit):
+        if not isinstance(document, str):
+            chats = True
+            document = chat_text(document, tokenizer)
         if not document.strip():
             continue
         parts.append(document)
@@ -120,100 +143,20 @@ def read_source(source: Source, limit: int) -> tuple[str, bool]:
     text = DOCUMENT_JOINT.join(parts)
     if not text:
         raise InputError(f"calibration source {source.label} has no text", "give a source that is not empty")
-    return text[:limit], len(text) > limit
+    whole = _without_surrogates(text[:limit])
+    notes = []
+    if len(text) > limit and not source.builtin:
+        notes.append(f"only its first {limit:,} characters are used")
+    if chats and not tokenizer.chat_template:
+        notes.append("the model has no chat template, so that its messages are joined by blank lines")
+    if whole != text[:limit]:
+        notes.append("half characters (lone surrogates) in it are replaced by U+FFFD")
+    return SourceText(whole, tuple(f"calibration source {source.label}: {note}" for note in notes))
 
 
-def _documents(source: Source, limit: int) -> Iterator[str]:
-    if source.builtin:
-        yield sample_text(source.name)
-        return
-    path = Path(source.name).expanduser()
-    try:
-        if not path.exists():
-            raise InputError(
-                f"calibration source {source.name!r} does not exist",
-                f"give a path, {MIX_NAME} or one of {', '.join(SAMPLES)}",
-            )
-        if source.kind == "jsonl":
-            yield from _jsonl(path, source.field or DEFAULT_FIELD)
-        elif source.kind == "parquet":
-            yield from _parquet(path, source.field or DEFAULT_FIELD)
-        else:
-            for file in _text_files(path) if path.is_dir() else [path]:
-                with _open_text(file) as stream:
-                    yield stream.read(limit + 1)
-    except OSError as error:
-        raise InputError(
-            f"calibration source {path} cannot be read: {error.strerror or error}", "check its permissions"
-        ) from error
-
-
-def _text_files(folder: Path) -> list[Path]:
-    """The folder's text files, at any depth, hidden ones left out, in the order of their relative paths."""
-    files = [
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in TEXT_SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    if not files:
-        raise InputError(
-            f"no text files in folder {folder}",
-            f"it needs {', '.join(sorted(TEXT_SUFFIXES))} files; name .jsonl and .parquet files one by one",
-        )
-    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
-
-
-@contextmanager
-def _open_text(path: Path) -> Iterator[TextIO]:
-    try:
-        with path.open(encoding="utf-8-sig") as stream:
-            yield stream
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8: {error.reason}", "convert it, e.g. with iconv -t utf-8") from error
-
-
-def _jsonl(path: Path, field: str) -> Iterator[str]:
-    with _open_text(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"{path} line {number} is not valid JSON: {error.msg}", "write one object per line"
-                ) from error
-            if not isinstance(record, dict):
-                raise InputError(f"{path} line {number} is no JSON object", "write one object per line")
-            if not isinstance(record.get(field), str):
-                raise InputError(
-                    f"{path} line {number} has no text field {field!r}",
-                    f"its fields are {', '.join(record) or 'none'}; write {path.name}:FIELD",
-                )
-            yield record[field]
-
-
-def _parquet(path: Path, field: str) -> Iterator[str]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise InputError(f"reading {path} needs pyarrow", "pip install 'moesaic[parquet]'") from error
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is not a parquet file", "check the path") from error
-    with file:
-        names = file.schema_arrow.names
-        column = file.schema_arrow.field(field).type if field in names else None
-        if column is None or not (pa.types.is_string(column) or pa.types.is_large_string(column)):
-            raise InputError(
-                f"{path} has no text column {field!r}", f"its columns are {', '.join(names)}; write {path.name}:COLUMN"
-            )
-        for batch in file.iter_batches(batch_size=256, columns=[field]):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
+def _without_surrogates(text: str) -> str:
+    """JSON can spell half a character, ``\\ud83d``, which no tokenizer takes; both halves side by side are one."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _check_length(source: Source, found: int, window: int, share: int) -> None:

@@ -126,7 +126,7 @@ def write_side_files(
 ) -> None:
     """Write what stands beside the weights: tokenizer and licence of ``checkpoint``, blueprint, config.json."""
     for path in checkpoint.side_files():
-        staged.copy_file(path)
+        staged.copy_file(path, path.relative_to(checkpoint.folder).as_posix())
     for name, text in target.files().items():
         staged.write_text(name, text)
     blueprint.save(staged.folder)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import fnmatch
+import functools
 import hashlib
 import json
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.anatomy.refusals import MERGE_HINT
+from moesaic.checkpoint.side_files import side_files
 from moesaic.errors import CheckpointError, InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -21,22 +23,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# Copied beside a converted model byte for byte. A list of what is wanted: a folder may hold optimiser states and worse.
-_SIDE_PATTERNS = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "spiece.model",
-    "*.tiktoken",
-    "tekken.json",
-    "generation_config.json",
-    "chat_template*",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
+_LFS_POINTER = b"version https://git-lfs"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 # safetensors code -> torch name and bytes per element.
@@ -63,7 +50,78 @@ class TensorInfo:
     nbytes: int
 
 
-class Checkpoint:
+class StoredNames:
+    """What a checkpoint folder is and which tensors it names: config.json, and the index or the header of the one file.
+
+    Needs neither torch nor numpy, and does not see all that :class:`Checkpoint` sees.
+
+    Args:
+        folder: As for :class:`Checkpoint`.
+
+    Raises:
+        As :class:`Checkpoint`, but for what is wrong in a shard.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        _check_folder(self.folder)
+        self.config: dict[str, Any] = read_json(self.folder / CONFIG)
+        self._weight_map = self._read_weight_map()
+        self._files = self._shards(self._weight_map)
+        self.names: tuple[str, ...] = tuple(self._weight_map or _names_in(self._files[0]))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._known
+
+    @functools.cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.names)
+
+    def require(self, name: str) -> None:
+        """Raise CheckpointError for an unknown name."""
+        if name not in self:
+            near = difflib.get_close_matches(name, self.names, n=1)
+            raise CheckpointError(f"{self.folder}: no tensor {name}", f"the nearest is {near[0]}" if near else "")
+
+    def _read_weight_map(self) -> dict[str, str] | None:
+        # A single file goes before an index, as in transformers.
+        if (self.folder / WEIGHTS).exists() or not (self.folder / INDEX).exists():
+            return None
+        index = read_json(self.folder / INDEX)
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{self.folder / INDEX} has no weight_map", "download the checkpoint again")
+        for file_name in weight_map.values():
+            if not _is_shard_name(file_name):
+                raise CheckpointError(
+                    f"{self.folder / INDEX} names {file_name!r}, which is not a file of this folder",
+                    "do not use this checkpoint: an index has no reason to point elsewhere",
+                )
+        if "metadata" not in index:
+            raise CheckpointError(
+                f"{self.folder / INDEX} has no metadata, without which transformers cannot load it",
+                'add the line "metadata": {}, to it',
+            )
+        return weight_map
+
+    def _shards(self, weight_map: dict[str, str] | None) -> list[Path]:
+        if weight_map is None:
+            if not (self.folder / WEIGHTS).exists():
+                raise _no_weights(self.folder)
+            return [self.folder / WEIGHTS]
+        shards = [self.folder / name for name in sorted(set(weight_map.values()))]
+        for shard in shards:
+            if not shard.is_file():
+                others = (file.name for file in self.folder.iterdir())
+                alike = next((name for name in others if name.lower() == shard.name.lower()), "")
+                raise CheckpointError(
+                    f"{shard} is missing, though {INDEX} names it",
+                    f"rename {alike}" if alike else "the download is incomplete: fetch it again",
+                )
+        return shards
+
+
+class Checkpoint(StoredNames):
     """A checkpoint folder, validated but not read.
 
     Opening it parses config.json, the index and the headers of all shards; no weights. Tensors come memory-mapped, on
@@ -80,17 +138,14 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        _check_folder(self.folder)
-        self.config: dict[str, Any] = read_json(self.folder / CONFIG)
+        super().__init__(folder)
         self._handles: dict[Path, Any] = {}
         self._tensors: dict[str, TensorInfo] = {}
         self._fingerprint: str | None = None
         self._finite: set[str] = set()
-        weight_map = self._weight_map()
-        for file in self._shards(weight_map):
+        for file in self._files:
             self._read_header(file)
-        for name, file_name in (weight_map or {}).items():
+        for name, file_name in (self._weight_map or {}).items():
             info = self._tensors.get(name)
             if info is None or info.file.name != file_name:
                 raise CheckpointError(
@@ -98,7 +153,7 @@ class Checkpoint:
                 )
         if not self._tensors:
             raise CheckpointError(f"{self.folder}: the weight files hold no tensors", "download the checkpoint again")
-        self.names: tuple[str, ...] = tuple(self._tensors)
+        self.names = tuple(self._tensors)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -120,9 +175,7 @@ class Checkpoint:
 
     def info(self, name: str) -> TensorInfo:
         """File, dtype and shape of a tensor. Raises CheckpointError for an unknown name."""
-        if name not in self._tensors:
-            near = difflib.get_close_matches(name, self.names, n=1)
-            raise CheckpointError(f"{self.folder}: no tensor {name}", f"the nearest is {near[0]}" if near else "")
+        self.require(name)
         return self._tensors[name]
 
     def tensor(self, name: str) -> Tensor:
@@ -173,40 +226,9 @@ class Checkpoint:
         return self._fingerprint
 
     def side_files(self) -> list[Path]:
-        """Tokenizer, generation config, chat template, licence: what goes along with the weights, sorted by name."""
-        return sorted(
-            file
-            for file in self.folder.iterdir()
-            if file.is_file() and any(fnmatch.fnmatchcase(file.name, pattern) for pattern in _SIDE_PATTERNS)
-        )
-
-    def _weight_map(self) -> dict[str, str] | None:
-        # A single file goes before an index, as in transformers.
-        if (self.folder / WEIGHTS).exists() or not (self.folder / INDEX).exists():
-            return None
-        weight_map = read_json(self.folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{self.folder / INDEX} has no weight_map", "download the checkpoint again")
-        for file_name in weight_map.values():
-            if not _is_shard_name(file_name):
-                raise CheckpointError(
-                    f"{self.folder / INDEX} names {file_name!r}, which is not a file of this folder",
-                    "do not use this checkpoint: an index has no reason to point elsewhere",
-                )
-        return weight_map
-
-    def _shards(self, weight_map: dict[str, str] | None) -> list[Path]:
-        if weight_map is None:
-            if not (self.folder / WEIGHTS).exists():
-                raise _no_weights(self.folder)
-            return [self.folder / WEIGHTS]
-        shards = [self.folder / name for name in sorted(set(weight_map.values()))]
-        for shard in shards:
-            if not shard.is_file():
-                raise CheckpointError(
-                    f"{shard} is missing, though {INDEX} names it", "the download is incomplete: fetch it again"
-                )
-        return shards
+        """What goes along with the weights (:mod:`moesaic.checkpoint.side_files`), some of it in folders of its own."""
+        dense = self.config.get("text_config") if self.config.get("model_type") == "moesaic" else self.config
+        return side_files(self.folder, dense if isinstance(dense, dict) else {})
 
     def _read_header(self, file: Path) -> None:
         from safetensors import SafetensorError, safe_open
@@ -218,9 +240,7 @@ class Checkpoint:
                 slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
                 found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is truncated or damaged: {error}", "the download is incomplete: fetch it again"
-            ) from error
+            raise _damaged(file, error) from error
         self._handles[file] = None
         for name, (code, shape) in found.items():
             if name in self._tensors:
@@ -229,6 +249,26 @@ class Checkpoint:
                     "remove the shards that do not belong to this checkpoint",
                 )
             self._tensors[name] = _tensor_info(file, name, code, shape)
+
+
+def _names_in(file: Path) -> list[str]:
+    """Names in the header of a weight file, which begins with the header's length in eight bytes."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > file.stat().st_size:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(stream.read(length))
+        return [name for name in header.keys() if name != "__metadata__"]  # noqa: SIM118 (anything but an object fails)
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> CheckpointError:
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            return CheckpointError(f"{file} is a pointer of Git LFS, not the file", "git lfs pull, in that folder")
+    return CheckpointError(f"{file} is truncated or damaged: {error}", "the download is incomplete: fetch it again")
 
 
 def _is_shard_name(name: Any) -> bool:
@@ -252,8 +292,7 @@ def _tensor_info(file: Path, name: str, code: str, shape: tuple[int, ...]) -> Te
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder", "give a folder with config.json and safetensors")
-    if (folder / "adapter_config.json").exists():
-        raise UnsupportedModelError(f"{folder} holds a PEFT adapter, not a model", MERGE_HINT)
+    refuse_adapter(folder)
     if not any(folder.iterdir()):
         raise CheckpointError(f"{folder} is empty", "give a folder with config.json and safetensors")
     if not (folder / CONFIG).is_file():
@@ -268,6 +307,15 @@ def missing_config(folder: Path) -> CheckpointError:
     return CheckpointError(f"{folder} has no {CONFIG}", hint)
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Raise UnsupportedModelError for the folder of a PEFT adapter, naming its base model."""
+    file = folder / "adapter_config.json"
+    if file.exists():
+        base = read_json(file).get("base_model_name_or_path")
+        of = f" of {base}" if isinstance(base, str) and base else ""
+        raise UnsupportedModelError(f"{folder} holds a PEFT adapter{of}, not a model", MERGE_HINT)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint. Raises CheckpointError."""
     try:
@@ -279,6 +327,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has weights of any kind, or an index of them; a config.json can stand alone."""
+    return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", INDEX, *_PICKLES))
+
+
 def _no_weights(folder: Path) -> CheckpointError:
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if pickles:
@@ -287,7 +340,9 @@ def _no_weights(folder: Path) -> CheckpointError:
             "load it with transformers where you trust its author, and save_pretrained: that writes safetensors",
         )
     if shards := sorted(file.name for file in folder.glob("*.safetensors") if file.is_file()):
-        return CheckpointError(f"{folder} has {shards[0]} but neither {WEIGHTS} nor {INDEX}", "fetch the index as well")
+        whole = len(shards) == 1 and "-of-" not in shards[0]
+        hint = f"if it is the whole model, rename it to {WEIGHTS}" if whole else "fetch the index as well"
+        return CheckpointError(f"{folder} has {shards[0]} but neither {WEIGHTS} nor {INDEX}", hint)
     return CheckpointError(
         f"{folder} has no weights ({WEIGHTS} or {INDEX})", "the download is incomplete: fetch it again"
     )

@@ -6,23 +6,15 @@ import difflib
 import re
 from pathlib import Path
 
+from moesaic.checkpoint.side_files import SIDE_FOLDERS, SIDE_PATTERNS
 from moesaic.errors import CheckpointError, InputError
 from moesaic.gguf_input.header import MAGIC
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_WANTED = [
-    "*.safetensors",
-    "*.json",
-    "*.txt",
-    "*.jinja",
-    "*.model",
-    "*.tiktoken",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "README.md",
-]
+WANTED = ["*.safetensors", "*.json", "*.py", "README.md", *SIDE_PATTERNS]
 # Other formats of the same weights, which some repositories keep beside them.
-_UNWANTED = ["*/*", "consolidated*.safetensors"]
+UNWANTED = ["*/*", "consolidated*.safetensors"]
+WANTED_FOLDERS = [f"{name}/*" for name in SIDE_FOLDERS]
 
 
 def resolve_model(model: str) -> Path:
@@ -92,7 +84,8 @@ def _download(model: str) -> Path:
 
     local = "give a local folder or a .gguf file"
     try:
-        folder = Path(snapshot_download(model, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        folder = Path(snapshot_download(model, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        snapshot_download(model, revision=folder.name, allow_patterns=WANTED_FOLDERS)
     except GatedRepoError as error:
         raise InputError(f"access to {model} must be granted first", "accept its terms, then: hf auth login") from error
     except RepositoryNotFoundError as error:

@@ -14,6 +14,7 @@ import torch
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.blueprint import Blueprint, LayerPlan
 from moesaic.calibration.config import CalibrationConfig
+from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.evaluate.activity import Activity
 from moesaic.jobs.decide import decide
@@ -51,14 +52,12 @@ def control_model(
     An expert of an existing MoE that ``blueprint`` leaves whole stays whole. A control that is calibrated may leave
     others whole too, which saw too little text: then its active fraction is larger.
     """
-    from transformers import AutoModelForCausalLM
-
     job = control_job(name, baseline, blueprint, calibration, activity)
     control = decide(job, progress)
     untouched = {path: LayerPlan(plan.d_ff, torch.arange(plan.d_ff)) for path, plan in blueprint.sites.items()}
     whole = {path: plan for path, plan in blueprint.sites.items() if not plan.experts and plan.keeps_all}
     control = replace(control, sites={**untouched, **control.sites, **whole})
-    model = AutoModelForCausalLM.from_pretrained(baseline, dtype="auto")
+    model = load_model(baseline, "auto")
     apply_blueprint(model, control, job.anatomy, job.checkpoint)
     return model.eval(), active_fraction(control)
 

@@ -42,11 +42,11 @@ _SCRIPT = """
 import json, sys
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 folder, work = sys.argv[1:]
 model, info = AutoModelForCausalLM.from_pretrained(
-    folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, generation_config=GenerationConfig()
 )
 assert "moesaic" not in sys.modules
 wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
@@ -249,7 +249,7 @@ def parity_ids(folder: Path, vocabulary: int, window: int, count: int = 1) -> Te
 
     text = evaluation_text()[: _CHARACTERS * window * count]
     try:
-        ids_NW = token_windows(AutoTokenizer.from_pretrained(folder), text, window, count)
+        ids_NW = token_windows(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), text, window, count)
     except (OSError, ValueError, KeyError, InputError):
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, vocabulary, (count, window), generator=generator)

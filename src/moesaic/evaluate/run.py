@@ -13,14 +13,18 @@ from typing import Any
 
 from torch import Tensor
 
-from moesaic.anatomy.base import Config, clipped
+from moesaic.anatomy.base import Config, clipped, vocabulary
 from moesaic.blueprint import JSON_NAME, Blueprint
 from moesaic.calibration.config import CalibrationConfig
+from moesaic.calibration.documents import read_text
 from moesaic.calibration.samples import evaluation_text
+from moesaic.calibration.text import check_ids
 from moesaic.checkpoint.durable import replace_text
+from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.results import RESULTS_NAME, merged, read_results
 from moesaic.checkpoint.source import resolve_model
+from moesaic.checkpoint.tokenizer import load_tokenizer
 from moesaic.errors import InputError, ResourceError
 from moesaic.evaluate.activity import Activity, counting
 from moesaic.evaluate.comparison import compare
@@ -118,9 +122,10 @@ def evaluate_model(
     dense_folder = None if baseline is None else resolve_model(str(baseline))
     _check(folder, blueprint, dense_folder, controls=controls, speed=speed, save=save)
     written = _read(text)
-    tokenizer = _tokenizer(folder)
-    window = _window(window, Checkpoint(folder).config)
+    tokenizer, config = load_tokenizer(folder), Checkpoint(folder).config
+    window = _window(window, config)
     ids_NW = token_windows(tokenizer, written, window, limit)
+    check_ids(ids_NW, tokenizer, vocabulary(config))
     limit = limit if len(ids_NW) == limit else None  # a shorter text is read whole
     name = protocol_name(_dataset(text, written), window, limit)
     run = _Run(name, ids_NW, progress or Silent(), tokenizer if proxy else None)
@@ -204,9 +209,7 @@ def _measure_controls(run: _Run, dense_folder: Path, blueprint: Blueprint, calib
 @contextmanager
 def _loaded(folder: Path) -> Iterator[Any]:
     """A model in memory for the length of a block."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model = load_model(folder, "auto")
     try:
         yield model
     finally:
@@ -214,21 +217,15 @@ def _loaded(folder: Path) -> Iterator[Any]:
         gc.collect()
 
 
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    from moesaic.jobs.job import load_tokenizer
-
-    return load_tokenizer(AutoTokenizer, folder)
-
-
 def _read(text: str | Path | None) -> str:
     if text is None:
         return evaluation_text()
     try:
-        return Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"evaluation text {text} cannot be read", "give a UTF-8 text file") from error
+        return read_text(Path(text).expanduser())
+    except OSError as error:
+        raise InputError(
+            f"evaluation text {text} cannot be read: {error.strerror}", "give a UTF-8 text file"
+        ) from error
 
 
 def _dataset(text: str | Path | None, written: str) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.checkpoint.loading import generation_fault
 from moesaic.checkpoint.origin import CARD
 from moesaic.checkpoint.output import read_split, write_layer, write_rest
 from moesaic.checkpoint.placement import absolute, partial_of
@@ -88,7 +89,8 @@ def convert(
     if is_worker():
         train_beside(job, partial_of(absolute(output)) / "training")
         return Conversion(output, "", blueprint_of(job, Decisions()), {})
-    for note in () if job.windows is None else job.windows.notes:
+    fault = generation_fault(job.checkpoint.folder)
+    for note in (*(() if job.windows is None else job.windows.notes), *([fault] if fault else [])):
         progress.note(note)
     with StagedOutput.open(
         output, job.key, source=job.checkpoint.folder, expected_bytes=expected_bytes(job), restart=restart

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moesaic.anatomy.base import max_positions
+from moesaic.anatomy.base import max_positions, vocabulary
 from moesaic.anatomy.weights import load_ffn
 from moesaic.calibration.stream import LayerStream
 from moesaic.calibration.text import build_windows
 from moesaic.checkpoint import durable
+from moesaic.checkpoint.tokenizer import load_tokenizer
 from moesaic.distill.analyse import best_students, probe_rows
 from moesaic.distill.baselines import baselines, output_spectrum
 from moesaic.distill.config import DistillConfig, trials
@@ -24,7 +25,6 @@ from moesaic.distill.sweep import sweep
 from moesaic.distill.theory import pca_floor
 from moesaic.errors import InputError, MoesaicError
 from moesaic.jobs.distill_request import KEY_NAME, DistillRequest, check_distill
-from moesaic.jobs.job import load_tokenizer
 from moesaic.nn.ffn import FFNWeights
 from moesaic.progress import Progress, Silent
 
@@ -111,10 +111,9 @@ def distill(
 
 
 def _windows(request: DistillRequest) -> Any:
-    from transformers import AutoTokenizer
-
-    limit = max_positions(request.checkpoint.config)
-    return build_windows(request.config.data, load_tokenizer(AutoTokenizer, request.checkpoint.folder), limit)
+    config = request.checkpoint.config
+    tokenizer = load_tokenizer(request.checkpoint.folder)
+    return build_windows(request.config.data, tokenizer, max_positions(config), vocabulary(config))
 
 
 def _data(request: DistillRequest, teacher: FFNWeights, windows: Any, progress: Progress) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import moesaic
+from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.origin import CARD
 from moesaic.checkpoint.output import write_side_files
 from moesaic.checkpoint.reader import Checkpoint
@@ -106,9 +107,7 @@ def export(
 
 def moesaic_model(folder: Path) -> nn.Module:
     """The model in a folder of the ``moesaic`` architecture, in fp32."""
-    from moesaic.nn.modeling_moesaic import MoesaicForCausalLM
-
-    return MoesaicForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return load_model(folder, torch.float32)
 
 
 def _choose(split: Split, target: str) -> Choice:

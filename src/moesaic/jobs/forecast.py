@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from moesaic.anatomy.base import Anatomy
 from moesaic.anatomy.weights import ffn_tensor_names
 from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.tokenizer import TOKENIZER_FILES
 from moesaic.methods import get_config
 from moesaic.methods.sizes import RouterKind
 from moesaic.settings import ConvertSettings, method_config
@@ -30,7 +31,6 @@ _PROGRAM = 500e6
 _SITE_JSON = 900
 """Bytes that one converted FFN takes in config.json and blueprint.json, about."""
 _MODELLING_FILE = 24_000
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*")
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def guess_source(folder: Path, anatomy: Anatomy) -> Source:
     tables = (1 if tied else 2) * int(config.get("vocab_size") or 0) * d_model
     counted = element * (anatomy.num_layers * (attention + 2 * d_model) + ffn + tables)
     on_disk = _total_size(folder, "*.safetensors")
-    return Source(on_disk or counted, element, tied, 0, _total_size(folder, *_TOKENIZER_FILES))
+    return Source(on_disk or counted, element, tied, 0, _total_size(folder, *TOKENIZER_FILES, "merges*"))
 
 
 def _source(checkpoint: Checkpoint, matrix: str, biases: int) -> Source:

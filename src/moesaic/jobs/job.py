@@ -17,6 +17,7 @@ from moesaic.calibration.skeleton import Skeleton
 from moesaic.calibration.text import Windows, build_windows
 from moesaic.checkpoint.output import output_names
 from moesaic.checkpoint.reader import CONFIG, Checkpoint, read_json
+from moesaic.checkpoint.tokenizer import load_tokenizer
 from moesaic.errors import CheckpointError, InputError
 from moesaic.jobs.request import at_active, check_request
 from moesaic.methods import get_config, get_method
@@ -25,8 +26,6 @@ from moesaic.settings import ConvertSettings
 from moesaic.targets import AUTO, get_target
 from moesaic.targets.base import Split
 from moesaic.tune.mark import tuned
-
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -97,10 +96,9 @@ def prepare(
     windows = None
     decides = given is None and get_config(settings.method).needs_calibration(config)
     if decides or any(value is not None for value in (settings.router, settings.allocation, settings.active)):
-        from transformers import AutoTokenizer
-
-        tokenizer = load_tokenizer(AutoTokenizer, checkpoint.folder)
-        windows = build_windows(settings.calibration, tokenizer, max_positions(checkpoint.config))
+        tokenizer = load_tokenizer(checkpoint.folder)
+        longest = max_positions(checkpoint.config)
+        windows = build_windows(settings.calibration, tokenizer, longest, skeleton.vocabulary)
     _check_weights(skeleton)
     method = get_method(settings.method)
     return Job(checkpoint, anatomy, settings, method, config, request.dense_layers, windows, given)
@@ -183,14 +181,3 @@ def _check_weights(skeleton: Skeleton) -> None:
                 )
     for name in checkpoint.names:  # those that no module reads are copied all the same
         checkpoint.finite_tensor(name)
-
-
-def load_tokenizer(auto_class: Any, folder: Path) -> Any:
-    """The folder's tokenizer. Raises InputError when there is none or it cannot be read."""
-    if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
-        raise InputError(f"there is no tokenizer in {folder}", "copy tokenizer.json and tokenizer_config.json there")
-    try:
-        return auto_class.from_pretrained(folder)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"no usable tokenizer in {folder}: {reason}", "download it again") from error

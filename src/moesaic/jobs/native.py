@@ -13,6 +13,7 @@ from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy, clipped
 from moesaic.anatomy.weights import down_dtype
 from moesaic.blueprint import Blueprint
+from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.output import read_split
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
@@ -195,8 +196,6 @@ def fitting_targets(folder: str | Path) -> dict[str, list[str]]:
 
 def blueprint_model(dense: Checkpoint, anatomy: Anatomy, blueprint: Blueprint) -> nn.Module:
     """The dense model under the blueprint, in fp32; what the blueprint changes is rounded as it is stored."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(dense.folder, dtype=torch.float32)
+    model = load_model(dense.folder, torch.float32)
     apply_blueprint(model, blueprint, anatomy, dense)
     return model

@@ -1,4 +1,7 @@
-"""What a conversion would make, from config.json or a GGUF's header: shapes, memory, time, targets. No torch here.
+"""What a conversion would make: shapes, memory, time, targets. No torch here.
+
+It reads config.json and, where there are weights, the names of their tensors, by the checks that `convert` begins with;
+of a GGUF the header.
 
 The figures for time and memory are forecasts from counted operations and bytes; ``docs/results`` holds measured ones.
 """
@@ -14,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
-from moesaic.checkpoint.reader import missing_config
+from moesaic.checkpoint.reader import StoredNames, has_weights, missing_config, refuse_adapter
 from moesaic.checkpoint.source import check_file
 from moesaic.errors import InputError
 from moesaic.jobs import forecast
-from moesaic.jobs.request import active_neurons, check_options, check_split
+from moesaic.jobs.request import active_neurons, check_headers, check_options, check_split
 from moesaic.layout import Layout
 from moesaic.methods import get_config
 from moesaic.paths import cache_folder
@@ -108,6 +111,7 @@ def _describe(model: str | Path) -> _Described:
             check_file(path)
             gguf = read_model(path)
             return _Described(gguf.config, gguf)
+        refuse_adapter(path)
         if path.is_dir() and not (path / "config.json").is_file():
             raise missing_config(path)
     except (OSError, RuntimeError) as error:
@@ -136,22 +140,25 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
         settings: The conversion; or its fields as ``values``.
 
     Raises:
-        InputError, UnsupportedModelError: for what ``convert`` would refuse, as far as config.json shows it.
+        InputError, UnsupportedModelError: for what ``convert`` would refuse, as far as config.json and the names
+            of the tensors show it.
     """
     if not isinstance(settings, ConvertSettings):
         settings = build(ConvertSettings, {**(settings or {}), **values}, "settings")
     config = method_config(settings)
     check_options(settings, config)
-    described = _describe(model)
+    described, folder = _describe(model), Path(model).expanduser()
     anatomy = read_anatomy(described.config, hierarchical=settings.hierarchical)
     dense_layers = check_fits(settings.method, config, anatomy, settings.dense_layers)
     check_split(settings, config, anatomy)
+    if described.gguf is None and has_weights(folder):
+        check_headers(StoredNames(folder), anatomy)
     sites = [site for site in anatomy.sites if site.layer not in dense_layers]
     text = getattr(config, "layout", None)
     # An active fraction goes before a layout, a width of experts only keeps its fractions.
     fixed = any(getattr(config, name, None) is not None for name in ("active", "expert_width"))
     layout = Layout.parse(text) if isinstance(text, str) and not fixed else None
-    source = described.source(Path(model).expanduser(), anatomy)
+    source = described.source(folder, anatomy)
     memory = forecast.memory(settings, anatomy, source)
     space = forecast.disk(settings, anatomy, dense_layers, source)
     d_ff = sites[0].d_ff

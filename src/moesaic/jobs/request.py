@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from moesaic.anatomy.weights import ffn_tensor_names
 from moesaic.calibration.config import MIX_NAME, CalibrationConfig
 from moesaic.calibration.samples import SAMPLES
 from moesaic.checkpoint.placement import absolute, check_output
-from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.reader import Checkpoint, StoredNames
 from moesaic.checkpoint.source import resolve_model
-from moesaic.errors import InputError
+from moesaic.errors import CheckpointError, InputError
 from moesaic.jobs.forecast import prunes_attention, shape_of
 from moesaic.methods import get_config
 from moesaic.methods.base import MethodConfig
@@ -60,9 +61,21 @@ def check_request(
     dense_layers = check_fits(settings.method, config, anatomy, settings.dense_layers)
     if not decided:
         check_split(settings, config, anatomy)
-    for site in anatomy.sites:
-        ffn_tensor_names(checkpoint, site)
+    check_headers(checkpoint, anatomy)
     return Request(checkpoint, anatomy, config, dense_layers)
+
+
+def check_headers(stored: StoredNames, anatomy: Anatomy) -> None:
+    """Refuse a model whose FFNs are not in its weight files, or that has more layers there than config.json says."""
+    for site in anatomy.sites:
+        ffn_tensor_names(stored, site)
+    layers = re.compile(rf"(?:.*\.)?{re.escape(anatomy.family.layers.rpartition('.')[2])}\.(\d+)\.")
+    found = 1 + max(int(match[1]) for name in stored.names if (match := layers.match(name)))
+    if found > anatomy.num_layers:
+        raise CheckpointError(
+            f"{stored.folder}: config.json says {anatomy.num_layers} layers, the weights have {found}",
+            f"set {anatomy.family.num_layers} to {found}, or load the model with transformers and save_pretrained",
+        )
 
 
 def check_options(settings: ConvertSettings, config: MethodConfig) -> None:

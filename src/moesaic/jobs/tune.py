@@ -17,25 +17,25 @@ import torch
 from torch import Tensor, nn
 
 import moesaic
-from moesaic.anatomy.base import clipped, max_positions
+from moesaic.anatomy.base import clipped, max_positions, vocabulary
 from moesaic.anatomy.weights import ffn_tensor_names
 from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.origin import CARD
 from moesaic.checkpoint.output import output_names, read_split, write_side_files
 from moesaic.checkpoint.placement import absolute, partial_of
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.results import read_results
+from moesaic.checkpoint.tokenizer import load_tokenizer
 from moesaic.checkpoint.writer import StagedOutput
 from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.native_parity import parity_ids
 from moesaic.evaluate.parity import TOLERANCE, relative_difference
 from moesaic.jobs.decide import step_of
-from moesaic.jobs.job import load_tokenizer
 from moesaic.jobs.training_record import write_record
 from moesaic.jobs.tune_request import TuneRequest, check_tune
 from moesaic.jobs.verify import check_tensors
 from moesaic.materialise import TENSOR_NAMES
-from moesaic.nn.modeling_moesaic import MoesaicForCausalLM
 from moesaic.progress import Progress, Silent
 from moesaic.report.card import model_card
 from moesaic.settings import build
@@ -159,11 +159,9 @@ def tune(
 
 def _prepare(request: TuneRequest, preset_name: str, progress: Progress) -> _Job:
     """Read blueprint and text, and refuse a training whose result the architecture could not hold."""
-    from transformers import AutoTokenizer
-
     blueprint = Blueprint.load(request.source.folder)
-    tokenizer = load_tokenizer(AutoTokenizer, request.source.folder)
-    data, notes = read_data(request.config.train, tokenizer, max_positions(request.anatomy.config))
+    tokenizer, config = load_tokenizer(request.source.folder), request.anatomy.config
+    data, notes = read_data(request.config.train, tokenizer, max_positions(config), vocabulary(config))
     for note in notes:
         progress.note(note)
     sigmoid = request.config.gate == "sigmoid" or (
@@ -357,7 +355,7 @@ def _check(job: _Job, folder: Path, model: nn.Module, blueprint: Blueprint) -> d
         config = request.anatomy.config
         ids_NW = parity_ids(folder, int(config["vocab_size"]), clipped(_PARITY_WINDOW, config))
         check_tensors(Checkpoint(folder))
-        written = MoesaicForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        written = load_model(folder, torch.float32)
         with torch.inference_mode():
             made, asked = (run(input_ids=ids_NW, use_cache=False).logits for run in (written, model))
         difference = relative_difference(made, asked)

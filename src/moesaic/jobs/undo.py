@@ -73,7 +73,7 @@ def undo(folder: str | Path, out: str | Path, *, restart: bool = False) -> Path:
             if not staged.done(step):
                 staged.write_shard(step, _dense_shard(converted, anatomy, blueprint, names))
         for path in converted.side_files():
-            staged.copy_file(path)
+            staged.copy_file(path, path.relative_to(converted.folder).as_posix())
         staged.write_text("config.json", json.dumps(with_true_tie(dense_config, converted), indent=2) + "\n")
         return staged.finish(manifest=False)
 

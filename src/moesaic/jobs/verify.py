@@ -215,7 +215,7 @@ def check_tensors(output: Checkpoint) -> None:
 
     moesaic.register()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(output.folder))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(output.folder, trust_remote_code=False))
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = model.all_tied_weights_keys  # written once, under the name of what they are tied to
     converted = {path.partition(".experts.")[0] for path in output.config.get("ffn_sites", ())}
@@ -244,10 +244,17 @@ def _load(folder: Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     import moesaic
+    from moesaic.checkpoint.loading import no_generation
 
     moesaic.register()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            generation_config=no_generation(),
+        )
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise VerificationError(f"transformers cannot load {folder}: {reason}") from error

@@ -66,7 +66,10 @@ def derived_seed(*parts: int) -> int:
 
 
 def read_data(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, max_positions: int | None = None
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_positions: int | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[TrainData, tuple[str, ...]]:
     """The windows that ``config`` asks for, and notes for the user. No window overlaps another.
 
@@ -75,6 +78,6 @@ def read_data(
     window = min(config.data.window, config.data.tokens, max_positions or config.data.window)
     rows = math.ceil(config.data.tokens / window) + config.held_out
     wanted = config.data.model_copy(update={"tokens": rows * window, "window": window})
-    windows = build_windows(wanted, tokenizer, max_positions)
+    windows = build_windows(wanted, tokenizer, max_positions, vocabulary)
     held_out_HW, ids_NW = windows.ids_NW[: config.held_out], windows.ids_NW[config.held_out :]
     return TrainData(ids_NW, held_out_HW, config.seed), windows.notes

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moesaic.anatomy.base import Anatomy
 from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError
 from moesaic.materialise import apply_blueprint
@@ -65,9 +66,7 @@ def make_student(
 
 def load_dense(dense: Checkpoint) -> nn.Module:
     """The dense model, fp32, frozen."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(dense.folder, dtype=torch.float32).requires_grad_(False).eval()
+    return load_model(dense.folder, torch.float32).requires_grad_(False)
 
 
 def load_converted(source: Checkpoint, dense: Checkpoint | None, blueprint: Blueprint, anatomy: Anatomy) -> nn.Module:
@@ -76,15 +75,12 @@ def load_converted(source: Checkpoint, dense: Checkpoint | None, blueprint: Blue
     A folder of the ``moesaic`` architecture is loaded as it is. The model of a stock folder is made again from
     ``dense`` and the blueprint; its FFNs are packed as they are stored, as when the folder was written.
     """
-    from transformers import AutoModelForCausalLM
-
-    from moesaic.nn.modeling_moesaic import MoesaicForCausalLM
 
     if source.config.get("model_type") == "moesaic":
-        model: Any = MoesaicForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+        model: Any = load_model(source.folder, torch.float32)
     else:
         assert dense is not None
-        model = AutoModelForCausalLM.from_pretrained(dense.folder, dtype=torch.float32)
+        model = load_model(dense.folder, torch.float32)
         apply_blueprint(model, blueprint, anatomy, dense)
     return model.float().requires_grad_(False).eval()
 

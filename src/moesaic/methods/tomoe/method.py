@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moesaic.checkpoint.loading import load_model
 from moesaic.errors import InputError, UnsupportedModelError
 from moesaic.methods.base import ModelContext, ModelPlan
 from moesaic.methods.tomoe.config import Config, check_exportable
@@ -80,9 +81,7 @@ def plan_model(context: ModelContext, config: Config) -> ModelPlan:
 
 def load_base(context: ModelContext, dtype: torch.dtype) -> nn.Module:
     """The dense model as transformers loads it, in ``dtype``."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(context.checkpoint.folder, dtype=dtype, trust_remote_code=False)
+    return load_model(context.checkpoint.folder, dtype)
 
 
 def _plain(report: dict[str, Any]) -> dict[str, Any]:
