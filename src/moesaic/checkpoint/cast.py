@@ -40,10 +40,10 @@ def cast_copy(folder: Path, output: Path, dtype: str) -> Path:
             save_file(cast, staging / WEIGHTS, metadata={"format": "pt"})
             config = {**source.config, "dtype": dtype, "torch_dtype": dtype}
             (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            for path in source.side_files():
-                shutil.copy(path, staging / path.name)
-            for card in source.folder.glob("README.md"):
-                shutil.copy(card, staging / card.name)
+            for path in (*source.side_files(), *source.folder.glob("README.md")):
+                copy = staging / path.relative_to(source.folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copy(path, copy)
         return staging.replace(output)
     except OSError:
         if output.is_dir():  # another process was faster
