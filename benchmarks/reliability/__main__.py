@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few of everything, about five minutes")
     parser.add_argument("--kills", type=int, help="default: 200, quick: 12")
     parser.add_argument("--malformed", type=int, help="damaged inputs; default: 100, quick: 24")
-    parser.add_argument("--share", type=float, help="of the file operations that fail; default: 1, quick: 0.03")
+    parser.add_argument("--share", type=float, help="of the file operations that fail; default: 1, quick: 0.02")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--fuzz", type=float, metavar="MINUTES", help=f"also atheris on {', '.join(TARGETS)}, each")
     parser.add_argument("--fuzz-python", type=Path, help="a Python with atheris and what moesaic needs")
@@ -82,7 +82,7 @@ def campaign(args: argparse.Namespace, work: Path, known: set[str]) -> Iterator[
     if "kill" in args.parts:
         yield from kills(args.kills or (12 if args.quick else 200), args.seed, inputs, box, known)
     if "faults" in args.parts:
-        yield from faults(args.share or (0.03 if args.quick else 1.0), args.seed, inputs, box, known)
+        yield from faults(args.share or (0.02 if args.quick else 1.0), args.seed, inputs, box, known)
     if "malformed" in args.parts:
         yield from malformed(args.malformed or (24 if args.quick else 100), args.seed, inputs, box, known)
     if args.fuzz:

@@ -50,15 +50,16 @@ def make_inputs(folder: Path) -> Inputs:
 
 def command(verb: str, inputs: Inputs, out: Path) -> list[str]:
     """The arguments of ``moesaic`` that write ``out``."""
-    text = str(inputs.text)
+    dense, converted, text = str(inputs.dense), str(inputs.converted), str(inputs.text)
+    layout = ["--layout", "S2A2E7", "--target", "moesaic"]
+    calibration = ["--calib", text, "--calib-tokens", "256", "--calib-window", "64"]
+    training = ["--steps", "6", "--batch", "2", "--data", text, "--tokens", "512", "--window", "32"]
+    often = ["--set", "train.held_out=2", "--set", "train.save_every=2", "--set", "train.eval_every=3"]
     rest = {
-        "convert": [str(inputs.dense), str(out), "--layout", "S2A2E7", "--target", "moesaic", "--calib", text]
-        + ["--calib-tokens", "256", "--calib-window", "64"],
-        "export": [str(inputs.converted), str(out), "--to", "glm4_moe"],
-        "tune": [str(inputs.converted), str(out), "--baseline", str(inputs.dense), "--steps", "6", "--batch", "2"]
-        + ["--data", text, "--tokens", "512", "--window", "32", "--set", "train.held_out=2"]
-        + ["--set", "train.save_every=2", "--set", "train.eval_every=3"],
-        "eval": [str(out), "--baseline", str(inputs.dense), "--text", text, "--window", "64", "--limit", "4"],
+        "convert": [dense, str(out), *layout, *calibration],
+        "export": [converted, str(out), "--to", "glm4_moe"],
+        "tune": [converted, str(out), "--baseline", dense, *training, *often],
+        "eval": [str(out), "--baseline", dense, "--text", text, "--window", "64", "--limit", "4"],
     }
     return [verb, *rest[verb], "--quiet"]
 

@@ -110,6 +110,7 @@ class Sandbox:
                 os.chdir(self.folder)
                 _redirect(1, out)
                 _redirect(2, err)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
                 if disturb is not None:
                     disturb()
                 code = run(args)
@@ -170,21 +171,21 @@ class Run:
             time.sleep(POLL)
         _, status, usage = os.wait4(self.child, 0)
         left = self._left()
-        words = [path.read_text(encoding="utf-8", errors="replace") for path in (self._out, self._err)]
-        return Outcome(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, *words, left)
+        out, err = (path.read_text(encoding="utf-8", errors="replace") for path in (self._out, self._err))
+        return Outcome(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, out, err, left)
 
     def _left(self) -> tuple[str, ...]:
         deadline = time.monotonic() + GRACE
-        while time.monotonic() < deadline:
-            left = [f"process {name}" for name in _alive(self._mark)]
-            left += [f"temporary {name}" for name in sorted(_names(self._temporary))]
-            left += [f"shared memory {name}" for name in sorted(_shared() - self._shared)]
-            if not left:
-                break
+        while (left := self._leftovers()) and time.monotonic() < deadline:
             time.sleep(0.02)
         for process in _members(self._mark):
             process.kill()
-        return tuple(left)
+        return left
+
+    def _leftovers(self) -> tuple[str, ...]:
+        left = [f"process {name}" for name in _alive(self._mark)]
+        left += [f"temporary {name}" for name in sorted(_names(self._temporary))]
+        return (*left, *(f"shared memory {name}" for name in sorted(_shared() - self._shared)))
 
 
 def run(args: list[str]) -> int:

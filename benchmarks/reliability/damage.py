@@ -49,9 +49,8 @@ def _candidates(folder: Path, wanted: str) -> list[Path]:
 
 def _flip(file: Path, dice: random.Random) -> str:
     content = bytearray(file.read_bytes())
-    places = [
-        dice.randrange(min(len(content), dice.choice((64, 4096, len(content))))) for _ in range(dice.randint(1, 8))
-    ]
+    reach = [min(len(content), dice.choice((64, 4096, len(content)))) for _ in range(dice.randint(1, 8))]
+    places = [dice.randrange(size) for size in reach]
     for place in places:
         content[place] ^= 1 << dice.randrange(8)
     file.write_bytes(content)
@@ -180,18 +179,21 @@ def _missing_key(file: Path, dice: random.Random) -> str:
 def _other_number(file: Path, dice: random.Random) -> str:
     """An integer that is off by a little: shapes that do not fit, layers too many."""
     content = json.loads(file.read_text())
+    where, holder, key = _somewhere(content, dice)
     for _ in range(200):
-        where, holder, key = _somewhere(content, dice)
         if isinstance(holder[key], int) and not isinstance(holder[key], bool):
             holder[key] += dice.choice((-1, 1, 7, 10**6))
             break
+        where, holder, key = _somewhere(content, dice)
     file.write_text(json.dumps(content))
     return f"{where} = {holder[key]!r}"
 
 
 def _somewhere(content: Any, dice: random.Random) -> tuple[str, Any, Any]:
     """A place in a JSON value: its path, what holds it, and the key there."""
-    path, holder, key = "", {"": content}, ""
+    path = ""
+    holder: Any = {"": content}
+    key: Any = ""
     while True:
         value = holder[key]
         inner = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []

@@ -41,7 +41,7 @@ def reference(verb: str, inputs: Inputs, box: Sandbox) -> Reference:
 
 
 def kills(number: int, seed: int, inputs: Inputs, box: Sandbox, known: set[str]) -> Iterator[dict[str, Any]]:
-    """``number`` kills, spread over verbs, signals and the time of a run. Rounds whose key is ``known`` are left out."""
+    """``number`` kills, spread over verbs, signals and the time of a run; those whose key is ``known`` are left out."""
     each = -(-number // len(VERBS))
     for verb in VERBS:
         rounds = [(n, f"kill {verb} {n}") for n in range(min(each, number))]
@@ -60,13 +60,13 @@ def _round(
 ) -> dict[str, Any]:
     """One kill that hit a run, and the same command again."""
     out = box.folder / "out"
-    for _ in range(_ATTEMPTS):
+    outcome, attempts = None, 0
+    while outcome is None or (outcome.code == 0 and attempts < _ATTEMPTS):
+        moment *= 0.9 if attempts else 1  # it was over before
+        attempts += 1
         box.clear()
         prepare(verb, inputs, out)
         outcome = box.run(command(verb, inputs, out), kill=Kill(number, moment))
-        if outcome.code != 0:
-            break
-        moment *= 0.9  # it was over before
     about = {"part": "kill", "verb": verb, "signal": number.name, "moment": round(moment, 2)}
     faults = after_stop(verb, outcome, whole, inputs, box)
     if outcome.code == 0:

@@ -36,14 +36,11 @@ def malformed(number: int, seed: int, inputs: Inputs, box: Sandbox, known: set[s
         victim = copied(sources[what], box.folder / sources[what].name)
         damage = (damage_bytes if what == "gguf" else damage_folder)(victim, dice)
         row = {"key": key, "part": "malformed", "input": what, "kind": damage.kind, "file": damage.file}
-        if what != "converted":
-            found = _dense(victim, box, inputs)
-        else:
-            found = _converted(victim, damage, box, inputs)
+        found = _converted(victim, damage, box, inputs) if what == "converted" else _dense(victim, box)
         yield row | {"text": damage.text} | found
 
 
-def _dense(victim: Path, box: Sandbox, inputs: Inputs) -> dict[str, Any]:
+def _dense(victim: Path, box: Sandbox) -> dict[str, Any]:
     """``plan`` and ``convert``; what was converted after all must be undone into what the file says."""
     out = box.folder / "out"
     ran = {"plan": box.run(["plan", str(victim), "--layout", "S2A2E7"])}
@@ -118,10 +115,10 @@ def _compared(victim: Path, back: Path) -> list[str]:
 
     try:
         there = {name: t for file in victim.glob("*.safetensors") for name, t in load_file(file).items()}
-        _, info = AutoModelForCausalLM.from_pretrained(victim, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(victim, output_loading_info=True)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         return [f"converted, though it cannot be loaded: {' '.join(str(error).split())[:150]}"]
-    faults = [f"converted, though transformers finds {kind}: {min(map(str, n))}" for kind, n in info.items() if n]
+    faults = [f"converted, though transformers finds {kind}: {min(map(str, n))}" for kind, n in loaded[1].items() if n]
     ours = {name: t for file in back.glob("*.safetensors") for name, t in load_file(file).items()}
     for name in sorted(there.keys() | ours.keys()):
         if name not in there or name not in ours or not torch.equal(there[name], ours[name]):

@@ -57,7 +57,7 @@ class Disturbance:
 class _Hook:
     def __init__(self, disturbance: Disturbance) -> None:
         self._plan = disturbance
-        self._folder = str(disturbance.folder)
+        self._folder = disturbance.folder
         self._count = 0
         self._busy = False
 
@@ -65,7 +65,7 @@ class _Hook:
         real_fsync = os.fsync
 
         def fsync(descriptor: int) -> None:
-            if self._inside(os.readlink(f"/proc/self/fd/{descriptor}")):
+            if self._inside(Path(f"/proc/self/fd/{descriptor}").readlink()):
                 self._tick()
             real_fsync(descriptor)
 
@@ -94,7 +94,7 @@ class _Hook:
 
     def _inside(self, path: Any) -> bool:
         try:
-            return os.path.abspath(os.fsdecode(path)).startswith(self._folder)
+            return (Path.cwd() / os.fsdecode(path)).is_relative_to(self._folder)
         except (TypeError, FileNotFoundError):  # a descriptor; a working directory that is gone
             return False
 

@@ -64,7 +64,7 @@ def _markdown(rows: Sequence[dict[str, Any]]) -> str:
         "",
         "What counts as a fault:",
         "",
-        "* **kill**: a signal at a random moment of a run (SIGINT goes to all its processes, as Ctrl-C). Afterwards the "
+        "* **kill**: a signal at a random moment of a run (SIGINT goes to all its processes, as Ctrl-C). Then the "
         "output is absent or complete; nothing stays in the folder for temporary files, in shared memory or among the "
         "processes; the same command ends with the bytes of an undisturbed run (of results.json, without timings). "
         f"Found after {len(kills)} kills: {found['absent']} times nothing, {found['partial']} times an unfinished "

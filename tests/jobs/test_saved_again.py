@@ -242,13 +242,15 @@ def test_other_weights_beside_a_manifest_are_no_conversion(converted: Converted,
             refused()
 
 
-def test_stale_blueprint_of_another_conversion_is_named(converted: Converted, tmp_path: Path, run: Any) -> None:
+@pytest.mark.parametrize("name", [JSON_NAME, "config.json", "model.safetensors.index.json"])
+def test_a_file_that_is_not_the_one_that_was_written_is_named(
+    name: str, converted: Converted, tmp_path: Path, run: Any
+) -> None:
     folder = converted()
-    structure = json.loads((folder / JSON_NAME).read_text())
-    structure["method"] = "cmoe"
-    (folder / JSON_NAME).write_text(json.dumps(structure))
-    code, _, err = run("inspect", folder)
-    assert (code, JSON_NAME in err) == (3, True)
+    (folder / name).write_text((folder / name).read_text() + " ")
+    for arguments in (("inspect", folder), ("export", folder, tmp_path / "stock"), ("eval", folder)):
+        code, _, err = run(*arguments)
+        assert (code, f"{folder / name} is not the file that was written" in err) == (3, True)
 
 
 def test_a_saved_folder_can_be_tuned(converted: Converted, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from moesaic.anatomy.base import Anatomy
 from moesaic.attention_plan import VALUE_TENSORS, AttentionPlan
 from moesaic.blueprint import JSON_NAME, TENSORS_NAME, Blueprint, LayerPlan, Router
 from moesaic.checkpoint.manifest import MANIFEST_NAME, check_files
-from moesaic.checkpoint.reader import CONFIG, Checkpoint, read_json
+from moesaic.checkpoint.reader import CONFIG, INDEX, Checkpoint, read_json
 from moesaic.checkpoint.results import read_results
 from moesaic.errors import CheckpointError, InputError
 from moesaic.tune.mark import saved_again
@@ -70,7 +70,8 @@ def read_blueprint(checkpoint: Checkpoint, *, hashed: bool = True) -> Blueprint 
     provenance(checkpoint)
     if as_written(checkpoint.folder):
         weights = [file.name for file in checkpoint.files]
-        check_files(checkpoint.folder, (CONFIG, JSON_NAME, TENSORS_NAME))
+        index = [INDEX] if (checkpoint.folder / INDEX).exists() else []
+        check_files(checkpoint.folder, [CONFIG, JSON_NAME, TENSORS_NAME, *index])
         check_files(checkpoint.folder, weights, hashed=hashed)
         return Blueprint.load(checkpoint.folder)
     if checkpoint.config.get("model_type") != "moesaic":
