@@ -94,7 +94,7 @@ class Sandbox:
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir()
 
-    def start(self, args: list[str], disturb: Callable[[], None] | None = None, name: str = "run") -> Run:
+    def start(self, args: list[str], disturb: Callable[[], object] | None = None, name: str = "run") -> Run:
         """Start ``moesaic ARGS``; ``disturb`` is called in the child first."""
         shared, mark = _shared(), f"{os.getpid()} {next(_NUMBERS)}"
         out, err = (self._words / f"{name}.{stream}" for stream in ("out", "err"))
@@ -121,7 +121,7 @@ class Sandbox:
                 os._exit(code)
         return Run(child, mark, out, err, self.temporary, shared)
 
-    def run(self, args: list[str], disturb: Callable[[], None] | None = None, kill: Kill | None = None) -> Outcome:
+    def run(self, args: list[str], disturb: Callable[[], object] | None = None, kill: Kill | None = None) -> Outcome:
         """:meth:`start`, perhaps killed, to its end."""
         started = self.start(args, disturb)
         if kill is not None:
