@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
+import torch
 
 from moesaic.cli.main import main as moesaic
 
@@ -111,6 +112,7 @@ class Sandbox:
                 _redirect(1, out)
                 _redirect(2, err)
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                torch.set_num_threads(1)  # torch replaces the pool of its parent, which threads must not race for
                 if disturb is not None:
                     disturb()
                 code = run(args)
