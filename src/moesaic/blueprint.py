@@ -142,6 +142,8 @@ def _encode(blueprint: Blueprint) -> tuple[dict[str, Any], dict[str, Tensor]]:
         }
         if plan.union:  # what is absent otherwise does not change the digests of earlier versions
             sites[site]["union"] = True
+        if plan.trained:
+            sites[site]["trained"] = True
         tensors |= {f"{site}:{name}": tensor for name, tensor in plan.tensors().items()}
     structure: dict[str, Any] = {
         "format": FORMAT,
@@ -187,6 +189,7 @@ def _decode(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Blue
             gate=entry["gate"],
             fade=None if fade is None else WeightFade(tuple(fade["fractions"]), fade["scope"]),
             union=entry.get("union", False),
+            trained=entry.get("trained", False),
             projections=_under("projection.", own),
             **{name: own.get(name) for name in OPTIONAL_TENSORS},
         )

@@ -98,6 +98,8 @@ class LayerPlan:
         worth: What each neuron is worth to each expert's tokens, over the price of a neuron when the split was decided,
             float16 [E, F]: an expert of a union had those above 1; at other prices it has more or fewer
             (:mod:`moesaic.budget`).
+        trained: The stored weights were trained after the split, and only the folder has them. The plan says shapes and
+            routing; its indices are labels and not neurons of the dense FFN.
 
     Raises:
         InputError: parts that contradict each other, or indices outside the FFN.
@@ -119,6 +121,7 @@ class LayerPlan:
     load: Tensor | None = None
     worth: Tensor | None = None
     projections: dict[str, Tensor] = field(default_factory=dict)
+    trained: bool = False
 
     def __post_init__(self) -> None:
         widths = {len(expert) for expert in self.experts}
@@ -209,7 +212,7 @@ class LayerPlan:
         """Whether each of the ``d_ff`` neurons is stored exactly once, unmodified: then dense can be had back."""
         real = self.packed[self.packed >= 0]
         changes = (self.fade, self.expert_scale, self.readout, self.bias)
-        unchanged = not self.projections and all(v is None for v in changes)
+        unchanged = not self.trained and not self.projections and all(v is None for v in changes)
         return unchanged and len(real) == self.d_ff and len(torch.unique(real)) == self.d_ff
 
     @property
@@ -263,7 +266,8 @@ class LayerPlan:
 
     def diff(self, other: LayerPlan) -> list[str]:
         """Human-readable differences."""
-        a, b = ({"union": False, "router_rank": None, "fade": plan.fade} | plan.spec() for plan in (self, other))
+        absent = {"union": False, "router_rank": None}
+        a, b = (absent | {"fade": plan.fade, "trained": plan.trained} | plan.spec() for plan in (self, other))
         changed = [f"{key} {value!r} -> {b[key]!r}" for key, value in a.items() if value != b[key]]
         if not torch.equal(torch.unique(self.shared), torch.unique(other.shared)):
             kept = len(set(self.shared.tolist()) & set(other.shared.tolist()))

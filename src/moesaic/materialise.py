@@ -256,6 +256,11 @@ def unpack(tensors: Mapping[str, Tensor], plan: LayerPlan, activation: str) -> F
 
 
 def _check_fits(weights: FFNWeights, plan: LayerPlan) -> None:
+    if plan.trained:
+        raise InputError(
+            "the blueprint is that of a model that was trained after the conversion: only its folder has the weights",
+            "give the blueprint of the conversion that was trained",
+        )
     if plan.d_ff != weights.d_ff:
         raise InputError(
             f"the plan is for an FFN of {plan.d_ff} neurons, this one has {weights.d_ff}",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -64,3 +67,38 @@ def test_a_process_that_dies_between_two_windows_is_reported(tmp_path: Path) -> 
 def test_a_process_that_stops_is_quoted(code: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match=f"adder cannot run .*{words}"):
         list(answers(command(code), tmp_path, IDS, engine="adder"))
+
+
+OWNER = """
+import sys
+from pathlib import Path
+import torch
+from moesaic.evaluate.fresh_process import answers
+next(answers(sys.argv[2:], Path(sys.argv[1]), torch.arange(6).view(3, 2), engine="adder"))
+"""
+BUSY = """
+import os, subprocess, sys, time
+folder, work = sys.argv[1:]
+more = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(folder, "w").write(f"{work} {os.getpid()} {more.pid}")
+time.sleep(600)  # as a program that loads a large model: it hears nothing
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_outlives_a_killed_owner(number: signal.Signals, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(told), *command(BUSY)])
+    deadline = time.monotonic() + 60
+    while len(told.read_text().split() if told.exists() else ()) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    work, *programs = told.read_text().split()
+    assert Path(work).exists()
+    owner.send_signal(number)
+    owner.wait()
+    running = [True]
+    while any(running) or Path(work).exists():
+        assert time.monotonic() < deadline, "something was left"
+        time.sleep(0.02)
+        running = [psutil.pid_exists(int(one)) and psutil.Process(int(one)).status() != "zombie" for one in programs]

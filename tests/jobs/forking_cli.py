@@ -43,6 +43,7 @@ def run_in_child(args: list[str], kill_after: float | None) -> tuple[int, float]
     child = os.fork()
     if child == 0:
         code = 99
+        torch.set_num_threads(1)  # torch replaces the pool of its parent, which threads must not race for
         try:
             code = run(args)
         finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +19,8 @@ MANIFEST_NAME = "manifest.json"
 FORMAT = 1
 UNHASHED = frozenset({MANIFEST_NAME, "results.json", "README.md", "report.html"})
 """Files that later commands may rewrite; the rest of an output never changes."""
+
+_HINT = f"convert again; if you have trained it, remove {MANIFEST_NAME}: the folder is then taken as it is"
 
 _LIBRARIES = ("moesaic", "torch", "transformers", "safetensors")
 
@@ -82,14 +84,29 @@ def check_manifest(folder: Path) -> int:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
             raise VerificationError(f"{MANIFEST_NAME} names {name!r}, outside the folder", "do not use this folder")
-        if not (folder / name).is_file():
-            raise VerificationError(f"{folder / name} is missing", "convert again")
-        if (folder / name).stat().st_size != entry.get("bytes") or hash_file(folder / name) != entry["sha256"]:
-            raise VerificationError(
-                f"{folder / name} is not the file that was written (sha256 differs)", "convert again"
-            )
+        _check_file(folder / name, entry)
     # A stray weight file or module would be loaded without being checked; other additions are the user's business.
     for name in file_names(folder):
         if name not in files and name.endswith((".safetensors", ".py", ".bin", ".index.json")):
             raise VerificationError(f"{folder / name} is not in {MANIFEST_NAME}", "remove it or convert again")
     return len(files)
+
+
+def check_files(folder: Path, names: Iterable[str], *, hashed: bool = True) -> None:
+    """Compare some files with the manifest: their content, or only their sizes.
+
+    Raises:
+        VerificationError: naming the first that is missing, changed or not listed.
+    """
+    files: dict[str, dict[str, Any]] = load_manifest(folder)["files"]
+    for name in names:
+        if name not in files:
+            raise VerificationError(f"{folder / name} is not in {MANIFEST_NAME}", _HINT)
+        _check_file(folder / name, files[name], hashed=hashed)
+
+
+def _check_file(file: Path, entry: Mapping[str, Any], *, hashed: bool = True) -> None:
+    if not file.is_file():
+        raise VerificationError(f"{file} is missing", "convert again")
+    if file.stat().st_size != entry.get("bytes") or (hashed and hash_file(file) != entry["sha256"]):
+        raise VerificationError(f"{file} is not the file that was written (sha256 differs)", _HINT)

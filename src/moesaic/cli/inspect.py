@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.checkpoint.results import read_results
 from moesaic.cli import options as opt
 from moesaic.cli.console import emit, emit_json, table
+from moesaic.tune.mark import tuned
+
+if TYPE_CHECKING:
+    from moesaic.blueprint import Blueprint
+    from moesaic.checkpoint.reader import Checkpoint
 
 
 def attach(app: typer.Typer) -> None:
@@ -23,29 +27,51 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Show method, layout and experts of every converted FFN, and what has been measured."""
-    from moesaic.blueprint import Blueprint
+    from moesaic.checkpoint.converted import current_results, provenance, read_blueprint
+    from moesaic.checkpoint.reader import Checkpoint
 
-    blueprint = Blueprint.load(folder)
+    checkpoint = Checkpoint(folder)
     if diff is not None:
-        lines = blueprint.diff(Blueprint.load(diff))
+        lines = _blueprint(checkpoint).diff(_blueprint(Checkpoint(diff)))
         emit_json(lines) if as_json else emit("\n".join(lines) or "the two convert alike")
         return
-    rows = [_row(path, plan) for path, plan in blueprint.sites.items()]
-    results = read_results(folder)
+    blueprint = read_blueprint(checkpoint, hashed=False)
+    sites = {} if blueprint is None else blueprint.sites
+    rows = [_row(path, plan) for path, plan in sites.items()]
+    results = current_results(checkpoint)
+    made = provenance(checkpoint)
     if as_json:
-        emit_json({"method": blueprint.method, "config": blueprint.config, "digest": blueprint.digest(), "sites": rows})
+        digest = None if blueprint is None else blueprint.digest()
+        emit_json({"method": made["method"], "config": made["config"], "digest": digest, "sites": rows})
         return
-    emit(f"method     {blueprint.method} {blueprint.config}")
-    emit(f"family     {blueprint.family}")
-    emit(f"blueprint  {blueprint.digest()[:16]}")
-    emit("")
-    headers = ["FFN", "neurons", "shared", "experts", "width", "top-k", "active", "router", "gate"]
-    emit(table(headers, [[str(value) for value in row.values()] for row in rows]))
+    emit(f"method     {made['method']} {made['config']}")
+    emit(f"family     {checkpoint.config['model_type'] if blueprint is None else blueprint.family}")
+    emit(f"blueprint  {_gone(checkpoint) if blueprint is None else blueprint.digest()[:16]}")
+    if rows:
+        emit("")
+        headers = ["FFN", "neurons", "shared", "experts", "width", "top-k", "active", "router", "gate"]
+        emit(table(headers, [[str(value) for value in row.values()] for row in rows]))
     for name, measured in results.get("evaluation", {}).items():
         emit("")
         for label, row in measured["perplexity"].items():
             ratio = row.get("ratio_to_dense")
             emit(f"{name} {label:8} {row['value']:.3f}" + (f"  {ratio['ratio']:.3f}x dense" if ratio else ""))
+
+
+def _blueprint(checkpoint: Checkpoint) -> Blueprint:
+    from moesaic.checkpoint.converted import read_blueprint
+    from moesaic.errors import InputError
+
+    if (blueprint := read_blueprint(checkpoint, hashed=False)) is None:
+        raise InputError(
+            f"the blueprint of {checkpoint.folder} is {_gone(checkpoint)}",
+            "give the conversion that was trained: a training in transformers leaves the split as it was",
+        )
+    return blueprint
+
+
+def _gone(checkpoint: Checkpoint) -> str:
+    return f"gone: {tuned(checkpoint.config) or 'without manifest.json nothing says whether it holds'}"
 
 
 def _row(path: str, plan: Any) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
+import threading
 
 import typer
 
@@ -39,11 +41,14 @@ for _verb in (demo, plan, convert, eval, export, inspect, tune, distill, verify,
 
 
 _INTERRUPTED = 130
+_TERMINATED = 143
+_RESUMES = "the same command resumes what it had begun to write"
 
 
 @app.callback()
 def _options(debug: bool = typer.Option(False, "--debug", help="Show the trace of an error.")) -> None:
-    """Exit codes: 0 ok, 1 user or input error, 2 usage, 3 verification failed, 4 out of resources, 130 interrupted."""
+    """Exit codes: 0 ok, 1 user or input error, 2 usage, 3 verification failed, 4 out of resources, 130 interrupted, 143
+    terminated."""
 
 
 def main() -> None:
@@ -57,6 +62,8 @@ def main() -> None:
 
 
 def _run() -> None:
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))  # leaves nothing behind, as Ctrl-C
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
@@ -67,7 +74,9 @@ def _run() -> None:
         fail(error.message, error.hint, error.exit_code)
     except SystemExit as end:
         if end.code == _INTERRUPTED:  # typer's only word on it
-            fail("interrupted", "the same command resumes what it had begun to write", _INTERRUPTED)
+            fail("interrupted", _RESUMES, _INTERRUPTED)
+        if end.code == _TERMINATED:
+            fail("terminated", _RESUMES, _TERMINATED)
         raise
     except MemoryError:
         fail("out of memory", "lower --calib-tokens, or use a machine with more memory", 4)

@@ -1,7 +1,8 @@
 """Another process answers, so that its end is not ours: stock transformers, or an engine, which may abort.
 
 The process prints its answers as lines that begin with ``@``; all other lines are ignored. It works at what it was told
-and waits for the next line; at the end of its input it stops. Each answer has a time limit.
+and waits for the next line. Each answer has a time limit. However this process ends, the other one ends with it and
+leaves nothing (:mod:`moesaic.evaluate.guard`).
 
 Axes: N windows, W tokens per window.
 """
@@ -12,12 +13,13 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +29,7 @@ from moesaic.errors import InputError, VerificationError
 TIMEOUT_VARIABLE = "MOESAIC_ENGINE_TIMEOUT"
 _TIMEOUT = 1800.0
 """Seconds for one answer, the first of which includes loading the model, perhaps from a slow disk."""
+_GUARD = Path(__file__).with_name("guard.py")
 
 
 class Child:
@@ -38,6 +41,7 @@ class Child:
         subject: What it works on, for messages.
         environment: Variables in addition to this process's own.
         timeout: Seconds for one answer; by default those of MOESAIC_ENGINE_TIMEOUT, else half an hour.
+        work: A temporary folder that goes with it, should this process be killed.
     """
 
     def __init__(
@@ -48,12 +52,13 @@ class Child:
         subject: str,
         environment: Mapping[str, str] | None = None,
         timeout: float | None = None,
+        work: str = "",
     ) -> None:
         self._engine, self._subject = engine, subject
         self._timeout = _asked_timeout() if timeout is None else timeout
         self._errors: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed by __exit__)
         self._process = subprocess.Popen(
-            list(command),
+            [sys.executable, "-I", str(_GUARD), work, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -68,12 +73,17 @@ class Child:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()
+        self._end()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._errors):
-            with contextlib.suppress(BrokenPipeError):  # of what it did not read any more
-                if pipe is not None:
-                    pipe.close()
+        for pipe in (self._process.stdout, self._errors):
+            if pipe is not None:
+                pipe.close()
+
+    def _end(self) -> None:
+        """Close its input, at which the guard kills it."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # of what it did not read any more
+            self._process.stdin.close()
 
     def send(self, line: str) -> None:
         """Tell it something. That it is dead already shows in :meth:`answer`."""
@@ -92,7 +102,7 @@ class Child:
 
         def end() -> None:
             late.set()
-            self._process.kill()
+            self._end()
 
         timer = threading.Timer(self._timeout, end)
         timer.start()
@@ -144,7 +154,8 @@ def answers(
     with tempfile.TemporaryDirectory() as work:
         save_file({"ids": ids_NW.contiguous()}, Path(work) / "ids.safetensors")
         variables = {**(environment or {}), "TMPDIR": work}
-        with Child([*command, str(folder), work], engine=engine, subject=str(folder), environment=variables) as child:
+        about: dict[str, Any] = {"engine": engine, "subject": str(folder), "environment": variables}
+        with Child([*command, str(folder), work], work=work, **about) as child:
             for window in range(len(ids_NW)):
                 if window:
                     child.send("")

@@ -14,11 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from moesaic.anatomy.base import Config, clipped, vocabulary
-from moesaic.blueprint import JSON_NAME, Blueprint
+from moesaic.blueprint import Blueprint
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.calibration.documents import read_text
 from moesaic.calibration.samples import evaluation_text
 from moesaic.calibration.text import check_ids
+from moesaic.checkpoint.converted import WEIGHTS_KEY, as_written, current_results, read_blueprint
 from moesaic.checkpoint.durable import replace_text
 from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.reader import Checkpoint
@@ -118,14 +119,17 @@ def evaluate_model(
             what the model was made from; ``controls`` or ``speed`` without ``baseline``.
     """
     folder = resolve_model(str(model))
-    blueprint = Blueprint.load(folder) if (folder / JSON_NAME).exists() else None
+    checkpoint = Checkpoint(folder)
+    converted = isinstance(checkpoint.config.get("moesaic"), dict)
+    blueprint = read_blueprint(checkpoint) if converted else None
     dense_folder = None if baseline is None else resolve_model(str(baseline))
-    _check(folder, blueprint, dense_folder, controls=controls, speed=speed, save=save)
+    save = save and converted
+    _check(checkpoint, blueprint, dense_folder, controls=controls, speed=speed, save=save)
     written = _read(text)
-    tokenizer, config = load_tokenizer(folder), Checkpoint(folder).config
-    window = _window(window, config)
+    tokenizer = load_tokenizer(folder)
+    window = _window(window, checkpoint.config)
     ids_NW = token_windows(tokenizer, written, window, limit)
-    check_ids(ids_NW, tokenizer, vocabulary(config))
+    check_ids(ids_NW, tokenizer, vocabulary(checkpoint.config))
     limit = limit if len(ids_NW) == limit else None  # a shorter text is read whole
     name = protocol_name(_dataset(text, written), window, limit)
     run = _Run(name, ids_NW, progress or Silent(), tokenizer if proxy else None)
@@ -134,44 +138,55 @@ def evaluate_model(
         with _loaded(dense_folder) as dense:
             results["parameters_dense"] = dense.num_parameters()
             run.perplexity("dense", dense)
-    with _loaded(folder) as converted:
-        results["parameters"] = converted.num_parameters()
-        run.perplexity("model", converted)
-        if fidelity and (sites := router_fidelity(converted, ids_NW[:_FIDELITY_WINDOWS])):
+    with _loaded(folder) as loaded:
+        results["parameters"] = loaded.num_parameters()
+        run.perplexity("model", loaded)
+        if fidelity and (sites := router_fidelity(loaded, ids_NW[:_FIDELITY_WINDOWS])):
             results["fidelity"] = {"summary": summarise(sites), "sites": [site.to_dict() for site in sites]}
         if speed and dense_folder is not None:
-            results["speed"] = _speed_beside(dense_folder, converted)
+            results["speed"] = _speed_beside(dense_folder, loaded)
     if blueprint is not None:
         results["active_ffn_fraction"] = run.activity["model"].fraction(blueprint.sites)
         results["active_ffn_planned"] = active_fraction(blueprint)
         priced = any(plan.worth is not None for plan in blueprint.sites.values())
-        results["other_budgets"] = priced and not tuned(Checkpoint(folder).config)
+        results["other_budgets"] = priced and not tuned(checkpoint.config)
     if controls and dense_folder is not None and blueprint is not None:
-        _measure_controls(run, dense_folder, blueprint, _calibration(folder))
+        _measure_controls(run, dense_folder, blueprint, _calibration(checkpoint))
     results["perplexity"] = run.table()
     if proxy:
         results["proxy"] = run.proxy_table()
-    if save and blueprint is not None:
+    if save:
         _save(folder, run, results)
     return results
 
 
 def _check(
-    folder: Path, blueprint: Blueprint | None, dense_folder: Path | None, *, controls: bool, speed: bool, save: bool
+    checkpoint: Checkpoint,
+    blueprint: Blueprint | None,
+    dense_folder: Path | None,
+    *,
+    controls: bool,
+    speed: bool,
+    save: bool,
 ) -> None:
     """Refuse before any work what could not be measured, or not be saved."""
+    if controls and blueprint is None and (reason := tuned(checkpoint.config)):
+        raise InputError(
+            f"controls need a blueprint, and {checkpoint.folder} has none that holds: {reason}",
+            "leave --controls out, or measure the conversion that was trained",
+        )
     if controls and (dense_folder is None or blueprint is None):
         raise InputError(
             "controls need the dense model and a blueprint", "add --baseline MODEL; evaluate a moesaic output"
         )
-    if blueprint is not None and dense_folder is not None:
-        check_source(Checkpoint(dense_folder), Checkpoint(folder))
+    if isinstance(checkpoint.config.get("moesaic"), dict) and dense_folder is not None:
+        check_source(Checkpoint(dense_folder), checkpoint)
     if controls:
-        check_sources(_calibration(folder))  # now, as they are read last
+        check_sources(_calibration(checkpoint))  # now, as they are read last
     if speed and dense_folder is None:
         raise InputError("speed is measured beside the dense model", "add --baseline MODEL")
-    if save and blueprint is not None:
-        read_results(folder)  # damaged, it is refused before the work
+    if save:
+        read_results(checkpoint.folder)  # damaged, it is refused before the work
 
 
 def _save(folder: Path, run: _Run, results: dict[str, Any]) -> None:
@@ -235,17 +250,22 @@ def _dataset(text: str | Path | None, written: str) -> str:
     return f"{Path(text).name}@{hashlib.sha256(written.encode()).hexdigest()[:8]}"
 
 
-def _calibration(folder: Path) -> CalibrationConfig:
+def _calibration(checkpoint: Checkpoint) -> CalibrationConfig:
     """The calibration that the converted model was made with, so that controls see the same text."""
-    recorded = Checkpoint(folder).config["moesaic"].get("calibration")
+    recorded = checkpoint.config["moesaic"].get("calibration")
     return CalibrationConfig() if recorded is None else CalibrationConfig.model_validate(recorded)
 
 
 def merge_results(folder: Path, new: dict[str, Any]) -> None:
     """Merge entries into the folder's results.json, atomically, and renew its model card.
 
+    What was measured of other weights is dropped: see :func:`moesaic.checkpoint.converted.current_results`.
+
     Raises ResourceError or OSError when it cannot be written.
     """
-    results = merged(read_results(folder), new)
+    checkpoint = Checkpoint(folder)
+    results = merged(current_results(checkpoint), new)
+    if not as_written(folder):
+        results[WEIGHTS_KEY] = checkpoint.fingerprint()
     replace_text(folder / RESULTS_NAME, json.dumps(results, indent=1) + "\n")
     write_card(folder)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import moesaic
+from moesaic.checkpoint.converted import WEIGHTS_KEY, as_written, current_results
 from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.origin import CARD
 from moesaic.checkpoint.output import write_side_files
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.checkpoint.results import read_results
 from moesaic.checkpoint.writer import StagedOutput
 from moesaic.errors import InputError
 from moesaic.jobs import forecast, native
@@ -29,6 +29,7 @@ from moesaic.report.card import model_card
 from moesaic.settings import build
 from moesaic.targets import AUTO, Choice, choose_target, get_target
 from moesaic.targets.base import Split, TargetOptions
+from moesaic.tune.mark import SAVED_AGAIN
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def export(
     """Write the converted model in ``folder`` as a stock architecture.
 
     Args:
-        folder: Output of ``moesaic convert``, of the ``moesaic`` architecture.
+        folder: Output of ``moesaic convert``, of the ``moesaic`` architecture; or what transformers saved of it after a
+            training.
         output: Folder to create. It appears when it is complete and stock transformers computes from it what ``folder``
             computes; an interrupted run resumes from ``output.partial`` with the same call.
         target: A name from ``moesaic.targets.TARGETS``, or ``auto`` for the first that holds the model.
@@ -62,8 +64,8 @@ def export(
         progress: Receives layers done and notes.
 
     Raises:
-        InputError, CheckpointError: before anything is written; the message says what no target, or the one asked for,
-            can hold.
+        InputError, CheckpointError, VerificationError: before anything is written; the message says what no target, or
+            the one asked for, can hold, or which file of ``folder`` is not the one that was written.
         VerificationError: stock transformers computes something else; ``output`` is not created.
         ResourceError: disk full; the staging folder is kept.
     """
@@ -72,7 +74,8 @@ def export(
     settings = options if isinstance(options, TargetOptions) else build(TargetOptions, dict(options or {}), "target")
     StagedOutput.check(output, folder)
     checkpoint, blueprint, split = read_converted(folder)
-    earlier = read_results(folder)
+    earlier = current_results(checkpoint)
+    earlier.pop(WEIGHTS_KEY, None)
     choice = _choose(split, target)
     key = {
         "moesaic": moesaic.__version__,
@@ -85,7 +88,13 @@ def export(
     size = forecast.disk_of(shapes, split.anatomy, choice.name, settings, source).output
     with StagedOutput.open(output, key, source=folder, expected_bytes=size, restart=restart) as staged:
         _write_tensors(checkpoint, split, choice, settings, staged, progress)
-        provenance = {**checkpoint.config["moesaic"], "target": choice.name, "target_options": settings.model_dump()}
+        provenance = {
+            **checkpoint.config["moesaic"],
+            "blueprint": blueprint.digest(),
+            "target": choice.name,
+            "target_options": settings.model_dump(),
+            **({} if as_written(folder) else {SAVED_AGAIN: True}),
+        }
         write_side_files(checkpoint, staged, split, blueprint, provenance, choice.module, settings)
         results = earlier | {"export": {"target": choice.name, "options": settings.model_dump()}}
 

@@ -13,6 +13,7 @@ from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy, clipped
 from moesaic.anatomy.weights import down_dtype
 from moesaic.blueprint import Blueprint
+from moesaic.checkpoint.converted import read_blueprint, read_dense_anatomy
 from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.output import read_split
 from moesaic.checkpoint.reader import Checkpoint
@@ -158,17 +159,19 @@ def read_stock(folder: str | Path, baseline: str | Path | None) -> tuple[Checkpo
 
 
 def read_converted(folder: Path) -> tuple[Checkpoint, Blueprint, Split]:
-    """A folder of the ``moesaic`` architecture. Raises InputError for anything else."""
+    """A folder of the ``moesaic`` architecture, as its files are now; see :func:`read_blueprint`.
+
+    Raises InputError for anything else, VerificationError for files that are not those that were written.
+    """
     checkpoint = Checkpoint(folder)
     if checkpoint.config.get("model_type") != "moesaic":
         raise InputError(
             f"{folder} is a {checkpoint.config.get('model_type')} model, not one of the moesaic architecture",
             "export starts from an output of `moesaic convert` with --target moesaic",
         )
-    blueprint = Blueprint.load(folder)
-    dense_config = checkpoint.config["text_config"]
-    hierarchical = FAMILIES[dense_config["model_type"]].moe is not None
-    anatomy = read_anatomy(dense_config, hierarchical=hierarchical)
+    blueprint = read_blueprint(checkpoint)
+    assert blueprint is not None
+    anatomy = read_dense_anatomy(checkpoint)
     return checkpoint, blueprint, Split(anatomy, blueprint.sites, checkpoint.config["ffn_sites"], blueprint.attention)
 
 

@@ -20,12 +20,12 @@ import moesaic
 from moesaic.anatomy.base import clipped, max_positions, vocabulary
 from moesaic.anatomy.weights import ffn_tensor_names
 from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.checkpoint.converted import WEIGHTS_KEY, current_results, read_blueprint
 from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.origin import CARD
 from moesaic.checkpoint.output import output_names, read_split, write_side_files
 from moesaic.checkpoint.placement import absolute, partial_of
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.checkpoint.results import read_results
 from moesaic.checkpoint.tokenizer import load_tokenizer
 from moesaic.checkpoint.writer import StagedOutput
 from moesaic.errors import InputError, VerificationError
@@ -55,7 +55,7 @@ from moesaic.tune.teacher import KeptStates
 _PARITY_WINDOW = 256
 _ROUTING = ("gate", "selection_bias", "router_tensors")
 """Keys of an FFN's spec that training can change."""
-_STALE = ("evaluation", "parity", "native_parity", "native_parity_skipped", "tune", "export")
+_STALE = ("evaluation", "parity", "native_parity", "native_parity_skipped", "tune", "export", WEIGHTS_KEY)
 """Results of the source folder that do not hold for the output."""
 
 
@@ -129,7 +129,7 @@ def tune(
     if not isinstance(config, TuneConfig):
         config = build(TuneConfig, preset(preset_name, dict(config or {})), "tune")
     request = check_tune(folder, config, output, baseline, teacher_cache)
-    earlier = read_results(request.source.folder)
+    earlier = current_results(request.source)
     job = _prepare(request, preset_name, progress)
     if is_worker():
         _train(job, partial_of(absolute(output)) / "training", Silent())
@@ -159,7 +159,8 @@ def tune(
 
 def _prepare(request: TuneRequest, preset_name: str, progress: Progress) -> _Job:
     """Read blueprint and text, and refuse a training whose result the architecture could not hold."""
-    blueprint = Blueprint.load(request.source.folder)
+    blueprint = read_blueprint(request.source)
+    assert blueprint is not None  # a stock folder that transformers saved was refused
     tokenizer, config = load_tokenizer(request.source.folder), request.anatomy.config
     data, notes = read_data(request.config.train, tokenizer, max_positions(config), vocabulary(config))
     for note in notes:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy, max_positions
 from moesaic.anatomy.weights import load_ffn
 from moesaic.blueprint import Blueprint
+from moesaic.checkpoint.converted import as_written, provenance, read_blueprint, read_dense_anatomy
 from moesaic.checkpoint.manifest import check_manifest
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
@@ -51,9 +51,9 @@ class VerifyReport:
 
     Attributes:
         folder: The output.
-        files: Files whose sha256 is the manifest's.
+        files: Files whose sha256 is the manifest's; 0 for a folder that transformers saved after the conversion.
         tensors: Tensors that are finite and of the names and shapes that config.json asks for.
-        sites: Converted FFNs.
+        sites: Converted FFNs; None where transformers saved a folder of a stock architecture, which does not say it.
         partition: Whether every FFN is a partition of the dense one, and the attention is whole.
         logits: Largest |logit| on the fixed prompt.
         all_on: Largest logit difference from the dense model with all experts on, relative to the largest logit; None
@@ -66,7 +66,7 @@ class VerifyReport:
     folder: str
     files: int
     tensors: int
-    sites: int
+    sites: int | None
     partition: bool
     logits: float
     all_on: float | None
@@ -79,7 +79,10 @@ class VerifyReport:
 
 
 def verify_output(folder: str | Path, *, baseline: str | Path | None = None) -> VerifyReport:
-    """Check an output of ``moesaic convert``.
+    """Check an output of ``moesaic convert``, or what transformers saved of it after a training.
+
+    Of the latter, hashes and blueprint are gone or out of date: names, shapes and values of the tensors are checked
+    against config.json, and that the model computes.
 
     Memory: the model in fp32, once; with ``baseline`` the dense model before it, not beside it.
 
@@ -95,19 +98,23 @@ def verify_output(folder: str | Path, *, baseline: str | Path | None = None) -> 
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder", "give the folder of a converted model")
-    files = check_manifest(folder)
+    written = as_written(folder)
+    files = check_manifest(folder) if written else 0
     with _as_verification_error():
         output = Checkpoint(folder)
-        blueprint = Blueprint.load(folder)
+    provenance(output)
+    with _as_verification_error():
+        blueprint = Blueprint.load(folder) if written else read_blueprint(output)
         for name in output.names:
             output.finite_tensor(name)
-    _check_provenance(output, blueprint)
-    if baseline is not None and (reason := tuned(output.config)):
+    if written and blueprint is not None:
+        _check_provenance(output, blueprint)
+    if baseline is not None and (reason := tuned(output.config) or ("" if written else "it has no manifest.json")):
         raise InputError(f"{folder} cannot be compared with {baseline}: {reason}", "verify it without --baseline")
     dense = None if baseline is None else _dense_checkpoint(str(baseline), output)
     own = output.config.get("model_type") == "moesaic"
-    anatomy = _check_structure(output, blueprint) if own else None
-    partition = not blueprint.attention and all(plan.is_partition for plan in blueprint.sites.values())
+    anatomy = _check_structure(output, blueprint) if own and blueprint is not None else None
+    partition = blueprint is not None and _is_partition(blueprint)
     expected_TV = _logits(_load(dense.folder), _prompt(output)) if own and dense is not None and partition else None
     model = _load(folder)
     logits_TV = _logits(model, _prompt(output))
@@ -117,13 +124,13 @@ def verify_output(folder: str | Path, *, baseline: str | Path | None = None) -> 
     if expected_TV is not None:
         all_on = _all_on_difference(cast("MoesaicForCausalLM", model), _prompt(output), expected_TV, folder)
     oracle = None
-    if dense is not None and anatomy is not None:
+    if dense is not None and anatomy is not None and blueprint is not None:
         oracle = _oracle_difference(model, dense, anatomy, blueprint)
     return VerifyReport(
         folder=str(folder),
         files=files,
         tensors=len(output.names),
-        sites=len(blueprint.sites),
+        sites=None if blueprint is None else len(blueprint.sites),
         partition=partition,
         logits=logits_TV.abs().max().item(),
         all_on=all_on,
@@ -175,22 +182,22 @@ def _as_verification_error() -> Iterator[None]:
         raise VerificationError(error.message, error.hint) from error
 
 
+def _is_partition(blueprint: Blueprint) -> bool:
+    return not blueprint.attention and all(plan.is_partition for plan in blueprint.sites.values())
+
+
 def _check_provenance(output: Checkpoint, blueprint: Blueprint) -> None:
-    provenance = output.config.get("moesaic")
-    if not isinstance(provenance, dict) or "blueprint" not in provenance:
-        raise InputError(f"{output.folder} is not an output of moesaic convert: config.json has no block 'moesaic'")
-    if blueprint.digest() != provenance["blueprint"]:
+    if blueprint.digest() != provenance(output)["blueprint"]:
         raise VerificationError(f"{output.folder}: blueprint and config.json belong to different conversions")
 
 
 def _check_structure(output: Checkpoint, blueprint: Blueprint) -> Anatomy:
     """config.json of the ``moesaic`` architecture against blueprint and tensors; returns the dense model's anatomy."""
-    dense_config, specs = output.config["text_config"], output.config["ffn_sites"]
-    family = FAMILIES[dense_config["model_type"]]
+    specs = output.config["ffn_sites"]
     if specs.keys() != blueprint.sites.keys():
         odd = min(specs.keys() ^ blueprint.sites.keys())
         raise VerificationError(f"{output.folder}: {odd} is converted in only one of blueprint and config.json")
-    anatomy = read_anatomy(dense_config, hierarchical=family.moe is not None)
+    anatomy = read_dense_anatomy(output)
     for path, spec in specs.items():
         planned = {key: value for key, value in blueprint.sites[path].spec().items() if key != "down_bias"}
         if wrong := [key for key, value in planned.items() if spec.get(key) != value]:

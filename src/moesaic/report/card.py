@@ -12,6 +12,7 @@ from moesaic.calibration.config import CalibrationConfig
 from moesaic.checkpoint.origin import CARD, is_hub_id
 from moesaic.checkpoint.results import read_results
 from moesaic.evaluate.comparison import Comparison
+from moesaic.tune.mark import KEY, saved_again, tuned
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -49,7 +50,7 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         _loading(config),
         _proven(results),
         _measured(results),
-        _how(made),
+        _how(made, hashed=not saved_again(config)),
         _licence(made),
     ]
     return "\n".join(part for part in parts if part)
@@ -148,11 +149,13 @@ def _what(config: Mapping[str, Any], made: Mapping[str, Any]) -> str:
         text += f" It is a {config['model_type']} model: engines that load this architecture need no code of moesaic."
     if router := made.get("router"):
         text += f" Its routers are linear ones, fitted to {_FITTED_TO[router['mode']]}."
-    if tuned := made.get("tuned"):
+    if training := made.get(KEY):
         text += (
-            f" Afterwards it was trained for {tuned['steps']} steps on {tuned['tokens']} tokens "
-            f"({', '.join(tuned['trained'])}): its weights are no longer those of the dense model."
+            f" Afterwards it was trained for {training['steps']} steps on {training['tokens']} tokens "
+            f"({', '.join(training['trained'])}): its weights are no longer those of the dense model."
         )
+    elif tuned(config):
+        text += " Afterwards transformers saved it: its weights need not be those of the dense model."
     return text + "\n"
 
 
@@ -201,18 +204,18 @@ def _measured(results: Mapping[str, Any]) -> str:
     return "## Measured\n\n" + head + "\n".join(rows) + "\n"
 
 
-def _how(made: Mapping[str, Any]) -> str:
+def _how(made: Mapping[str, Any], *, hashed: bool) -> str:
     recipe = {"method": made["method"], "options": made["config"], "calibration": _shown_calibration(made)}
     if made.get("router"):
         recipe["router"] = made["router"]
-    if tuned := made.get("tuned"):
+    if training := made.get(KEY):
         shown = ("preset", "steps", "tokens", "trained", "losses")
-        recipe["tuned"] = {key: tuned[key] for key in shown if key in tuned}
+        recipe[KEY] = {key: training[key] for key in shown if key in training}
     return (
         "## How it was made\n\n"
         f"```json\n{json.dumps(recipe, indent=1)}\n```\n\n"
-        f"Source model sha256 `{made['source'][:16]}`, blueprint `{made['blueprint'][:16]}`; "
-        "`manifest.json` has the hash of every file.\n"
+        f"Source model sha256 `{made['source'][:16]}`, blueprint `{made['blueprint'][:16]}`"
+        + ("; `manifest.json` has the hash of every file.\n" if hashed else ".\n")
     )
 
 

@@ -8,6 +8,14 @@ from typing import Any
 KEY = "tuned"
 """In config.json's block ``moesaic``: what was trained, for how long, and with what success."""
 
+SAVED_AGAIN = "saved_again"
+"""In the same block, true: the folder was written from one that transformers had saved after the conversion."""
+
+
+def saved_again(config: Mapping[str, Any]) -> bool:
+    """Whether transformers wrote this config.json: it adds its version there, and moesaic does not."""
+    return "transformers_version" in config
+
 
 def tuned(config: Mapping[str, Any]) -> str | None:
     """Why a folder is no conversion of its dense model any more; None where it is one.
@@ -15,6 +23,10 @@ def tuned(config: Mapping[str, Any]) -> str | None:
     ``config``: its config.json.
     """
     made = config.get("moesaic")
-    if not isinstance(made, Mapping) or not made.get(KEY):
+    if not isinstance(made, Mapping):
         return None
-    return "it was trained after the conversion (moesaic tune): its weights are not those of the dense model"
+    if made.get(KEY):
+        return "it was trained after the conversion (moesaic tune): its weights are not those of the dense model"
+    if made.get(SAVED_AGAIN) or saved_again(config):
+        return "transformers saved it after the conversion: its weights need not be those of the dense model"
+    return None
