@@ -28,8 +28,8 @@ from benchmarks.compare.table import Record, perplexity_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moesaic.blueprint import Blueprint
-from moesaic.budget import check_budget
+from moesaic.adjust.budget import check_budget
+from moesaic.blueprint.model import Blueprint
 from moesaic.calibration.samples import evaluation_text, sample_text
 from moesaic.cli.console import fail, quiet_libraries, say
 from moesaic.errors import InputError, MoesaicError

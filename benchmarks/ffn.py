@@ -28,7 +28,7 @@ from transformers import Qwen2Config, Qwen2MoeConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
-from moesaic.layout import Layout
+from moesaic.blueprint.layout import Layout
 from moesaic.nn.modeling_moesaic import MoEFeedForward
 
 STOCK = ("eager", "grouped_mm", "batched_mm")

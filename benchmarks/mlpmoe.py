@@ -17,19 +17,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.anatomy import read_anatomy
-from moesaic.anatomy.weights import load_ffn
-from moesaic.blueprint import Blueprint
+from moesaic.blueprint.model import Blueprint
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.calibration.samples import evaluation_text
+from moesaic.checkpoint.ffn import load_ffn
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.evaluate.comparison import compare
 from moesaic.evaluate.perplexity import Perplexity, perplexity, protocol_name, token_windows
 from moesaic.evaluate.proxy import ProxyPerplexity, proxy_change, proxy_perplexity
 from moesaic.jobs.decide import decide
 from moesaic.jobs.job import prepare
-from moesaic.materialise import apply_blueprint
+from moesaic.jobs.settings import ConvertSettings
+from moesaic.materialise.apply import apply_blueprint
 from moesaic.methods.mlpmoe.method import describe
-from moesaic.settings import ConvertSettings
 
 FADE = {"fade_max": 0.4}
 PRUNE = {"keep": 28}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.anatomy import read_anatomy
-from moesaic.anatomy.weights import load_ffn
+from moesaic.checkpoint.ffn import load_ffn
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.evaluate.proxy import proxy_texts
 from moesaic.solvers.energy import mean_output_energy, neuron_norms, neuron_scores

@@ -26,7 +26,7 @@ from tests.evaluate.test_vllm import for_vllm
 from tests.targets.test_matrix import CASES
 
 from moesaic.anatomy import FAMILIES as ANATOMIES
-from moesaic.blueprint import Blueprint
+from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import MoesaicError
 from moesaic.evaluate.llama_cpp import llama_cpp_parity, stock_logits

@@ -25,7 +25,7 @@ from moesaic.checkpoint.reader import Checkpoint
 from moesaic.cli.console import ConsoleProgress, quiet_libraries
 from moesaic.evaluate.comparison import Comparison, compare
 from moesaic.evaluate.perplexity import Perplexity
-from moesaic.evaluate.run import evaluate_model
+from moesaic.jobs.evaluate import evaluate_model
 from moesaic.jobs.tune import tune
 from moesaic.progress import Silent
 

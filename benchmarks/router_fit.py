@@ -18,22 +18,23 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moesaic.adjust.router import expert_energies, expert_networks, fit_linear_router, original_sets
+from moesaic.adjust.router_config import RouterFitConfig
 from moesaic.anatomy import read_anatomy
-from moesaic.anatomy.weights import load_ffn
-from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.blueprint.model import Blueprint
 from moesaic.calibration.config import CalibrationConfig
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.calibration.samples import evaluation_text
 from moesaic.calibration.stream import LayerStream
 from moesaic.calibration.text import build_windows
+from moesaic.checkpoint.ffn import load_ffn
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.evaluate.perplexity import perplexity, protocol_name, token_windows
-from moesaic.materialise import apply_blueprint, build_ffn
-from moesaic.methods.base import SiteInputs
+from moesaic.materialise.apply import apply_blueprint, build_ffn
 from moesaic.methods.cmoe.config import Config
 from moesaic.methods.cmoe.method import plan_site
 from moesaic.nn.ffn import FFNWeights
-from moesaic.routing import expert_energies, expert_networks, fit_linear_router, original_sets
-from moesaic.routing_config import RouterFitConfig
 from moesaic.solvers.router_fit import agreement, energy_kept, energy_shares, top_k_sets
 
 TEST_TOKENS, WINDOW = 8192, 2048

@@ -23,13 +23,16 @@ from typing import Any, cast
 
 import torch
 from benchmarks.compare.cases import RECIPES, InexpressibleError, Shape, percent, settings_of
+from benchmarks.stability_measures import partition_agreement, reconstruction_errors, usage_agreement, used_neurons
 from benchmarks.stability_page import LEFT_OUT, SECOND_HALF, SEED, draw, markdown
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from moesaic.adjust.router import fit_linear_router
 from moesaic.anatomy import read_anatomy
-from moesaic.blueprint import LayerPlan
+from moesaic.blueprint.layer import LayerPlan
 from moesaic.calibration.config import CalibrationConfig
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.calibration.samples import SAMPLES, sample_text
 from moesaic.calibration.stream import LayerStream
 from moesaic.checkpoint.reader import Checkpoint
@@ -37,13 +40,11 @@ from moesaic.cli.console import fail, quiet_libraries, say
 from moesaic.errors import InputError, MoesaicError
 from moesaic.evaluate.fidelity import site_fidelity
 from moesaic.evaluate.perplexity import token_windows
-from moesaic.evaluate.stability import partition_agreement, reconstruction_errors, usage_agreement, used_neurons
-from moesaic.materialise import build_ffn
+from moesaic.jobs.settings import ConvertSettings, build, method_config
+from moesaic.materialise.apply import build_ffn
 from moesaic.methods import get_config, get_method
-from moesaic.methods.base import MethodModule, SiteInputs
+from moesaic.methods.base import MethodModule
 from moesaic.nn.ffn import FFNWeights
-from moesaic.routing import fit_linear_router
-from moesaic.settings import ConvertSettings, build, method_config
 
 ROWS = [name for name, recipe in RECIPES.items() if not recipe.leading and recipe.method != "mlpmoe"]
 HELD_OUT = "held out"

@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moesaic  # noqa: F401 -- registers the architecture
 from moesaic.anatomy import read_anatomy
-from moesaic.blueprint import Blueprint
+from moesaic.blueprint.model import Blueprint
 from moesaic.calibration.samples import evaluation_text, sample_text
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.evaluate.comparison import compare
 from moesaic.evaluate.perplexity import Perplexity, token_windows
-from moesaic.evaluate.run import evaluate_model
 from moesaic.jobs.convert import convert
+from moesaic.jobs.evaluate import evaluate_model
 from moesaic.methods.base import ModelPlan
 from moesaic.methods.tomoe.hard import hard_mask_model
 from moesaic.methods.tomoe.samplers import top_k_of

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moesaic.blueprint import LayerPlan
+from moesaic.blueprint.layer import LayerPlan
 from moesaic.nn.ffn import FFNWeights
 
 

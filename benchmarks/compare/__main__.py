@@ -29,13 +29,12 @@ from benchmarks.compare.tasks import DATA_SETS, data_folder
 from transformers import AutoTokenizer
 
 from moesaic.anatomy import read_anatomy
-from moesaic.calibration.config import CalibrationConfig
+from moesaic.calibration.config import CalibrationConfig, check_sources
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.cli.console import fail, say
 from moesaic.errors import InputError, MoesaicError
 from moesaic.evaluate.comparison import Comparison
-from moesaic.jobs.request import check_sources
-from moesaic.settings import build
+from moesaic.jobs.settings import build
 
 FRACTIONS = ("87.5", "75", "62.5", "50", "25")
 RESULTS = Path(__file__).parents[2] / "docs" / "results"

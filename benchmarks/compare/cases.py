@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from moesaic.layout import Layout
+from moesaic.blueprint.layout import Layout
+from moesaic.jobs.settings import ConvertSettings, method_config
 from moesaic.methods.token_clusters.config import Config, sizes
-from moesaic.settings import ConvertSettings, method_config
 
 UNITS = range(8, 49)
 """Units that a layout may have; the least that hit the fraction exactly are taken."""

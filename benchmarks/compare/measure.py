@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.anatomy import read_anatomy
-from moesaic.blueprint import Blueprint
+from moesaic.blueprint.model import Blueprint
 from moesaic.calibration.samples import evaluation_text, sample_text
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.cli.console import quiet_libraries

@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.tiny_models import build_tiny
 
-from moesaic.checkpoint.manifest import UNHASHED, file_names, hash_file
+from moesaic.staging.manifest import UNHASHED, file_names, hash_file
 
 TEXT = "One expert reads, the others rest; a router in between decides which of them it is. " * 40
 VERBS = ("convert", "export", "tune", "eval")

@@ -85,10 +85,10 @@ def main(target: str, folder: Path, seconds: int, seed: int) -> None:
 def _readers(folder: Path) -> dict[str, Callable[[bytes], object]]:
     """target -> what reads one input: a folder that is whole but for the file that is fuzzed."""
     from moesaic.anatomy import read_anatomy
-    from moesaic.blueprint import Blueprint
+    from moesaic.blueprint.model import Blueprint
     from moesaic.checkpoint.converted import read_blueprint
-    from moesaic.checkpoint.manifest import check_manifest
     from moesaic.checkpoint.reader import Checkpoint
+    from moesaic.staging.manifest import check_manifest
 
     source = folder.parents[1] / "inputs"
     place = {name: folder / name for name in ("dense", "converted")}

@@ -16,7 +16,7 @@ from benchmarks.reliability.kills import last_line
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from moesaic.checkpoint.manifest import UNHASHED
+from moesaic.staging.manifest import UNHASHED
 
 LIMIT = 1.0
 """CPU seconds that a refusal may take, in a process that has its modules loaded."""

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from moesaic.checkpoint import durable
+from moesaic import durable
 
 Kind = Literal["count", "refuse", "vanish", "stop"]
 _WRITING = os.O_WRONLY | os.O_RDWR

@@ -11,27 +11,28 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from moesaic.blueprint import Blueprint, LayerPlan, Router
+    from moesaic.blueprint.layer import LayerPlan, Router
+    from moesaic.blueprint.layout import Layout
+    from moesaic.blueprint.model import Blueprint
     from moesaic.calibration.config import CalibrationConfig
     from moesaic.errors import MoesaicError
-    from moesaic.evaluate.run import evaluate_model
     from moesaic.jobs.convert import convert
+    from moesaic.jobs.evaluate import evaluate_model
     from moesaic.jobs.export import export
     from moesaic.jobs.plan import plan
     from moesaic.jobs.undo import undo
     from moesaic.jobs.verify import verify_output as verify
-    from moesaic.layout import Layout
     from moesaic.nn.register import register
 
 _PUBLIC = {
-    "Blueprint": "moesaic.blueprint:Blueprint",
+    "Blueprint": "moesaic.blueprint.model:Blueprint",
     "CalibrationConfig": "moesaic.calibration.config:CalibrationConfig",
-    "Layout": "moesaic.layout:Layout",
-    "LayerPlan": "moesaic.blueprint:LayerPlan",
+    "Layout": "moesaic.blueprint.layout:Layout",
+    "LayerPlan": "moesaic.blueprint.layer:LayerPlan",
     "MoesaicError": "moesaic.errors:MoesaicError",
-    "Router": "moesaic.blueprint:Router",
+    "Router": "moesaic.blueprint.layer:Router",
     "convert": "moesaic.jobs.convert:convert",
-    "evaluate_model": "moesaic.evaluate.run:evaluate_model",
+    "evaluate_model": "moesaic.jobs.evaluate:evaluate_model",
     "export": "moesaic.jobs.export:export",
     "plan": "moesaic.jobs.plan:plan",
     "register": "moesaic.nn.register:register",

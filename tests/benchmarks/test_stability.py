@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.stability import HELD_OUT, Site, main, read_texts, renumbered
+from benchmarks.stability_measures import partition_agreement, used_neurons
 from benchmarks.stability_page import SECOND_HALF, SEED, beyond_chance, grouped, markdown, reading, verdict
 
 from benchmarks import stability
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
-from moesaic.evaluate.stability import partition_agreement, used_neurons
-from moesaic.methods.base import SiteInputs
-from moesaic.settings import ConvertSettings
+from moesaic.jobs.settings import ConvertSettings
 from tests.ffns import random_ffn, random_inputs
 from tests.tiny_models import build_tiny, tiny_tokenizer
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from moesaic.checkpoint.writer import StagedOutput
+from moesaic.staging.writer import StagedOutput
 from tests.targets.helpers import plans_for, write
 
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")

@@ -30,7 +30,7 @@ def intact(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
     """Models by family, and two outputs of the Llama; also imports all that the commands import."""
     import pyarrow.parquet  # noqa: F401
 
-    import moesaic.evaluate.run
+    import moesaic.jobs.evaluate
     import moesaic.jobs.undo
     import moesaic.jobs.verify  # noqa: F401
     from moesaic.jobs.convert import convert

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moesaic.anatomy import read_anatomy
-from moesaic.anatomy.weights import load_ffn
 from moesaic.calibration.stream import LayerStream
+from moesaic.checkpoint.ffn import load_ffn
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.distill.baselines import RIDGES, AffineFits, baselines, top_k_oracle
 from moesaic.distill.data import LAWS, SPLITS, Pairs, capture, read_about, read_pairs, write_data

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 import moesaic
-from moesaic.blueprint import Blueprint, LayerPlan, Router
+from moesaic.blueprint.layer import LayerPlan, Router
+from moesaic.blueprint.model import Blueprint
 from moesaic.cli.eval import render
 from moesaic.evaluate.activity import counting
-from moesaic.materialise import build_ffn
+from moesaic.materialise.apply import build_ffn
 from moesaic.nn.reference import choose
 from tests.ffns import random_ffn, random_inputs
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moesaic.blueprint import LayerPlan, Router
+from moesaic.blueprint.layer import LayerPlan, Router
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.evaluate.fidelity import expert_energy, router_fidelity, site_fidelity, summarise
-from moesaic.materialise import build_ffn
-from moesaic.methods.base import SiteInputs
+from moesaic.materialise.apply import build_ffn
 from moesaic.nn.ffn import FFNWeights
 from moesaic.nn.moesaic_ffn import MoEFeedForward
 from moesaic.nn.moesaic_union import UnionFeedForward

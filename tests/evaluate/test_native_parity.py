@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moesaic.anatomy import read_anatomy
-from moesaic.blueprint import Blueprint
+from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import VerificationError
 from moesaic.evaluate.native_parity import NativeParity, compare_with_stock, native_parity, parity_ids

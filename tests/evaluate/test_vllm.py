@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moesaic.blueprint import Router
+from moesaic.blueprint.layer import Router
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.engine_parity import WINDOW, EngineParity

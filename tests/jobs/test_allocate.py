@@ -13,16 +13,16 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import moesaic
-from moesaic.allocation_config import MODE_OF_TARGET, MODES, AllocationConfig
-from moesaic.checkpoint.output import read_split
+from moesaic.adjust.allocation_config import MODE_OF_TARGET, MODES, AllocationConfig
 from moesaic.errors import InputError
 from moesaic.jobs.allocate import with_allocation
 from moesaic.jobs.decide import decide
 from moesaic.jobs.job import prepare
 from moesaic.jobs.plan import plan
+from moesaic.jobs.settings import ConvertSettings
 from moesaic.progress import Silent
-from moesaic.settings import ConvertSettings
 from moesaic.targets import TARGETS, choose_target, get_target
+from moesaic.targets.write import read_split
 from tests.tiny_models import build_tiny
 
 LAYERS, D_FF = 4, 64

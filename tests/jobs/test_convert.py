@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moesaic
-from moesaic.blueprint import Blueprint
+from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError
 from tests.tiny_models import FAMILIES, MOE_FAMILIES, VARIANTS

@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM
 
 import moesaic
 from moesaic.anatomy import read_anatomy
-from moesaic.blueprint import Blueprint
-from moesaic.checkpoint.manifest import check_manifest
+from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, VerificationError
-from moesaic.evaluate.run import evaluate_model
 from moesaic.jobs import decide, native
 from moesaic.jobs.convert import Conversion
+from moesaic.jobs.evaluate import evaluate_model
 from moesaic.jobs.native import fitting_targets, verify_native
-from moesaic.materialise import apply_blueprint
+from moesaic.materialise.apply import apply_blueprint
 from moesaic.progress import Silent
+from moesaic.staging.manifest import check_manifest
 from moesaic.targets import TARGETS, glm4_moe
 
 CALIBRATION = {"tokens": 256, "window": 64}

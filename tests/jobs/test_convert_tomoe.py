@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import moesaic
-from moesaic.blueprint import Blueprint
+from moesaic.blueprint.model import Blueprint
 from moesaic.errors import InputError
 from moesaic.jobs.convert import convert
 from tests.train.processes import FSDP, two_processes

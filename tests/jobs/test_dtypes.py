@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 import moesaic
-from moesaic.checkpoint.manifest import MANIFEST_NAME, hash_file
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import VerificationError
-from moesaic.evaluate.run import evaluate_model
+from moesaic.jobs.evaluate import evaluate_model
 from moesaic.jobs.native import verify_native
 from moesaic.jobs.tune import tune
 from moesaic.jobs.verify import verify_output
+from moesaic.staging.manifest import MANIFEST_NAME, hash_file
 from tests.dtypes import CALIBRATION, DTYPES, METHODS, MIXED, SIXTEEN, build, equal, rewrite, tensors_of
 
 STOCK = ("glm4_moe", "granitemoeshared", "qwen2_moe", "mixtral", "ernie4_5_moe")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from moesaic.checkpoint.manifest import check_manifest
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, VerificationError
 from moesaic.jobs.export import export
+from moesaic.staging.manifest import check_manifest
 from moesaic.targets import glm4_moe
 from tests.targets.helpers import plans_for, write
 

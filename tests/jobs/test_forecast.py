@@ -13,15 +13,15 @@ import moesaic
 from moesaic.anatomy import read_anatomy
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, ResourceError
-from moesaic.evaluate.controls import active_fraction
 from moesaic.jobs import forecast, native
+from moesaic.jobs.controls import active_fraction
 from moesaic.jobs.convert import expected_bytes
 from moesaic.jobs.decide import decide
 from moesaic.jobs.job import prepare
 from moesaic.jobs.native import read_converted
 from moesaic.jobs.plan import GFLOPS_PER_CORE
 from moesaic.jobs.request import check_request
-from moesaic.settings import ConvertSettings
+from moesaic.jobs.settings import ConvertSettings
 from moesaic.targets.base import TargetOptions
 from tests.targets.helpers import plans_for, write
 from tests.tiny_models import build_tiny
@@ -214,7 +214,7 @@ def test_a_disk_that_holds_the_model_but_not_its_twins_is_refused(
     dense = wide("llama")
     between = (Checkpoint(dense).nbytes * 1.3) + 64 * 2**20
     usage = type("usage", (), {"free": int(between)})
-    monkeypatch.setattr("moesaic.checkpoint.placement.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("moesaic.staging.placement.shutil.disk_usage", lambda folder: usage)
     values: dict[str, Any] = {"method": "random", "options": {"layout": "S3A3E8"}}
     with pytest.raises(ResourceError, match="the output needs about"):
         moesaic.convert(dense, tmp_path / "out", settings=values | {"target": "glm4_moe"})

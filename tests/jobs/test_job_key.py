@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moesaic.jobs.job import prepare
-from moesaic.settings import ConvertSettings
+from moesaic.jobs.settings import ConvertSettings
 
 CALIBRATION = {"tokens": 64, "window": 32, "compute_dtype": "float32"}
 BASE = {"method": "cmoe", "options": {"layout": "S1A1E4"}, "calibration": CALIBRATION}

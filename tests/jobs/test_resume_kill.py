@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moesaic
-from moesaic.checkpoint.manifest import UNHASHED, check_manifest
+from moesaic.staging.manifest import UNHASHED, check_manifest
 from tests.in_memory import memory_folder
 from tests.tiny_models import build_tiny
 

@@ -14,19 +14,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moesaic
-from moesaic.blueprint import JSON_NAME, Blueprint
+from moesaic.blueprint.model import JSON_NAME, Blueprint
 from moesaic.checkpoint.converted import as_written, current_results, read_blueprint, read_dense_anatomy
-from moesaic.checkpoint.manifest import MANIFEST_NAME
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, VerificationError
-from moesaic.evaluate.run import evaluate_model
 from moesaic.jobs.convert import convert
+from moesaic.jobs.evaluate import evaluate_model
 from moesaic.jobs.export import export
 from moesaic.jobs.native import verify_native
 from moesaic.jobs.tune import tune
 from moesaic.jobs.undo import undo
 from moesaic.jobs.verify import verify_output
-from moesaic.materialise import apply_blueprint
+from moesaic.materialise.apply import apply_blueprint
+from moesaic.staging.manifest import MANIFEST_NAME
 from tests.cli.conftest import run as run
 from tests.targets.helpers import plans_for, write
 from tests.tiny_models import build_tiny

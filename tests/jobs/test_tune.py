@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moesaic
-from moesaic.blueprint import Blueprint, LayerPlan, WeightFade
-from moesaic.checkpoint.manifest import check_manifest
+from moesaic.blueprint.layer import LayerPlan, WeightFade
+from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, VerificationError
 from moesaic.jobs.export import export
@@ -22,6 +22,7 @@ from moesaic.jobs.native import verify_native
 from moesaic.jobs.tune import tune
 from moesaic.jobs.undo import undo
 from moesaic.jobs.verify import verify_output
+from moesaic.staging.manifest import check_manifest
 from moesaic.targets import glm4_moe
 from tests.tiny_models import build_tiny
 from tests.train.processes import FSDP, two_processes

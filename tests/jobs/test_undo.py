@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from moesaic.anatomy import FAMILIES as FAMILIES_BY_TYPE
-from moesaic.blueprint import Blueprint, LayerPlan, Router, WeightFade
+from moesaic.blueprint.layer import LayerPlan, Router, WeightFade
+from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.checkpoint.writer import StagedOutput
 from moesaic.errors import InputError, VerificationError
 from moesaic.jobs.convert import convert
 from moesaic.jobs.undo import undo, what_is_lost
+from moesaic.staging.writer import StagedOutput
 from tests.tiny_models import FAMILIES, MOE_FAMILIES, MOE_VARIANTS, VARIANTS, build_tiny
 
 LAYOUT = {"layout": "S2A2E7"}

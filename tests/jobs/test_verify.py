@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moesaic.anatomy import FAMILIES as FAMILIES_BY_TYPE
-from moesaic.blueprint import Blueprint
-from moesaic.checkpoint.manifest import MANIFEST_NAME, hash_file
+from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, VerificationError
 from moesaic.jobs.convert import convert
 from moesaic.jobs.verify import verify_output
+from moesaic.staging.manifest import MANIFEST_NAME, hash_file
 from tests.tiny_models import FAMILIES, MOE_FAMILIES, build_tiny
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.blueprint import LayerPlan
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.blueprint.layout import Layout
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
-from moesaic.layout import Layout
-from moesaic.methods.base import SiteInputs
 from moesaic.methods.cmoe.config import Config, check, needs_calibration
 from moesaic.methods.cmoe.method import plan_site, router_probabilities
 from moesaic.nn.ffn import FFNWeights

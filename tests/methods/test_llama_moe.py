@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.blueprint import LayerPlan
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
-from moesaic.materialise import pack
-from moesaic.methods.base import SiteInputs
+from moesaic.materialise.pack import pack
 from moesaic.methods.llama_moe.config import Config, check, needs_calibration
 from moesaic.methods.llama_moe.method import plan_site
 from moesaic.nn.ffn import FFNWeights

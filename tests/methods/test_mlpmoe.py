@@ -12,13 +12,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.anatomy import read_anatomy
-from moesaic.anatomy.weights import load_ffn
-from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.blueprint.model import Blueprint
+from moesaic.calibration.inputs import SiteInputs
+from moesaic.checkpoint.ffn import load_ffn
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError
 from moesaic.evaluate.proxy import proxy_change, proxy_perplexity
-from moesaic.materialise import TENSOR_NAMES, apply_blueprint, pack
-from moesaic.methods.base import SiteInputs
+from moesaic.materialise.apply import apply_blueprint
+from moesaic.materialise.pack import TENSOR_NAMES, pack
 from moesaic.methods.mlpmoe.config import Config, check, needs_calibration
 from moesaic.methods.mlpmoe.method import describe, plan_site
 from moesaic.nn.ffn import FFNWeights

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from moesaic.blueprint import LayerPlan
+from moesaic.blueprint.layer import LayerPlan
 from moesaic.errors import InputError
 from moesaic.methods.moefication.config import Config, check, needs_calibration, resolve_layout
 from moesaic.methods.moefication.method import plan_site

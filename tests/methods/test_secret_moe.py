@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.blueprint import LayerPlan
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
 from moesaic.jobs.convert import convert
-from moesaic.materialise import build_ffn
-from moesaic.methods.base import SiteInputs
+from moesaic.materialise.apply import build_ffn
 from moesaic.methods.secret_moe.config import Config, check, needs_calibration, sizes
 from moesaic.methods.secret_moe.method import plan_site
 from moesaic.methods.secret_moe.student import CoarseStudent

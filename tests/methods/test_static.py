@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.blueprint import LayerPlan
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
-from moesaic.methods.base import SiteInputs
 from moesaic.methods.random.config import Config as RandomConfig
 from moesaic.methods.random.method import plan_site as plan_random
 from moesaic.methods.static.config import Config, check, needs_calibration

@@ -19,10 +19,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import moesaic
-from moesaic.blueprint import LayerPlan
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
-from moesaic.materialise import build_ffn
-from moesaic.methods.base import SiteInputs
+from moesaic.materialise.apply import build_ffn
 from moesaic.methods.token_clusters.config import Config, check, needs_calibration, operations, sizes
 from moesaic.methods.token_clusters.method import plan_site
 from moesaic.nn.ffn import FFNWeights

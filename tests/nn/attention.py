@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.attention import attention_path, attention_support, head_dim
 from moesaic.anatomy.base import Anatomy
-from moesaic.blueprint import AttentionPlan
+from moesaic.blueprint.attention import AttentionPlan
 from moesaic.checkpoint.reader import Checkpoint
 
 RANK = 6

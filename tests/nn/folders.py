@@ -10,9 +10,9 @@ from typing import Any
 from safetensors.torch import save_file
 
 from moesaic.anatomy import read_anatomy
-from moesaic.anatomy.weights import ffn_tensor_names, load_ffn
+from moesaic.checkpoint.ffn import ffn_tensor_names, load_ffn
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.materialise import pack, site_spec
+from moesaic.materialise.pack import pack, site_spec
 from moesaic.targets import moesaic as target
 from tests.nn.plans import random_plan
 from tests.tiny_models import MOE_FAMILIES, MOE_VARIANTS

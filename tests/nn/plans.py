@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moesaic.blueprint import LayerPlan, Router, WeightFade
-from moesaic.layout import Layout
+from moesaic.blueprint.layer import LayerPlan, Router, WeightFade
+from moesaic.blueprint.layout import Layout
 from moesaic.nn.ffn import FFNWeights
 
 ROUTERS = ("static", "linear", "linear_bias_normalised", "low_rank", "gated", "gated_biases", "gated_ungated")

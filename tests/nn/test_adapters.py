@@ -15,8 +15,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from moesaic.blueprint import LayerPlan
-from moesaic.materialise import build_ffn, pack
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.materialise.apply import build_ffn
+from moesaic.materialise.pack import pack
 from moesaic.nn.moesaic_ffn import MoEFeedForward
 from tests.ffns import random_ffn, random_inputs, relative_error
 from tests.nn.folders import convert_by_hand

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from moesaic.anatomy.attention import attention_support, head_dim
-from moesaic.blueprint import AttentionPlan, Blueprint
+from moesaic.blueprint.attention import AttentionPlan
+from moesaic.blueprint.model import Blueprint
 from moesaic.errors import InputError
-from moesaic.materialise import apply_blueprint
+from moesaic.materialise.apply import apply_blueprint
 from moesaic.nn.moesaic_attention import PrunedAttention, ValueMask
 from tests.ffns import relative_error
 from tests.nn.attention import (

@@ -14,8 +14,9 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor
 
-from moesaic.blueprint import LayerPlan, Router
-from moesaic.materialise import build_ffn, pack
+from moesaic.blueprint.layer import LayerPlan, Router
+from moesaic.materialise.apply import build_ffn
+from moesaic.materialise.pack import pack
 from moesaic.nn.ffn import FFNWeights
 from moesaic.nn.moesaic_ffn import GAP_ROWS, MoEFeedForward
 from moesaic.nn.reference import choose, reference_ffn, reference_scores

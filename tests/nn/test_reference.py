@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moesaic.blueprint import LayerPlan, Router, WeightFade
+from moesaic.blueprint.layer import LayerPlan, Router, WeightFade
 from moesaic.nn.ffn import FFNWeights
 from moesaic.nn.reference import choose, reference_ffn
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesaic.blueprint import Router
+from moesaic.blueprint.layer import Router
 from tests.nn.attention import attention_plans
 from tests.nn.folders import convert_by_hand
 from tests.nn.test_union import plan_of, random_members

@@ -21,9 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from moesaic.blueprint import Blueprint, LayerPlan, Router
+from moesaic.blueprint.layer import LayerPlan, Router
+from moesaic.blueprint.model import Blueprint
 from moesaic.errors import InputError
-from moesaic.materialise import build_ffn, pack, site_spec, unpack
+from moesaic.materialise.apply import build_ffn
+from moesaic.materialise.pack import pack, site_spec, unpack
 from moesaic.nn.ffn import FFNWeights
 from moesaic.nn.moesaic_union import UnionFeedForward, build_feed_forward
 from moesaic.nn.reference import choose, reference_ffn

@@ -16,17 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.anatomy import FAMILIES, read_anatomy
-from moesaic.anatomy.weights import load_ffn
-from moesaic.blueprint import STATIC, AttentionPlan, Blueprint, LayerPlan, Router
-from moesaic.checkpoint.output import read_split, write_layer, write_rest
+from moesaic.blueprint.attention import AttentionPlan
+from moesaic.blueprint.layer import STATIC, LayerPlan, Router
+from moesaic.blueprint.layout import Layout
+from moesaic.blueprint.model import Blueprint
+from moesaic.checkpoint.ffn import load_ffn
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.checkpoint.writer import StagedOutput
 from moesaic.jobs.export_gguf import export_gguf
-from moesaic.layout import Layout
 from moesaic.methods.routed import pad_experts, split_units
 from moesaic.nn.reference import choose, reference_ffn
+from moesaic.staging.writer import StagedOutput
 from moesaic.targets import get_target
 from moesaic.targets.base import Split, TargetOptions
+from moesaic.targets.write import read_split, write_layer, write_rest
 
 write_gguf = partial(export_gguf, check=False)
 """Without the checks at its end: these tests compare by themselves."""

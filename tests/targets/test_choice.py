@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from moesaic.blueprint import LayerPlan, Router
+from moesaic.blueprint.layer import LayerPlan, Router
 from moesaic.errors import InputError
 from moesaic.targets import TARGETS, choose_target, get_target
 from moesaic.targets.base import Split, TargetOptions

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
-from moesaic.blueprint import LayerPlan
+from moesaic.blueprint.layer import LayerPlan
 from moesaic.errors import CheckpointError, InputError, UnsupportedModelError, VerificationError
 from moesaic.evaluate.llama_cpp import LlamaCpp, available, llama_cpp_parity, stock_logits
 from moesaic.evaluate.native_parity import parity_ids

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from moesaic.blueprint import LayerPlan, Router
+from moesaic.blueprint.layer import LayerPlan, Router
 from moesaic.targets import TARGETS, get_target
 from moesaic.targets.base import TargetOptions
 from tests.targets.helpers import Run, plan_of, plans_for, relative, run_reference, run_stock, split_for, write

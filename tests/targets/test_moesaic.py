@@ -17,16 +17,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moesaic
-from moesaic.blueprint import AttentionPlan, Blueprint, LayerPlan, Router
-from moesaic.checkpoint.manifest import MANIFEST_NAME, build_manifest
+from moesaic.blueprint.attention import AttentionPlan
+from moesaic.blueprint.layer import LayerPlan, Router
+from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.parity import stream_parity
 from moesaic.jobs.export import export
 from moesaic.jobs.undo import undo
 from moesaic.jobs.verify import verify_output
-from moesaic.materialise import ffn_of_model
+from moesaic.materialise.apply import ffn_of_model
 from moesaic.nn.moesaic_ffn import MoEFeedForward
+from moesaic.staging.manifest import MANIFEST_NAME, build_manifest
 from moesaic.targets import TARGETS, choose_target, get_target
 from moesaic.targets.moesaic import MODELLING_FILES
 from tests.ffns import relative_error

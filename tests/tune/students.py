@@ -12,7 +12,8 @@ from torch import nn
 
 from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
-from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.tune.config import TuneConfig
 from moesaic.tune.model import Student, load_converted, make_student

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moesaic.blueprint import LayerPlan, Router
+from moesaic.blueprint.layer import LayerPlan, Router
 from moesaic.errors import InputError
 from moesaic.nn.modeling_moesaic import MoEFeedForward
 from moesaic.tune.experts import AdaptedFeedForward, adapt

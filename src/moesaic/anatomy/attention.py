@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from moesaic.anatomy.base import Anatomy
 
 if TYPE_CHECKING:
-    from moesaic.attention_plan import AttentionPlan
+    from moesaic.blueprint.attention import AttentionPlan
 
 _PLAIN = frozenset({"llama", "granite", "mistral", "qwen2", "gemma", "gemma2", "smollm3"})
 _QK_NORM = frozenset({"qwen3", "gemma3_text", "olmo2"})

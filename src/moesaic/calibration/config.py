@@ -171,3 +171,17 @@ def _multiplies_bfloat16() -> bool:
 
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that we allow
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+
+
+def check_sources(calibration: CalibrationConfig) -> None:
+    """Refuse calibration texts that are not there; what is in them is seen when they are read.
+
+    Raises:
+        InputError: naming the first source that does not exist.
+    """
+    for source in calibration.expanded():
+        if not source.builtin and not Path(source.name).expanduser().exists():
+            raise InputError(
+                f"calibration source {source.name!r} does not exist",
+                f"give a path, {MIX_NAME} or one of {', '.join(SAMPLES)}",
+            )

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.anatomy.base import Anatomy
-from moesaic.anatomy.weights import load_ffn
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.calibration.skeleton import AttentionStandIn, ExpertsStandIn, FFNStandIn, Passed, Skeleton
+from moesaic.checkpoint.ffn import load_ffn
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, ResourceError
-from moesaic.methods.base import SiteInputs
 from moesaic.nn.ffn import FFNWeights
 
 SPILL_BYTES = 512 << 20
@@ -35,7 +35,7 @@ class Captured(Mapping[str, SiteInputs]):
     """What the FFNs of one layer read, by site path. The tokens of a routed expert are gathered when it is looked up.
 
     Valid until the stream's next :meth:`LayerStream.capture`, which writes into the same buffers. ``stream_T``, as
-    :class:`~moesaic.methods.base.SiteInputs` has it, is of all tokens.
+    :class:`~moesaic.calibration.inputs.SiteInputs` has it, is of all tokens.
     """
 
     def __init__(self, stream_T: Tensor | None = None) -> None:

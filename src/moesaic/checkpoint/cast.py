@@ -7,8 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from moesaic.checkpoint.durable import disk_errors
 from moesaic.checkpoint.reader import CONFIG, WEIGHTS, Checkpoint
+from moesaic.durable import disk_errors
 
 
 def cast_copy(folder: Path, output: Path, dtype: str) -> Path:

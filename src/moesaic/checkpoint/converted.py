@@ -16,13 +16,14 @@ from torch import Tensor
 
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy
-from moesaic.attention_plan import VALUE_TENSORS, AttentionPlan
-from moesaic.blueprint import JSON_NAME, TENSORS_NAME, Blueprint, LayerPlan, Router
-from moesaic.checkpoint.manifest import MANIFEST_NAME, check_files
+from moesaic.blueprint.attention import VALUE_TENSORS, AttentionPlan
+from moesaic.blueprint.layer import LayerPlan, Router
+from moesaic.blueprint.model import JSON_NAME, TENSORS_NAME, Blueprint
+from moesaic.checkpoint.mark import saved_again
 from moesaic.checkpoint.reader import CONFIG, INDEX, Checkpoint, read_json
-from moesaic.checkpoint.results import read_results
 from moesaic.errors import CheckpointError, InputError
-from moesaic.tune.mark import saved_again
+from moesaic.staging.manifest import MANIFEST_NAME, check_files
+from moesaic.staging.results import read_results
 
 WEIGHTS_KEY = "weights"
 """In results.json of a folder without a manifest: fingerprint of the files that were measured."""
@@ -31,7 +32,7 @@ WEIGHTS_KEY = "weights"
 def as_written(folder: Path) -> bool:
     """Whether manifest.json was written with the files beside it; not so where there is none or transformers saved.
 
-    Whether the files are still those is for :func:`moesaic.checkpoint.manifest.check_files` to say.
+    Whether the files are still those is for :func:`moesaic.staging.manifest.check_files` to say.
     """
     if not (folder / MANIFEST_NAME).exists():
         return False
@@ -165,3 +166,9 @@ def _attention_plan(checkpoint: Checkpoint, path: str, spec: Mapping[str, Any]) 
     if spec["rank"]:
         tensors |= {name: checkpoint.tensor(f"{path}.value_mask.{name}") for name in VALUE_TENSORS}
     return AttentionPlan(spec["head_dim"], threshold=spec["threshold"], cap=spec["cap"], **tensors)
+
+
+def check_source(dense: Checkpoint, output: Checkpoint) -> None:
+    """Refuse a dense model that is not the one ``output``, a folder of moesaic, was made from."""
+    if dense.fingerprint() != output.config["moesaic"].get("source"):
+        raise InputError(f"{dense.folder} is not the model that {output.folder} was made from", "check --baseline")

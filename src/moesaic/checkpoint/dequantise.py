@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.checkpoint.origin import write_gguf_card
-from moesaic.checkpoint.placement import check_space
 from moesaic.errors import CheckpointError, InputError, ResourceError
 from moesaic.gguf_input.model import GGUFModel, read_model
 from moesaic.gguf_input.tokenizer import read_tokenizer
 from moesaic.paths import cache_folder
+from moesaic.staging.placement import check_space
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,7 @@ def _only_process(cache: Path) -> Iterator[None]:
 
 
 def _make(model: GGUFModel, folder: Path) -> None:
-    from moesaic.checkpoint.durable import sync_tree
+    from moesaic.durable import sync_tree
 
     file, staging = model.header.file, folder.with_name(f"{_STAGING}{folder.name}")
     with _ended_by_sigterm():
@@ -179,7 +179,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _write_tensors(model: GGUFModel, folder: Path) -> None:
-    from moesaic.checkpoint.durable import save_tensors
+    from moesaic.durable import save_tensors
 
     shards = _shards(model)
     if len(shards) == 1:

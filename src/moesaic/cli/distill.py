@@ -56,7 +56,7 @@ def run(
     """
     from moesaic.distill.config import DistillConfig
     from moesaic.jobs.distill_request import check_distill
-    from moesaic.settings import build, load_settings
+    from moesaic.jobs.settings import build, load_settings
 
     values = load_settings(config) if config is not None else {}
     values |= opt.pairs(options)

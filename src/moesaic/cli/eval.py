@@ -54,7 +54,7 @@ def run(
     if quick and window is None:
         window = clipped(_QUICK, checkpoint.config)
     quiet_libraries()
-    from moesaic.evaluate.run import evaluate_model
+    from moesaic.jobs.evaluate import evaluate_model
 
     results = evaluate_model(
         checkpoint.folder,

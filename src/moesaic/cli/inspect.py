@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesaic.checkpoint.mark import tuned
 from moesaic.cli import options as opt
 from moesaic.cli.console import emit, emit_json, table
-from moesaic.tune.mark import tuned
 
 if TYPE_CHECKING:
-    from moesaic.blueprint import Blueprint
+    from moesaic.blueprint.model import Blueprint
     from moesaic.checkpoint.reader import Checkpoint
 
 

@@ -1,4 +1,4 @@
-"""Options that several verbs share, and how they become :class:`moesaic.settings.ConvertSettings`."""
+"""Options that several verbs share, and how they become :class:`moesaic.jobs.settings.ConvertSettings`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.allocation_config import MODES
+from moesaic.adjust.allocation_config import MODES
+from moesaic.blueprint.layout import Layout
 from moesaic.errors import InputError
-from moesaic.layout import Layout
 
 if TYPE_CHECKING:
-    from moesaic.settings import ConvertSettings
+    from moesaic.jobs.settings import ConvertSettings
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, .gguf file or hub id.")]
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `moesaic convert` wrote.")]
@@ -81,7 +81,7 @@ def make_settings(
     budget: float | None = None,
 ) -> ConvertSettings:
     """Flags over the YAML file over the defaults. Raises InputError for unknown keys and values that do not parse."""
-    from moesaic.settings import ConvertSettings, build, load_settings
+    from moesaic.jobs.settings import ConvertSettings, build, load_settings
 
     values = load_settings(config) if config is not None else {}
     if layout is not None and active is not None:
@@ -109,8 +109,8 @@ def make_settings(
 
 def _active(method: str | None, fraction: float) -> dict[str, Any]:
     """The method's own option of that name, or the layout of eight units for one that has none."""
+    from moesaic.jobs.settings import ConvertSettings
     from moesaic.methods import get_config
-    from moesaic.settings import ConvertSettings
 
     chosen = method or ConvertSettings.model_fields["method"].default
     if "active" in get_config(chosen).Config.model_fields:

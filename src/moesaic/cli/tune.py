@@ -55,7 +55,7 @@ def run(
 
     Interrupted, the same command resumes. `accelerate launch -m moesaic tune ...` trains in several processes.
     """
-    from moesaic.settings import build, load_settings
+    from moesaic.jobs.settings import build, load_settings
 
     values = load_settings(config) if config is not None else {}
     for key, value in opt.pairs(options).items():

@@ -60,10 +60,10 @@ def run(
 
 def _engines(folder: Path, baseline: Path | None, windows: int, vllm_python: Path | None) -> dict[str, Any]:
     """Parity in stock transformers and in vLLM (None where it is not to be had), also into results.json."""
-    from moesaic.checkpoint.results import read_results
-    from moesaic.evaluate.run import merge_results
+    from moesaic.jobs.evaluate import merge_results
     from moesaic.jobs.native import verify_native
     from moesaic.jobs.verify import verify_in_vllm
+    from moesaic.staging.results import read_results
 
     read_results(folder)  # damaged, it is refused before the work
     native = verify_native(folder, baseline, windows=windows)

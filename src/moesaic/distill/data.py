@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.checkpoint import durable
+from moesaic import durable
 from moesaic.distill.gaussian import Twin, moments
 from moesaic.errors import InputError
 from moesaic.nn.ffn import FFNWeights

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moesaic.checkpoint import durable
+from moesaic import durable
 from moesaic.distill.config import DistillConfig, Trial
 from moesaic.distill.data import SPLITS, Pairs, read_pairs
 from moesaic.distill.fit import Fit, fit, train_student

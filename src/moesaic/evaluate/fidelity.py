@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic.methods.base import SiteInputs
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.nn.moesaic_ffn import MoEFeedForward, down, hidden
 from moesaic.nn.moesaic_union import UnionFeedForward
 

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.checkpoint.results import read_results
 from moesaic.errors import VerificationError
 from moesaic.evaluate.engine_parity import EXACT_MEDIAN, WINDOW, WINDOWS, EngineParity
 from moesaic.evaluate.llama_cpp import llama_cpp_parity
 from moesaic.evaluate.native_parity import parity_ids
 from moesaic.evaluate.stock import Stock
+from moesaic.staging.results import read_results
 
 APPROXIMATE_KL = 1e-2
 """Largest mean KL divergence, in nats, of an f32 file from a folder that only approaches weights of 1."""

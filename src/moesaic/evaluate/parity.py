@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from moesaic.anatomy.base import Anatomy
-from moesaic.anatomy.weights import load_ffn
-from moesaic.blueprint import Blueprint
+from moesaic.blueprint.model import Blueprint
 from moesaic.calibration.stream import LayerStream
-from moesaic.checkpoint.output import output_names
+from moesaic.checkpoint.ffn import load_ffn
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import VerificationError
-from moesaic.materialise import pack, pack_attention
+from moesaic.materialise.attention import pack_attention
+from moesaic.materialise.pack import pack
 from moesaic.nn.moesaic_ffn import MoEFeedForward
 from moesaic.nn.moesaic_union import build_feed_forward
 from moesaic.nn.reference import reference_ffn
+from moesaic.targets.write import output_names
 
 TOLERANCE = 1e-5
 """Largest accepted difference, relative to the largest magnitude.

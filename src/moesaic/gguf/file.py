@@ -20,7 +20,7 @@ from gguf import (
 )
 from torch import Tensor
 
-from moesaic.checkpoint.durable import replace_file
+from moesaic.durable import replace_file
 from moesaic.errors import InputError
 
 DTYPES: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {

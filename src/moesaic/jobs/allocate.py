@@ -6,14 +6,14 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from moesaic.checkpoint.writer import StagedOutput
+from moesaic.adjust.sensitivity import cut_windows, measure_layers
 from moesaic.errors import InputError
 from moesaic.jobs.job import Job
 from moesaic.jobs.request import active_neurons, at_active
-from moesaic.jobs.sensitivity import cut_windows, measure_layers
 from moesaic.methods import get_config
 from moesaic.progress import Progress
 from moesaic.solvers.allocation import Curve, allocate, loss
+from moesaic.staging.writer import StagedOutput
 
 STEP = "allocation"
 """Name of its step in the staging folder."""

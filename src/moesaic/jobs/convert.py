@@ -17,22 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.loading import generation_fault
 from moesaic.checkpoint.origin import CARD
-from moesaic.checkpoint.output import read_split, write_layer, write_rest
-from moesaic.checkpoint.placement import absolute, partial_of
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.checkpoint.writer import StagedOutput
 from moesaic.errors import InputError
 from moesaic.jobs import forecast
+from moesaic.jobs.card import model_card
 from moesaic.jobs.decide import Decisions, blueprint_of, decide_layers, step_of, train_beside, trains_whole_model
 from moesaic.jobs.job import Job, prepare
+from moesaic.jobs.settings import ConvertSettings, build
 from moesaic.progress import Progress, Silent
-from moesaic.report.card import model_card
-from moesaic.settings import ConvertSettings, build
+from moesaic.staging.placement import absolute, partial_of
+from moesaic.staging.writer import StagedOutput
 from moesaic.targets import AUTO, Choice, choose_target, get_target
 from moesaic.targets.base import Split, TargetOptions
+from moesaic.targets.write import read_split, write_layer, write_rest
 from moesaic.train.launch import is_worker, processes
 
 _CURVES = ("active_mean", "coverage", "load_max")

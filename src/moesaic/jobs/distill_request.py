@@ -11,13 +11,14 @@ from typing import Any
 import moesaic
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy, FFNSite
-from moesaic.anatomy.weights import ffn_tensor_names
-from moesaic.checkpoint.placement import absolute, check_output, partial_of
+from moesaic.calibration.config import check_sources
+from moesaic.checkpoint.ffn import ffn_tensor_names
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.distill.config import DistillConfig
 from moesaic.errors import InputError, UnsupportedModelError
-from moesaic.jobs.request import check_sources, local_folder
+from moesaic.jobs.request import local_folder
+from moesaic.staging.placement import absolute, check_output, partial_of
 
 KEY_NAME = "key.json"
 

@@ -17,19 +17,19 @@ from torch import Tensor, nn
 import moesaic
 from moesaic.checkpoint.converted import WEIGHTS_KEY, as_written, current_results
 from moesaic.checkpoint.loading import load_model
+from moesaic.checkpoint.mark import SAVED_AGAIN
 from moesaic.checkpoint.origin import CARD
-from moesaic.checkpoint.output import write_side_files
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.checkpoint.writer import StagedOutput
 from moesaic.errors import InputError
 from moesaic.jobs import forecast, native
+from moesaic.jobs.card import model_card
 from moesaic.jobs.native import read_converted
+from moesaic.jobs.settings import build
 from moesaic.progress import Progress, Silent
-from moesaic.report.card import model_card
-from moesaic.settings import build
+from moesaic.staging.writer import StagedOutput
 from moesaic.targets import AUTO, Choice, choose_target, get_target
 from moesaic.targets.base import Split, TargetOptions
-from moesaic.tune.mark import SAVED_AGAIN
+from moesaic.targets.write import write_side_files
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.checkpoint.staged_file import staged_file
 from moesaic.errors import InputError, ResourceError
 from moesaic.progress import Progress, Silent
+from moesaic.staging.staged_file import staged_file
 
 if TYPE_CHECKING:
     from moesaic.evaluate.engine_parity import EngineParity

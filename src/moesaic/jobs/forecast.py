@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesaic.anatomy.base import Anatomy
-from moesaic.anatomy.weights import ffn_tensor_names
+from moesaic.blueprint.shape import RouterKind
+from moesaic.checkpoint.ffn import ffn_tensor_names
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.tokenizer import TOKENIZER_FILES
+from moesaic.jobs.settings import ConvertSettings, method_config
 from moesaic.methods import get_config
-from moesaic.methods.sizes import RouterKind
-from moesaic.settings import ConvertSettings, method_config
 from moesaic.targets import AUTO, REPLICATING
 from moesaic.targets.backbone import no_backbone
 from moesaic.targets.base import TargetOptions
 
 if TYPE_CHECKING:
-    from moesaic.blueprint import LayerPlan
+    from moesaic.blueprint.layer import LayerPlan
 
 _FP32, _FP16 = 4, 2
 _PROGRAM = 500e6

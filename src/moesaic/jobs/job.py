@@ -9,23 +9,23 @@ from typing import Any
 import torch
 
 import moesaic
+from moesaic.adjust.budget import check_budget
 from moesaic.anatomy.base import Anatomy, max_positions
-from moesaic.anatomy.weights import load_ffn
-from moesaic.blueprint import Blueprint, blueprint_folder
-from moesaic.budget import check_budget
+from moesaic.blueprint.model import Blueprint, blueprint_folder
 from moesaic.calibration.skeleton import Skeleton
 from moesaic.calibration.text import Windows, build_windows
-from moesaic.checkpoint.output import output_names
+from moesaic.checkpoint.ffn import load_ffn
+from moesaic.checkpoint.mark import tuned
 from moesaic.checkpoint.reader import CONFIG, Checkpoint, read_json
 from moesaic.checkpoint.tokenizer import load_tokenizer
 from moesaic.errors import CheckpointError, InputError
 from moesaic.jobs.request import at_active, check_request
+from moesaic.jobs.settings import ConvertSettings
 from moesaic.methods import get_config, get_method
 from moesaic.methods.base import MethodConfig, MethodModule, ModelMethodModule
-from moesaic.settings import ConvertSettings
 from moesaic.targets import AUTO, get_target
 from moesaic.targets.base import Split
-from moesaic.tune.mark import tuned
+from moesaic.targets.write import output_names
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,20 @@ from torch import nn
 
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy, clipped
-from moesaic.anatomy.weights import down_dtype
-from moesaic.blueprint import Blueprint
-from moesaic.checkpoint.converted import read_blueprint, read_dense_anatomy
+from moesaic.blueprint.model import Blueprint
+from moesaic.checkpoint.converted import check_source, read_blueprint, read_dense_anatomy
+from moesaic.checkpoint.ffn import down_dtype
 from moesaic.checkpoint.loading import load_model
-from moesaic.checkpoint.output import read_split
+from moesaic.checkpoint.mark import tuned
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import InputError
 from moesaic.evaluate.native_parity import NativeParity, native_parity, parity_ids
 from moesaic.evaluate.runtime import Runtime, round_experts
-from moesaic.jobs.request import check_source
-from moesaic.materialise import apply_blueprint
+from moesaic.materialise.apply import apply_blueprint
 from moesaic.targets import TARGETS, get_target
 from moesaic.targets.base import Split, TargetOptions
-from moesaic.tune.mark import tuned
+from moesaic.targets.write import read_split
 
 _WINDOW = 256
 _MEMORY_SHARE = 0.5

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
+from moesaic.blueprint.layout import Layout
 from moesaic.checkpoint.reader import StoredNames, has_weights, missing_config, refuse_adapter
 from moesaic.checkpoint.source import check_file
 from moesaic.errors import InputError
 from moesaic.jobs import forecast
 from moesaic.jobs.request import active_neurons, check_headers, check_options, check_split
-from moesaic.layout import Layout
+from moesaic.jobs.settings import ConvertSettings, build, check_fits, method_config
 from moesaic.methods import get_config
 from moesaic.paths import cache_folder
-from moesaic.settings import ConvertSettings, build, check_fits, method_config
 from moesaic.targets import AUTO, TARGETS
 from moesaic.targets.backbone import no_backbone
 

@@ -9,17 +9,16 @@ from pathlib import Path
 
 from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
-from moesaic.anatomy.weights import ffn_tensor_names
-from moesaic.calibration.config import MIX_NAME, CalibrationConfig
-from moesaic.calibration.samples import SAMPLES
-from moesaic.checkpoint.placement import absolute, check_output
+from moesaic.calibration.config import check_sources
+from moesaic.checkpoint.ffn import ffn_tensor_names
 from moesaic.checkpoint.reader import Checkpoint, StoredNames
 from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import CheckpointError, InputError
 from moesaic.jobs.forecast import prunes_attention, shape_of
+from moesaic.jobs.settings import ConvertSettings, check_fits, method_config
 from moesaic.methods import get_config
 from moesaic.methods.base import MethodConfig
-from moesaic.settings import ConvertSettings, check_fits, method_config
+from moesaic.staging.placement import absolute, check_output
 from moesaic.targets import AUTO
 from moesaic.targets.backbone import no_backbone
 from moesaic.train.launch import check_shared
@@ -174,22 +173,6 @@ def _check_whole_model(settings: ConvertSettings) -> None:
         raise InputError("training needs accelerate", "pip install 'moesaic[tune]'")
     train = method_config(settings).train  # pyright: ignore[reportAttributeAccessIssue] -- such methods have one
     check_shared(train.batch, train.accumulate)
-
-
-def check_source(dense: Checkpoint, output: Checkpoint) -> None:
-    """Refuse a dense model that is not the one ``output``, a folder of moesaic, was made from."""
-    if dense.fingerprint() != output.config["moesaic"].get("source"):
-        raise InputError(f"{dense.folder} is not the model that {output.folder} was made from", "check --baseline")
-
-
-def check_sources(calibration: CalibrationConfig) -> None:
-    """Refuse calibration texts that are not there; what is in them is seen when they are read."""
-    for source in calibration.expanded():
-        if not source.builtin and not Path(source.name).expanduser().exists():
-            raise InputError(
-                f"calibration source {source.name!r} does not exist",
-                f"give a path, {MIX_NAME} or one of {', '.join(SAMPLES)}",
-            )
 
 
 def local_folder(model: str | Path) -> Path | None:

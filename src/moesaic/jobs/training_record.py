@@ -6,8 +6,8 @@ import contextlib
 import json
 from collections.abc import Sequence
 
-from moesaic.checkpoint.writer import StagedOutput
 from moesaic.errors import InputError
+from moesaic.staging.writer import StagedOutput
 from moesaic.train.loop import LOG_NAME, read_log
 from moesaic.train.plots import plot_curves
 

@@ -18,36 +18,37 @@ from torch import Tensor, nn
 
 import moesaic
 from moesaic.anatomy.base import clipped, max_positions, vocabulary
-from moesaic.anatomy.weights import ffn_tensor_names
-from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.converted import WEIGHTS_KEY, current_results, read_blueprint
+from moesaic.checkpoint.ffn import ffn_tensor_names
 from moesaic.checkpoint.loading import load_model
+from moesaic.checkpoint.mark import KEY
 from moesaic.checkpoint.origin import CARD
-from moesaic.checkpoint.output import output_names, read_split, write_side_files
-from moesaic.checkpoint.placement import absolute, partial_of
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.tokenizer import load_tokenizer
-from moesaic.checkpoint.writer import StagedOutput
 from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.native_parity import parity_ids
 from moesaic.evaluate.parity import TOLERANCE, relative_difference
+from moesaic.jobs.card import model_card
 from moesaic.jobs.decide import step_of
+from moesaic.jobs.settings import build
 from moesaic.jobs.training_record import write_record
 from moesaic.jobs.tune_request import TuneRequest, check_tune
 from moesaic.jobs.verify import check_tensors
-from moesaic.materialise import TENSOR_NAMES
+from moesaic.materialise.pack import TENSOR_NAMES
 from moesaic.progress import Progress, Silent
-from moesaic.report.card import model_card
-from moesaic.settings import build
+from moesaic.staging.placement import absolute, partial_of
+from moesaic.staging.writer import StagedOutput
 from moesaic.targets import choose_target, get_target
 from moesaic.targets.base import Split
+from moesaic.targets.write import output_names, read_split, write_side_files
 from moesaic.train.data import TrainData, read_data
 from moesaic.train.launch import is_worker
 from moesaic.train.loop import TrainReport, learned, train
 from moesaic.train.state import load_into
 from moesaic.train.task import trained_tensors
 from moesaic.tune.config import DEFAULT_PRESET, TuneConfig, preset
-from moesaic.tune.mark import KEY
 from moesaic.tune.model import can_open, load_dense, make_student, merge_adapters, routes, tuned_blueprint
 from moesaic.tune.task import TuneTask
 from moesaic.tune.teacher import KeptStates

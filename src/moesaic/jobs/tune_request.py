@@ -11,16 +11,17 @@ from typing import Any
 
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy
-from moesaic.checkpoint.placement import absolute, check_output
+from moesaic.calibration.config import check_sources
+from moesaic.checkpoint.converted import check_source
+from moesaic.checkpoint.mark import tuned
 from moesaic.checkpoint.reader import CONFIG, Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import InputError
-from moesaic.jobs.request import check_source, check_sources
+from moesaic.staging.placement import absolute, check_output
 from moesaic.targets import TARGETS
 from moesaic.targets.base import TargetOptions
 from moesaic.train.launch import check_shared, is_sharded
 from moesaic.tune.config import TuneConfig
-from moesaic.tune.mark import tuned
 
 
 @dataclass(frozen=True)

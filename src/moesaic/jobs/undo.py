@@ -12,15 +12,16 @@ from torch import Tensor
 
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy, FFNSite
-from moesaic.attention_plan import VALUE_TENSORS
-from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.blueprint.attention import VALUE_TENSORS
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.head import with_true_tie
-from moesaic.checkpoint.manifest import check_manifest
+from moesaic.checkpoint.mark import tuned
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.checkpoint.writer import StagedOutput
 from moesaic.errors import InputError
-from moesaic.materialise import TENSOR_NAMES, dense_tensors, unpack
-from moesaic.tune.mark import tuned
+from moesaic.materialise.pack import TENSOR_NAMES, dense_tensors, unpack
+from moesaic.staging.manifest import check_manifest
+from moesaic.staging.writer import StagedOutput
 
 
 def undo(folder: str | Path, out: str | Path, *, restart: bool = False) -> Path:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from moesaic.anatomy.base import Anatomy, max_positions
-from moesaic.anatomy.weights import load_ffn
-from moesaic.blueprint import Blueprint
-from moesaic.checkpoint.converted import as_written, provenance, read_blueprint, read_dense_anatomy
-from moesaic.checkpoint.manifest import check_manifest
+from moesaic.blueprint.model import Blueprint
+from moesaic.checkpoint.converted import as_written, check_source, provenance, read_blueprint, read_dense_anatomy
+from moesaic.checkpoint.ffn import load_ffn
+from moesaic.checkpoint.mark import tuned
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import CheckpointError, InputError, VerificationError
@@ -30,8 +30,7 @@ from moesaic.evaluate.llama_cpp import stock_logits
 from moesaic.evaluate.native_parity import APPROXIMATE_KL, parity_ids
 from moesaic.evaluate.parity import TOLERANCE, relative_difference
 from moesaic.evaluate.vllm import otherwise_in_vllm, vllm_parity
-from moesaic.jobs.request import check_source
-from moesaic.tune.mark import tuned
+from moesaic.staging.manifest import check_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,7 +7,6 @@ A method is a folder: ``config.py`` has the names of :class:`ConfigModule`, ``me
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from moesaic.anatomy.base import Anatomy
-    from moesaic.blueprint import AttentionPlan, LayerPlan
+    from moesaic.blueprint.attention import AttentionPlan
+    from moesaic.blueprint.layer import LayerPlan
+    from moesaic.blueprint.shape import Sizes
+    from moesaic.calibration.inputs import SiteInputs
     from moesaic.checkpoint.reader import Checkpoint
-    from moesaic.methods.sizes import Sizes
     from moesaic.nn.ffn import FFNWeights
     from moesaic.progress import Progress
 
@@ -30,31 +30,6 @@ class MethodConfig(BaseModel):
     """Base of every method's config: frozen, unknown keys rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-@dataclass(frozen=True)
-class SiteInputs:
-    """What one FFN read during calibration.
-
-    ``x_TD`` is on the CPU, may be memory-mapped and in bf16; read it through :meth:`batches`. T counts tokens (for an
-    expert of an existing MoE: the tokens its own router sent to it; T may be 0). ``stream_T`` is the L2 norm of the
-    residual stream that each token brings to the layer, in units of the FFN's output (Granite multiplies that),
-    float32; None where it is not known, or says nothing.
-    """
-
-    x_TD: Tensor
-    stream_T: Tensor | None = None
-
-    @property
-    def tokens(self) -> int:
-        """T."""
-        return self.x_TD.shape[0]
-
-    def batches(self, size: int = 2048, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-        """The inputs in order, ``size`` tokens at a time, optionally cast."""
-        for start in range(0, self.tokens, size):
-            chunk = self.x_TD[start : start + size]
-            yield chunk if dtype is None else chunk.to(dtype)
 
 
 class ConfigModule(Protocol):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from moesaic.layout import Layout
+from moesaic.blueprint.layout import Layout
 
 LayoutText = Annotated[str, AfterValidator(lambda text: str(Layout.parse(text)))]
 """A string in SxAyEz notation, checked when the config is built."""

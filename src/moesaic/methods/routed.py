@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moesaic.blueprint import STATIC, GateKind, LayerPlan, Router
-from moesaic.layout import Layout
+from moesaic.blueprint.layer import STATIC, GateKind, LayerPlan, Router
+from moesaic.blueprint.layout import Layout
 
 
 def split_units(order_F: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor]]:

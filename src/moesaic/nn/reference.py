@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moesaic.blueprint import LayerPlan
+from moesaic.blueprint.layer import LayerPlan
 from moesaic.nn.ffn import FFNWeights, activation_function
 
 

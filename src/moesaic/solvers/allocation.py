@@ -19,7 +19,7 @@ import numpy as np
 from moesaic.errors import InputError
 
 if TYPE_CHECKING:
-    from moesaic.allocation_config import Mode
+    from moesaic.solvers.limits import AllocationMode as Mode
 
 GRID = 32
 """Free widths are multiples of F / GRID neurons, rounded down, and F itself."""
@@ -59,7 +59,7 @@ def allocate(
         curves: One per layer.
         d_ff: F.
         active: Neurons that a layer would have if all were equal.
-        mode: See :class:`moesaic.allocation_config.AllocationConfig`.
+        mode: See :class:`moesaic.adjust.allocation_config.AllocationConfig`.
         allowed: Which numbers below F the method can make.
 
     Raises:

@@ -1,4 +1,9 @@
-"""Limits of the solvers that options must keep. No torch here."""
+"""What options of the solvers may be. No torch here."""
+
+from typing import Literal
+
+AllocationMode = Literal["leading", "any", "widths"]
+"""How free a budget over layers is: which layers may stay dense, or layers of any width."""
 
 MIN_RIDGE = 1e-5
 """Smallest relative ridge: products are summed in fp32, and with fewer tokens than unknowns a matrix that is hardly

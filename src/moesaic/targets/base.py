@@ -19,7 +19,8 @@ from moesaic.anatomy.base import Anatomy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moesaic.blueprint import AttentionPlan, LayerPlan
+    from moesaic.blueprint.attention import AttentionPlan
+    from moesaic.blueprint.layer import LayerPlan
 
 Packed = Mapping[str, Mapping[str, "Tensor"]]
 """Per converted FFN, by module path: its tensors as ``materialise.pack`` makes them."""

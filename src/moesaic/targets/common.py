@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.blueprint import LayerPlan
+from moesaic.blueprint.layer import LayerPlan
 from moesaic.targets.backbone import Backbone, read_backbone
 from moesaic.targets.base import Packed, Split, TargetOptions
 from moesaic.targets.limits import dense_layers

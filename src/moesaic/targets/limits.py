@@ -10,7 +10,7 @@ from moesaic.targets.backbone import Backbone, QKNorm, no_backbone, read_backbon
 from moesaic.targets.base import Split
 
 if TYPE_CHECKING:
-    from moesaic.blueprint import LayerPlan
+    from moesaic.blueprint.layer import LayerPlan
 
 
 @dataclass(frozen=True)

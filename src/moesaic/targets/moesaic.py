@@ -65,7 +65,7 @@ def layer_tensors(
     split: Split, layer: int, copied: Mapping[str, Tensor], packed: Packed, options: TargetOptions
 ) -> dict[str, Tensor]:
     """See :class:`TargetModule`."""
-    from moesaic.materialise import pack_attention
+    from moesaic.materialise.attention import pack_attention
 
     tensors = {f"{path}.{name}": tensor for path, ffn in packed.items() for name, tensor in ffn.items()} | dict(copied)
     for path, plan in split.attention.items():

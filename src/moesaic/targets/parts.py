@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moesaic.blueprint import LayerPlan
+from moesaic.blueprint.layer import LayerPlan
 from moesaic.targets.limits import always_on, biased_selection, weighs_one
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic.checkpoint import durable
+from moesaic import durable
 from moesaic.errors import CheckpointError, InputError, VerificationError
 from moesaic.progress import Progress, Silent
 from moesaic.train import state

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moesaic.checkpoint import durable
+from moesaic import durable
 from moesaic.errors import CheckpointError
 
 STATE_NAME = "state.safetensors"

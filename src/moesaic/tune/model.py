@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.anatomy.base import Anatomy
-from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError
-from moesaic.materialise import apply_blueprint
+from moesaic.materialise.apply import apply_blueprint
 from moesaic.nn.modeling_moesaic import MoEFeedForward
 from moesaic.train.data import derived_seed
 from moesaic.tune.config import LoRAOptions, TuneConfig

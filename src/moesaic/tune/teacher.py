@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moesaic.checkpoint import durable
+from moesaic import durable
 
 
 class KeptStates:

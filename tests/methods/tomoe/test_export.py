@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.blueprint.model import Blueprint
 from moesaic.errors import InputError
-from moesaic.materialise import apply_blueprint, build_ffn
+from moesaic.materialise.apply import apply_blueprint, build_ffn
 from moesaic.methods.base import ModelPlan
 from moesaic.methods.tomoe.export import export, layer_plan
 from moesaic.methods.tomoe.hard import HardGates, expert_masks, hard_mask_model, value_mask

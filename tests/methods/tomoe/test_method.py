@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moesaic.anatomy import read_anatomy
-from moesaic.blueprint import Blueprint, LayerPlan, Router
+from moesaic.blueprint.layer import LayerPlan, Router
+from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, UnsupportedModelError
 from moesaic.methods.base import ModelContext, ModelPlan

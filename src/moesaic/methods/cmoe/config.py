@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from moesaic.blueprint.layout import Layout
+from moesaic.blueprint.shape import Sizes, layout_sizes
 from moesaic.errors import InputError
-from moesaic.layout import Layout
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText
-from moesaic.methods.sizes import Sizes, layout_sizes
 
 MIN_TOKENS_PER_NEURON = 4.0  # experts of an existing MoE that got less stay whole [OURS]
 

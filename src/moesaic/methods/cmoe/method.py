@@ -25,10 +25,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moesaic.blueprint import LayerPlan, Router
+from moesaic.blueprint.layer import LayerPlan, Router
+from moesaic.blueprint.layout import Layout
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
-from moesaic.layout import Layout
-from moesaic.methods.base import SiteInputs
 from moesaic.methods.cmoe.config import Config, check
 from moesaic.methods.routed import pad_experts
 from moesaic.nn.ffn import FFNWeights

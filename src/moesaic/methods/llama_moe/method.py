@@ -18,10 +18,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moesaic.blueprint import LayerPlan, Router
+from moesaic.blueprint.layer import LayerPlan, Router
+from moesaic.blueprint.layout import Layout
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
-from moesaic.layout import Layout
-from moesaic.methods.base import SiteInputs
 from moesaic.methods.llama_moe.config import Config
 from moesaic.methods.routed import routed_plan, split_units
 from moesaic.nn.ffn import FFNWeights

@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from moesaic.blueprint.shape import Sizes
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
-from moesaic.methods.sizes import Sizes
 from moesaic.solvers.fade import Schedule, fade_fractions
 
 

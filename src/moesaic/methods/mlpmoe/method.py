@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moesaic.blueprint import LayerPlan, WeightFade
+from moesaic.blueprint.layer import LayerPlan, WeightFade
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
-from moesaic.methods.base import SiteInputs
 from moesaic.methods.mlpmoe.config import Config, check, prunes
 from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.compensation import (

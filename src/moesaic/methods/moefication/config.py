@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from moesaic.layout import Layout
+from moesaic.blueprint.layout import Layout
+from moesaic.blueprint.shape import Sizes, layout_sizes
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText
-from moesaic.methods.sizes import Sizes, layout_sizes
 
 
 class Config(MethodConfig):

@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moesaic.blueprint import LayerPlan, Router
+from moesaic.blueprint.layer import LayerPlan, Router
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
-from moesaic.methods.base import SiteInputs
 from moesaic.methods.moefication.config import Config, resolve_layout
 from moesaic.methods.routed import routed_plan
 from moesaic.nn.ffn import FFNWeights

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from moesaic.blueprint import LayerPlan, Router
-from moesaic.methods.base import SiteInputs
+from moesaic.blueprint.layer import LayerPlan, Router
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.methods.random.config import Config, resolve_layout
 from moesaic.methods.routed import routed_plan, split_units
 from moesaic.nn.ffn import FFNWeights

@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from moesaic.blueprint.shape import Sizes
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
-from moesaic.methods.sizes import Sizes
 from moesaic.methods.token_clusters import config as clusters
 
 MIN_TOKENS_PER_NEURON = 4.0  # experts of an existing MoE that got less stay whole

@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moesaic.blueprint import LayerPlan
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.distill.fit import learning_rate
 from moesaic.errors import InputError
-from moesaic.methods.base import SiteInputs
 from moesaic.methods.secret_moe.config import Config
 from moesaic.methods.secret_moe.student import CoarseStudent
 from moesaic.methods.token_clusters.method import plan_site as clusters

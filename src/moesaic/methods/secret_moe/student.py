@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moesaic.blueprint import LayerPlan, Router
-from moesaic.materialise import TENSOR_NAMES, pack
+from moesaic.blueprint.layer import LayerPlan, Router
+from moesaic.materialise.pack import TENSOR_NAMES, pack
 from moesaic.nn.ffn import FFNWeights, activation_function
 
 _READ = ("gate_FD", "up_FD", "gate_bias_F", "up_bias_F")

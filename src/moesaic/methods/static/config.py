@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from moesaic.layout import Layout
+from moesaic.blueprint.layout import Layout
+from moesaic.blueprint.shape import Sizes
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText, active_neurons
-from moesaic.methods.sizes import Sizes
 
 MIN_TOKENS_PER_NEURON = 4.0  # experts of an existing MoE that got less stay whole, as with CMoE
 

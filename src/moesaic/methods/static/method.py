@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from moesaic.blueprint import LayerPlan
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
-from moesaic.methods.base import SiteInputs
 from moesaic.methods.static.config import Config, kept_neurons
 from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.energy import mean_output_energy

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.blueprint import STATIC, LayerPlan, Router
+from moesaic.blueprint.layer import STATIC, LayerPlan, Router
+from moesaic.blueprint.shape import Sizes
+from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
-from moesaic.methods.base import SiteInputs
 from moesaic.methods.routed import pad_experts
-from moesaic.methods.sizes import Sizes
 from moesaic.methods.token_clusters.config import Config, sizes
 from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.energy import mean_output_energy

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from moesaic.blueprint.shape import Sizes
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
-from moesaic.methods.sizes import Sizes
 from moesaic.train.config import TrainConfig
 
 WHOLE_MODEL = True

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.attention_plan import AttentionPlan
-from moesaic.blueprint import LayerPlan, Router
+from moesaic.blueprint.attention import AttentionPlan
+from moesaic.blueprint.layer import LayerPlan, Router
 from moesaic.methods.base import ModelPlan
 from moesaic.methods.tomoe.attention import pair_refusal
 from moesaic.methods.tomoe.config import check_exportable

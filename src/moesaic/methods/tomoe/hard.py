@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moesaic.anatomy.base import Anatomy
-from moesaic.attention_plan import AttentionPlan
-from moesaic.blueprint import LayerPlan
+from moesaic.blueprint.attention import AttentionPlan
+from moesaic.blueprint.layer import LayerPlan
 from moesaic.methods.base import ModelPlan
 from moesaic.methods.tomoe.attention import block
 from moesaic.methods.tomoe.masking import Masker

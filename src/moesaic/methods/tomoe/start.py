@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic.anatomy.weights import load_ffn
-from moesaic.blueprint import Blueprint, LayerPlan
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.blueprint.model import Blueprint
+from moesaic.checkpoint.ffn import load_ffn
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError
 from moesaic.methods.tomoe.samplers import MEDIAN

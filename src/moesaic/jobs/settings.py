@@ -1,0 +1,150 @@
+"""What one conversion is: all that the command line or a YAML file can say, checked before any work. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from moesaic.adjust.allocation_config import AllocationConfig
+from moesaic.adjust.router_config import RouterFitConfig
+from moesaic.calibration.config import CalibrationConfig
+from moesaic.errors import InputError
+from moesaic.targets import AUTO, TARGETS
+from moesaic.targets.base import TargetOptions
+
+if TYPE_CHECKING:
+    from moesaic.anatomy.base import Anatomy
+    from moesaic.methods.base import MethodConfig
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class ConvertSettings(BaseModel):
+    """One conversion. ``moesaic convert --config run.yaml`` reads exactly these keys; unknown ones are rejected."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str = Field(default="cmoe", description="Method name, see `moesaic methods`.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="The method's own options, e.g. {layout: S3A3E8}."
+    )
+    calibration: CalibrationConfig = Field(
+        default_factory=CalibrationConfig, description="Calibration text; unused by methods that need none."
+    )
+    router: RouterFitConfig | None = Field(
+        default=None,
+        description="Replace each router by a linear one, which stock engines can run: `oracle` chooses the experts "
+        "that do most, `decisions` imitates the method's own router; {mode: oracle, steps: 10} sets more. Null keeps "
+        "the own.",
+    )
+    target: str = Field(
+        default=AUTO,
+        description="Architecture of the output, see `moesaic targets`. auto: a stock one if it holds the model, else "
+        "moesaic.",
+    )
+    target_options: TargetOptions = Field(
+        default_factory=TargetOptions, description="How routing is put into a stock architecture."
+    )
+    hierarchical: bool = Field(default=False, description="Convert the experts of a model that is MoE already.")
+    dense_layers: tuple[int, ...] = Field(
+        default=(), description="Decoder layers to leave dense; negative counts from the end."
+    )
+    allocation: AllocationConfig | None = Field(
+        default=None,
+        description="Share the active neurons out over the layers by what each loses, at the same total: `auto`, "
+        "`leading`, `any`, `widths`, or {mode: any, tokens: 4096}. Null treats all layers alike.",
+    )
+    active: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="For a given blueprint whose experts have widths of their own: the fraction of each converted "
+        "FFN's neurons that the calibration text uses in the mean; other text than made the blueprint. A method has "
+        "its own options for that.",
+    )
+    seed: int = Field(default=0, description="Seed of everything random in the method.")
+
+    @field_validator("router", "allocation", mode="before")
+    @classmethod
+    def _mode_alone(cls, value: Any) -> Any:
+        return {"mode": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> ConvertSettings:
+        if self.allocation is not None and self.dense_layers:
+            raise InputError("both dense_layers and allocation are given", "allocation chooses the dense layers")
+        return self
+
+    @field_validator("target")
+    @classmethod
+    def _known_target(cls, target: str) -> str:
+        if target not in (AUTO, *TARGETS):
+            raise InputError(f"unknown target {target!r}", f"known: {AUTO}, {', '.join(TARGETS)}")
+        return target
+
+
+def load_settings(path: Path) -> dict[str, Any]:
+    """The keys of a YAML settings file. Raises InputError when it is missing or not a mapping."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"settings file {path} does not exist", "check --config") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"settings file {path} cannot be read: {' '.join(str(error).split())}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise InputError(f"settings file {path} holds no mapping", "write `key: value` lines")
+    return data
+
+
+def build(model: type[Model], values: dict[str, Any], what: str) -> Model:
+    """Validate ``values`` as ``model``; pydantic's report becomes one line and a hint with the known keys."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or what
+        if first["type"] == "extra_forbidden":
+            known = _fields_at(model, first["loc"][:-1])
+            raise InputError(f"{what} has no option {where!r}", f"known: {', '.join(known)}") from error
+        raise InputError(f"{what}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Names that the model nested at ``path`` knows; those of ``model`` where no model is found there."""
+    inner = model
+    for part in path:
+        field = inner.model_fields.get(str(part))
+        if field is None:
+            return list(inner.model_fields)
+        kinds = (field.annotation, *get_args(field.annotation))
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), inner)
+    return list(inner.model_fields)
+
+
+def method_config(settings: ConvertSettings) -> MethodConfig:
+    """The method's own config from ``settings.options``. Raises InputError for unknown methods, keys and values."""
+    from moesaic.methods import get_config
+
+    return build(get_config(settings.method).Config, settings.options, f"method {settings.method}")
+
+
+def check_fits(method: str, config: MethodConfig, anatomy: Anatomy, dense_layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Refuse experts that do not fit and layers that do not exist; returns the dense layers counted from 0."""
+    from moesaic.methods import get_config
+
+    for width in {site.d_ff for site in anatomy.sites}:
+        get_config(method).check(config, width)
+    resolved = []
+    for layer in dense_layers:
+        if not -anatomy.num_layers <= layer < anatomy.num_layers:
+            raise InputError(f"dense layer {layer} of a model with {anatomy.num_layers} layers", "layers count from 0")
+        resolved.append(layer % anatomy.num_layers)
+    if len(set(resolved)) == anatomy.num_layers:
+        raise InputError("every layer is kept dense", "leave at least one layer to convert")
+    return tuple(sorted(set(resolved)))

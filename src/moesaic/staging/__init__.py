@@ -1,0 +1,1 @@
+"""How an output appears: staged, resumable, absent or complete."""
