@@ -16,7 +16,7 @@ from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, ResourceError, VerificationError
 from moesaic.staging.manifest import check_manifest
 from moesaic.staging.writer import LOCK_NAME, StagedOutput
-from tests.checkpoint.staged_job import KEY, PLAN, SHARDS, STEPS, job, tree
+from tests.staging.staged_job import KEY, PLAN, SHARDS, STEPS, job, tree
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from moesaic import durable
 from moesaic.errors import InputError, ResourceError
 from moesaic.staging.writer import StagedOutput
-from tests.checkpoint.staged_job import KEY, PLAN, SHARDS, STEPS, job, tree
+from tests.staging.staged_job import KEY, PLAN, SHARDS, STEPS, job, tree
 from tests.in_memory import memory_folder
 
 
