@@ -17,6 +17,7 @@ What has no line, or is not what its line says, is done again; so is what a torn
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -36,7 +37,7 @@ from moesaic.checkpoint import durable
 from moesaic.checkpoint.manifest import MANIFEST_NAME, build_manifest, hash_file
 from moesaic.checkpoint.placement import absolute, check_output, check_space, partial_of
 from moesaic.checkpoint.results import RESULTS_NAME
-from moesaic.errors import InputError, VerificationError
+from moesaic.errors import InputError, ResourceError, VerificationError
 
 log = logging.getLogger(__name__)
 
@@ -216,13 +217,18 @@ class StagedOutput:
         try:
             if self.root.is_symlink() or (self.root.exists() and not self._is_ours()):
                 raise InputError(f"{self.root} is in the way and no unfinished output of moesaic", "move it elsewhere")
-            self.root.mkdir(exist_ok=True)
-            lock = FileLock(self.root / LOCK_NAME, timeout=0)
-            lock.acquire()
+            with durable.full_disk_errors(self.root):
+                self.root.mkdir(exist_ok=True)
+                lock = FileLock(self.root / LOCK_NAME, timeout=0)
+                lock.acquire()
         except Timeout as error:
             raise InputError(
                 f"another process is writing {self.out}", "wait for it or choose another output"
             ) from error
+        except ResourceError:
+            with contextlib.suppress(OSError):
+                self.root.rmdir()  # refused where another process has its lock in it
+            raise
         except (OSError, ValueError) as error:
             raise InputError(f"cannot create {self.root}: {getattr(error, 'strerror', None) or error}") from error
         try:
@@ -350,7 +356,9 @@ class StagedOutput:
         path = self.folder / name
         if not path.resolve().is_relative_to(self.folder):
             raise InputError(f"file name {name!r} leads outside the output folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with durable.disk_errors(path):  # not with parents=True: a staging folder that has vanished stays away
+            for parent in reversed(Path(name).parents[:-1]):
+                (self.folder / parent).mkdir(exist_ok=True)
         return path
 
 
