@@ -37,6 +37,7 @@ from moesaic.checkpoint import durable
 from moesaic.checkpoint.manifest import MANIFEST_NAME, build_manifest, hash_file
 from moesaic.checkpoint.placement import absolute, check_output, check_space, partial_of
 from moesaic.checkpoint.results import RESULTS_NAME
+from moesaic.checkpoint.staging_key import compare_keys, read_key
 from moesaic.errors import InputError, ResourceError, VerificationError
 
 log = logging.getLogger(__name__)
@@ -251,7 +252,7 @@ class StagedOutput:
                 durable.sync(self.root)
                 durable.empty(self.root, keep=LOCK_NAME)
             else:
-                _compare_keys(self.root, _read_key(key_path), self._key)
+                compare_keys(self.root, read_key(key_path), self._key)
                 self._recall_shards()
             for name in ("model", "work", "shards", "plans", "training"):
                 (self.root / name).mkdir(exist_ok=True)
@@ -375,34 +376,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return entry if entry.keys() >= _LINE_KEYS else None
     except (ValueError, AttributeError):
         return None
-
-
-def _read_key(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged", "start over with --restart") from error
-
-
-def _compare_keys(partial: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Refuse to resume when anything that the output depends on has changed."""
-    changes = _changes(old, new)
-    if changes:
-        raise InputError(
-            f"{partial.name} is an unfinished output of another run: {'; '.join(changes[:3])}",
-            "give the same model and settings to resume it, or start over with --restart",
-        )
-
-
-def _changes(old: Any, new: Any, name: str = "") -> list[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = sorted(old.keys() | new.keys())
-        return [
-            change for key in keys for change in _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-        ]
-    return [] if old == new else [f"{name} was {_short(old)}, now {_short(new)}"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:16]}...{text[-4:]}"
