@@ -41,9 +41,7 @@ PARTS = ("kill", "faults", "malformed")
 def main() -> None:
     """Run what the log does not have, print what was found, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="a few of everything, about seven minutes on two busy cores"
-    )
+    parser.add_argument("--quick", action="store_true", help="a few of everything, about seven minutes")
     parser.add_argument("--kills", type=int, help="default: 200, quick: 12")
     parser.add_argument("--malformed", type=int, help="damaged inputs; default: 100, quick: 24")
     parser.add_argument("--share", type=float, help="of the file operations that fail; default: 1, quick: 0.02")

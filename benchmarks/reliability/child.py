@@ -30,7 +30,7 @@ GRACE = 10.0
 """Seconds of wall time in which what a killed run has started must be gone."""
 LIMIT = 300.0
 SHARED_MEMORY = Path("/dev/shm")
-_SHARED_NAMES = ("torch_", "psm_", "sem.", "mp-")
+_SHARED_NAMES = ("torch_", "psm_")
 _MARK = "MOESAIC_RELIABILITY_RUN"
 """In the environment of a run and of all that it starts."""
 _NUMBERS = itertools.count()
@@ -239,7 +239,7 @@ def _alive(mark: str) -> list[str]:
 
 
 def _shared() -> set[str]:
-    """Shared memory of torch and Python; other programs have theirs."""
+    """Shared memory of torch and Python; semaphores do not tell whose they are."""
     return {name for name in _names(SHARED_MEMORY) if name.startswith(_SHARED_NAMES)}
 
 

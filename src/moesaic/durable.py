@@ -106,11 +106,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary folder, then move it to ``path``, replacing a folder that is there."""
+    """Let ``write`` fill a temporary folder, then move it to ``path``, replacing a folder that is there.
+
+    The folder around it must exist: one that has vanished since is not made again, as nobody would know whose it is.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     with disk_errors(path):
         remove_tree(temporary)
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
         write(temporary)
         sync_tree(temporary)
         remove_tree(path)

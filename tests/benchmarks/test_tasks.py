@@ -24,7 +24,7 @@ from tests.tiny_models import build_tiny, tiny_tokenizer
 
 @pytest.mark.parametrize("context", [[7], [7, 3, 9, 4]], ids=["one token", "several tokens"])
 def test_choices_are_scored_as_if_each_were_read_with_its_context(tmp_path: Path, context: list[int]) -> None:
-    model = AutoModelForCausalLM.from_pretrained(build_tiny("llama", tmp_path / "tiny")).eval()
+    model = AutoModelForCausalLM.from_pretrained(build_tiny("llama", tmp_path / "tiny"), dtype=torch.float32).eval()
     choices = [[5], [6, 2, 8], [5, 1]]
     found = tasks.choice_scores(model, context, choices)
     for choice, (score, greedy) in zip(choices, found, strict=True):
@@ -84,6 +84,6 @@ def test_lm_eval_scores_local_data(tmp_path: Path) -> None:
     questions = {"goal": ["one"] * 4, "sol1": ["b"] * 4, "sol2": ["c"] * 4, "label": [0, 1, 1, 0]}
     rows = importlib.import_module("datasets").Dataset.from_dict(questions)
     rows.save_to_disk(tmp_path / "data" / tasks.DATA_SETS["piqa"] / "validation")
-    model = AutoModelForCausalLM.from_pretrained(build_tiny("llama", tmp_path / "tiny"))
+    model = AutoModelForCausalLM.from_pretrained(build_tiny("llama", tmp_path / "tiny"), dtype=torch.float32)
     found = tasks.task_accuracy(model, tiny_tokenizer(), ["piqa"], 3, tmp_path / "work", tmp_path / "data")
     assert found["piqa"] in ([1, 0, 0], [0, 1, 1])  # the same answer each time, which only one label makes right

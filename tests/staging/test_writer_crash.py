@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 
 from moesaic import durable
 from moesaic.errors import InputError, ResourceError
-from moesaic.staging.writer import StagedOutput
-from tests.staging.staged_job import KEY, PLAN, SHARDS, STEPS, job, tree
+from moesaic.staging.writer import LOCK_NAME, StagedOutput
 from tests.in_memory import memory_folder
+from tests.staging.staged_job import KEY, PLAN, SHARDS, STEPS, job, tree
 
 
 @pytest.fixture
@@ -234,3 +234,40 @@ def test_second_process_is_refused_and_takes_over_from_a_killed_one(tmp_path: Pa
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert job(out) == list(STEPS[1:])
+
+
+@pytest.mark.parametrize("step", ["plans", "shard", "text", "file"])
+def test_a_staging_folder_that_vanishes_is_not_made_again(tmp_path: Path, step: str) -> None:
+    """Made again it would have no lock: the next run would take it for somebody else's."""
+    out = tmp_path / "out"
+    write: dict[str, Callable[[StagedOutput], object]] = {
+        "plans": lambda staged: staged.write_plans("layer-00000", PLAN),
+        "shard": lambda staged: staged.write_shard("layer-00000", SHARDS["layer-00000"]),
+        "text": lambda staged: staged.write_text("config.json", "{}"),
+        "file": lambda staged: staged.copy_file(Path(__file__), "extra/code.txt"),
+    }
+    with StagedOutput.open(out, KEY) as staged:
+        shutil.rmtree(staged.root)
+        with pytest.raises(ResourceError, match="No such file"):
+            write[step](staged)
+    assert not list(tmp_path.iterdir())
+    assert job(out) == list(STEPS)
+
+
+@pytest.mark.parametrize(("code", "error"), [(errno.ENOSPC, ResourceError), (errno.EROFS, InputError)])
+def test_a_disk_that_is_full_at_the_start_is_not_a_wrong_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception]
+) -> None:
+    real_open = os.open
+
+    def refusing(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if str(path).endswith(LOCK_NAME):
+            raise OSError(code, os.strerror(code))
+        return real_open(path, flags, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refusing)
+        with pytest.raises(error, match=os.strerror(code)):
+            job(tmp_path / "out")
+    assert code != errno.ENOSPC or not list(tmp_path.iterdir())
+    assert job(tmp_path / "out") == list(STEPS)

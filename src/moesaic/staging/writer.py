@@ -17,6 +17,7 @@ What has no line, or is not what its line says, is done again; so is what a torn
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -34,7 +35,8 @@ from moesaic import durable
 from moesaic.blueprint.attention import AttentionPlan
 from moesaic.blueprint.layer import LayerPlan
 from moesaic.blueprint.model import Blueprint
-from moesaic.errors import InputError, VerificationError
+from moesaic.errors import InputError, ResourceError, VerificationError
+from moesaic.staging.key import compare_keys, read_key
 from moesaic.staging.manifest import MANIFEST_NAME, build_manifest, hash_file
 from moesaic.staging.placement import absolute, check_output, check_space, partial_of
 from moesaic.staging.results import RESULTS_NAME
@@ -217,13 +219,18 @@ class StagedOutput:
         try:
             if self.root.is_symlink() or (self.root.exists() and not self._is_ours()):
                 raise InputError(f"{self.root} is in the way and no unfinished output of moesaic", "move it elsewhere")
-            self.root.mkdir(exist_ok=True)
-            lock = FileLock(self.root / LOCK_NAME, timeout=0)
-            lock.acquire()
+            with durable.full_disk_errors(self.root):
+                self.root.mkdir(exist_ok=True)
+                lock = FileLock(self.root / LOCK_NAME, timeout=0)
+                lock.acquire()
         except Timeout as error:
             raise InputError(
                 f"another process is writing {self.out}", "wait for it or choose another output"
             ) from error
+        except ResourceError:
+            with contextlib.suppress(OSError):
+                self.root.rmdir()  # refused where another process has its lock in it
+            raise
         except (OSError, ValueError) as error:
             raise InputError(f"cannot create {self.root}: {getattr(error, 'strerror', None) or error}") from error
         try:
@@ -246,7 +253,7 @@ class StagedOutput:
                 durable.sync(self.root)
                 durable.empty(self.root, keep=LOCK_NAME)
             else:
-                _compare_keys(self.root, _read_key(key_path), self._key)
+                compare_keys(self.root, read_key(key_path), self._key)
                 self._recall_shards()
             for name in ("model", "work", "shards", "plans", "training"):
                 (self.root / name).mkdir(exist_ok=True)
@@ -351,7 +358,9 @@ class StagedOutput:
         path = self.folder / name
         if not path.resolve().is_relative_to(self.folder):
             raise InputError(f"file name {name!r} leads outside the output folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with durable.disk_errors(path):  # not with parents=True: a staging folder that has vanished stays away
+            for parent in reversed(Path(name).parents[:-1]):
+                (self.folder / parent).mkdir(exist_ok=True)
         return path
 
 
@@ -368,34 +377,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return entry if entry.keys() >= _LINE_KEYS else None
     except (ValueError, AttributeError):
         return None
-
-
-def _read_key(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged", "start over with --restart") from error
-
-
-def _compare_keys(partial: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Refuse to resume when anything that the output depends on has changed."""
-    changes = _changes(old, new)
-    if changes:
-        raise InputError(
-            f"{partial.name} is an unfinished output of another run: {'; '.join(changes[:3])}",
-            "give the same model and settings to resume it, or start over with --restart",
-        )
-
-
-def _changes(old: Any, new: Any, name: str = "") -> list[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = sorted(old.keys() | new.keys())
-        return [
-            change for key in keys for change in _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-        ]
-    return [] if old == new else [f"{name} was {_short(old)}, now {_short(new)}"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:16]}...{text[-4:]}"

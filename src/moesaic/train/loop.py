@@ -137,7 +137,7 @@ class _Run:
         return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
     def run(self) -> TrainReport:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)  # without parents: see durable.replace_folder
         self._resume()
         self.parallel.accelerator.wait_for_everyone()
         started = time.monotonic() - self.standing.seconds
