@@ -2,9 +2,10 @@
 
     python -m benchmarks.dtypes WORK FP32_MODEL [FP32_MODEL ...]
 
-Each model is copied to bf16 in WORK. Every method converts both copies, `verify --baseline` judges the result, and
-perplexity is measured beside the dense model of the same dtype. Results are appended to WORK/dtypes.jsonl as they
-come; a run that is started again goes on. At the end it writes docs/results/dtypes.md.
+Each model is copied to both dtypes in WORK. Every method converts both copies, `verify --baseline` judges the result,
+and perplexity is measured beside the dense model of the same dtype. Some methods choose other neurons where weights
+differ in the ninth bit, so the fp32 copy's decisions are applied to the bf16 copy as well (`--blueprint`). Results are
+appended to WORK/dtypes.jsonl as they come; a run that is started again goes on. It writes docs/results/dtypes.md.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from moesaic.jobs.native import verify_native
 from moesaic.jobs.verify import verify_output
 
 WINDOW = 1024
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("bfloat16", "float32")
+SAME = "bfloat16, decisions of float32"
 BOUND = 0.005
 """Largest difference of the ratios to dense that counts as equal, relative."""
 TRAIN = {"steps": 8, "batch": 1, "held_out": 1, "eval_every": 8, "save_every": 8}
@@ -61,12 +63,16 @@ def measure(folder: Path, ids_NW: torch.Tensor) -> Perplexity:
     return found
 
 
-def one(dense: Path, out: Path, case: dict[str, Any], tokens: int, ids_NW: torch.Tensor) -> dict[str, Any]:
-    """Convert, verify and evaluate; the figures, or what was refused."""
+def one(
+    dense: Path, out: Path, case: dict[str, Any], tokens: int, ids_NW: torch.Tensor, keep: Path | None = None
+) -> dict[str, Any]:
+    """Convert, verify and evaluate; the figures, or what was refused. ``keep``: where the blueprint is copied."""
     started = time.monotonic()
     try:
         calibration = {"tokens": tokens, "window": WINDOW}
         done = moesaic.convert(dense, out, calibration=calibration, restart=True, **case)
+        if keep is not None:
+            done.blueprint.save(keep)
         verify_output(out, baseline=dense)
         if done.target != "moesaic":
             verify_native(out, dense)
@@ -97,20 +103,27 @@ def run(work: Path, models: list[Path], tokens: int, windows: int) -> None:
     for model in models:
         folders = {dtype: cast_copy(model, work / f"{model.name}-{dtype}", dtype) for dtype in DTYPES}
         ids_NW = token_windows(AutoTokenizer.from_pretrained(model), evaluation_text(), WINDOW, windows)
-        for case in ("dense", *METHODS):
-            for dtype, dense in folders.items():
-                if (model.name, case, dtype) in known(log):
-                    continue
-                if case == "dense":
-                    found = measure(dense, ids_NW)
-                    entry: dict[str, Any] = {"ppl": found.value, "window_nll": list(found.window_nll)}
-                    entry |= {"predicted": found.predicted, "name": found.name}
-                else:
-                    entry = one(dense, work / "out", METHODS[case], tokens, ids_NW)
-                line = {"model": model.name, "case": case, "dtype": dtype, "tokens": tokens, **entry}
-                with log.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(line) + "\n")
-                print(model.name, case, dtype, entry.get("ppl", entry.get("error")), flush=True)
+        plans = {case: work / "blueprints" / model.name / case for case in METHODS}
+        steps = [(dtype, case) for dtype in DTYPES for case in ("dense", *METHODS)]
+        for dtype, case in [*steps, *((SAME, case) for case in METHODS)]:
+            if (model.name, case, dtype) in known(log):
+                continue
+            dense = folders.get(dtype, folders["bfloat16"])
+            if case == "dense":
+                found = measure(dense, ids_NW)
+                entry: dict[str, Any] = {"ppl": found.value, "window_nll": list(found.window_nll)}
+                entry |= {"predicted": found.predicted, "name": found.name}
+            elif dtype == SAME:
+                given = {key: value for key, value in METHODS[case].items() if key == "target"}
+                entry = one(dense, work / "out", {"blueprint": plans[case], **given}, tokens, ids_NW)
+            else:
+                plans[case].mkdir(parents=True, exist_ok=True)
+                keep = plans[case] if dtype == "float32" else None
+                entry = one(dense, work / "out", METHODS[case], tokens, ids_NW, keep)
+            line = {"model": model.name, "case": case, "dtype": dtype, "tokens": tokens, **entry}
+            with log.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+            print(model.name, case, dtype, entry.get("ppl", entry.get("error")), flush=True)
 
 
 def page(results: dict[tuple[str, str, str], dict[str, Any]]) -> str:
@@ -118,32 +131,40 @@ def page(results: dict[tuple[str, str, str], dict[str, Any]]) -> str:
     rows = [
         "# bf16 beside fp32",
         "",
-        "`python -m benchmarks.dtypes WORK MODEL...`: every method on one model stored in fp32 and in bf16.",
+        "`python -m benchmarks.dtypes WORK MODEL...`: every method on one model stored in bf16 and in fp32.",
         "Each output passed `verify --baseline` (and `--parity` for glm4_moe) before it was evaluated.",
-        "Ratios are perplexity over the dense model of the same dtype, computed in that dtype.",
-        f"The last column is their relative difference; at most {BOUND:.1%} counts as equal.",
-        "Calibration and training are short here: the ratios compare dtypes, not methods.",
+        "Figures are perplexity over the dense model of the same dtype, computed in that dtype.",
+        f"A difference is relative to fp32; at most {BOUND:.1%} counts as equal.",
+        "Calibration and training are short here: the rows compare dtypes, not methods.",
+        "",
+        "Some methods choose by comparing near-equal scores, and choose others where the weights were rounded.",
+        "The last two columns apply the decisions made in fp32 to the bf16 checkpoint: what is left is the rounding.",
     ]
     for model in dict.fromkeys(key[0] for key in results):
-        dense = {dtype: results[model, "dense", dtype] for dtype in DTYPES}
-        tokens = next(line["tokens"] for key, line in results.items() if key[0] == model)
-        rows += ["", f"## {model}, {dense['float32']['name']}, {tokens} tokens of calibration", ""]
-        rows += ["| method | architecture | fp32 | bf16 | difference |", "|---|---|---|---|---|"]
-        for case in METHODS:
-            lines = {dtype: results.get((model, case, dtype)) for dtype in DTYPES}
-            if any(line is None for line in lines.values()):
-                continue
-            if errors := [f"{d}: {line['error']}" for d, line in lines.items() if line and "error" in line]:
-                rows.append(f"| {case} | {'; '.join(errors)} | | | |")
-                continue
-            ratio = {d: compare(as_perplexity(lines[d]), as_perplexity(dense[d])).ratio for d in DTYPES}
-            change = ratio["bfloat16"] / ratio["float32"] - 1
-            target = (lines["bfloat16"] or {})["target"]
-            rows.append(
-                f"| {case} | {target} | {ratio['float32']:.4f} | {ratio['bfloat16']:.4f} | {change:+.2%}"
-                f"{'' if abs(change) <= BOUND else ' (more)'} |"
-            )
+        dense = results[model, "dense", "bfloat16"]
+        rows += ["", f"## {model}, {dense['name']}, {dense['tokens']} tokens of calibration", ""]
+        rows += ["| method | architecture | fp32 | bf16 | difference | bf16, same decisions | difference |"]
+        rows += ["|---|---|---|---|---|---|---|", *(row(model, case, results) for case in METHODS)]
     return "\n".join(rows) + "\n"
+
+
+def row(model: str, case: str, results: dict[tuple[str, str, str], dict[str, Any]]) -> str:
+    """One method's line; what was not measured is a dash."""
+    ratio: dict[str, float] = {}
+    texts: dict[str, str] = {}
+    target = "-"
+    for dtype in (*DTYPES, SAME):
+        line = results.get((model, case, dtype))
+        dense = results.get((model, "dense", "float32" if dtype == "float32" else "bfloat16"))
+        texts[dtype] = "-"
+        if line is not None and "error" in line:
+            texts[dtype] = line["error"]
+        elif line is not None and dense is not None:
+            ratio[dtype] = compare(as_perplexity(line), as_perplexity(dense)).ratio
+            texts[dtype], target = f"{ratio[dtype]:.4f}", line["target"]
+    change = {d: f"{ratio[d] / ratio['float32'] - 1:+.2%}" for d in ratio if "float32" in ratio}
+    cells = [case, target, texts["float32"], texts["bfloat16"], change.get("bfloat16", "-")]
+    return "| " + " | ".join([*cells, texts[SAME], change.get(SAME, "-")]) + " |"
 
 
 def as_perplexity(line: Any) -> Perplexity:
