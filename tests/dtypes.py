@@ -5,6 +5,7 @@ Use as ``from tests.dtypes import DTYPES, METHODS, build``.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moesaic.staging.manifest import MANIFEST_NAME, hash_file
 from tests.tiny_models import build_tiny
 
 SIXTEEN = ("bfloat16", "float16")
@@ -68,3 +70,11 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """The same names, dtypes and bits."""
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def rehash(folder: Path) -> None:
+    """Make the manifest of an output say what its files are now."""
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    for name, entry in manifest["files"].items():
+        entry |= {"sha256": hash_file(folder / name), "bytes": (folder / name).stat().st_size}
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))

@@ -116,6 +116,8 @@ class Sandbox:
                 if disturb is not None:
                     disturb()
                 code = run(args)
+            except KeyboardInterrupt:
+                code = 130  # before moesaic's own code began
             finally:
                 with contextlib.suppress(Exception):
                     sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +51,30 @@ def test_one_of_several_processes_ends_at_once_and_with_its_code(
         assert ended[count].returncode == code, ended[count].stderr
     assert ended["1"].stdout == ended["2"].stdout + "the interpreter ended\n"
     assert ended["1"].stderr == ended["2"].stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_a_library_turns_into_another_error_is_still_a_signal(
+    number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch does so: an interrupt inside ``torch.tensor`` comes out as a ValueError."""
+
+    def verb() -> None:
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException as error:
+            raise ValueError("could not determine the shape") from error
+
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(module, "app", verb)
+    monkeypatch.setattr(sys, "argv", ["moesaic"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            module.main()
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    assert ended.value.code == code
+    assert "internal error" not in capsys.readouterr().err

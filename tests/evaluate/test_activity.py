@@ -20,6 +20,7 @@ from moesaic.cli.eval import render
 from moesaic.evaluate.activity import counting
 from moesaic.materialise.apply import build_ffn
 from moesaic.nn.reference import choose
+from tests.dtypes import rehash
 from tests.ffns import random_ffn, random_inputs
 
 OPTIONS = {"split": "union", "experts": 6, "active": 0.5}
@@ -81,6 +82,7 @@ def test_an_evaluation_says_what_its_text_used(tiny: Callable[[str], Path], tmp_
     block = json.loads(config.read_text())
     block["moesaic"]["tuned"] = {"steps": 1}  # as `tune` marks what it trained: its blueprint is refused
     config.write_text(json.dumps(block))
+    rehash(made.output)
     again = moesaic.evaluate_model(made.output, text=text, window=64, limit=1, save=False)
     assert not again["other_budgets"]
     loads = {site["site"]: site["load"] for site in results["fidelity"]["sites"]}  # two of the three windows

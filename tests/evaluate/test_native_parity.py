@@ -91,7 +91,7 @@ def test_tokens_of_other_experts_are_counted_and_judged_apart(tiny: Tiny, tmp_pa
     chosen = iter(found.chosen)
 
     def forced(ids_W: Tensor) -> Tensor:
-        runtime.forced = next(chosen)
+        runtime.forced = [(idx_WK, None) for idx_WK in next(chosen)]
         return runtime(ids_W)
 
     assert native_parity(folder, ids_NW, forced, exact=True).max_delta < 1e-4

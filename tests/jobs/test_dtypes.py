@@ -20,8 +20,7 @@ from moesaic.jobs.evaluate import evaluate_model
 from moesaic.jobs.native import verify_native
 from moesaic.jobs.tune import tune
 from moesaic.jobs.verify import verify_output
-from moesaic.staging.manifest import MANIFEST_NAME, hash_file
-from tests.dtypes import CALIBRATION, DTYPES, METHODS, MIXED, SIXTEEN, build, equal, rewrite, tensors_of
+from tests.dtypes import CALIBRATION, DTYPES, METHODS, MIXED, SIXTEEN, build, equal, rehash, rewrite, tensors_of
 
 STOCK = ("glm4_moe", "granitemoeshared", "qwen2_moe", "mixtral", "ernie4_5_moe")
 ROUTED: dict[str, Any] = {"method": "cmoe", "options": {"layout": "S2A3E8"}, "router": "oracle"}
@@ -147,10 +146,7 @@ def with_error(folder: Path, copy: Path, change: Callable[[str, Tensor], Tensor]
     before = tensors_of(copy)
     rewrite(copy, of_the_last_ffn(change))
     assert not equal(tensors_of(copy), before)
-    manifest = json.loads((copy / MANIFEST_NAME).read_text())
-    for name, entry in manifest["files"].items():
-        entry |= {"sha256": hash_file(copy / name), "bytes": (copy / name).stat().st_size}
-    (copy / MANIFEST_NAME).write_text(json.dumps(manifest))
+    rehash(copy)
     return copy
 
 

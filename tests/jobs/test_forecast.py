@@ -27,7 +27,7 @@ from tests.targets.helpers import plans_for, write
 from tests.tiny_models import build_tiny
 
 WIDE = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-SMALL_FILES = 30_000
+SMALL_FILES = 50_000
 """Bytes of configs, card and tokenizer, which are forecast roughly: 2 % of a model that is not as tiny."""
 
 

@@ -6,6 +6,7 @@ import errno
 import signal
 import sys
 import threading
+from typing import NoReturn
 
 import typer
 
@@ -42,6 +43,7 @@ for _verb in (demo, plan, convert, eval, export, inspect, tune, distill, verify,
 
 _INTERRUPTED = 130
 _TERMINATED = 143
+_ENDINGS: dict[object, str] = {_INTERRUPTED: "interrupted", _TERMINATED: "terminated"}
 _RESUMES = "the same command resumes what it had begun to write"
 
 
@@ -61,9 +63,39 @@ def main() -> None:
         raise
 
 
+class _Signals:
+    """Ctrl-C and SIGTERM end a command as exceptions, so that it leaves nothing behind.
+
+    An exception that is raised inside a library's C code may come out as another one: what a command ends with after
+    a signal is the signal's doing. ``seen`` is the exit code of the first one.
+    """
+
+    def __init__(self) -> None:
+        self.seen: int | None = None
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._terminate)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def fail(self, message: str, hint: str, code: int) -> NoReturn:
+        """End with an error, or with what a signal asked for."""
+        if self.seen is not None:
+            fail(_ENDINGS[self.seen], _RESUMES, self.seen)
+        fail(message, hint, code)
+
+    def _terminate(self, *_: object) -> None:
+        self.seen = self.seen or _TERMINATED
+        sys.exit(_TERMINATED)
+
+    def _interrupt(self, *_: object) -> None:
+        self.seen = self.seen or _INTERRUPTED
+        raise KeyboardInterrupt
+
+
 def _run() -> None:
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))  # leaves nothing behind, as Ctrl-C
+    signals = _Signals()
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
@@ -71,20 +103,18 @@ def _run() -> None:
     except MoesaicError as error:
         if debug:
             raise
-        fail(error.message, error.hint, error.exit_code)
+        signals.fail(error.message, error.hint, error.exit_code)
     except SystemExit as end:
-        if end.code == _INTERRUPTED:  # typer's only word on it
-            fail("interrupted", _RESUMES, _INTERRUPTED)
-        if end.code == _TERMINATED:
-            fail("terminated", _RESUMES, _TERMINATED)
+        if isinstance(end.code, int) and end.code in _ENDINGS:  # typer has no more than the code to say
+            signals.fail(_ENDINGS[end.code], _RESUMES, end.code)
         raise
     except MemoryError:
-        fail("out of memory", "lower --calib-tokens, or use a machine with more memory", 4)
+        signals.fail("out of memory", "lower --calib-tokens, or use a machine with more memory", 4)
     except OSError as error:
         if debug:
             raise
         disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fail(
+        signals.fail(
             str(error),
             "free some disk space and run the same command again" if disk_full else "",
             4 if disk_full else 1,
@@ -92,7 +122,7 @@ def _run() -> None:
     except Exception as error:
         if debug:
             raise
-        fail(
+        signals.fail(
             f"internal error: {type(error).__name__}: {error}",
             "--debug shows the trace; please report it",
             1,
