@@ -42,7 +42,7 @@ from moesaic.evaluate.fidelity import site_fidelity
 from moesaic.evaluate.perplexity import token_windows
 from moesaic.jobs.settings import ConvertSettings, build, method_config
 from moesaic.materialise.apply import build_ffn
-from moesaic.methods import get_config, get_method
+from moesaic.methods import get_method
 from moesaic.methods.base import MethodModule
 from moesaic.nn.ffn import FFNWeights
 
@@ -130,7 +130,7 @@ class Site:
         """The method's own plan; kept as long as the same split is asked for, since rows may differ in the router."""
         config = method_config(settings)
         split = f"{settings.method} {config!r}"
-        read = text if get_config(settings.method).needs_calibration(config) else ""
+        read = text if config.needs_calibration() else ""
         if not any(made[0] == split for made in self._made):
             self._made.clear()
         key = (split, read, seed, reordered)
@@ -273,7 +273,7 @@ def kept_rows(file: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
 
 def reads(settings: ConvertSettings) -> str:
     """What of a plan depends on the calibration text: ``text`` (the split), ``router`` alone, or ``nothing``."""
-    if get_config(settings.method).needs_calibration(method_config(settings)):
+    if method_config(settings).needs_calibration():
         return "text"
     return "nothing" if settings.router is None else "router"
 

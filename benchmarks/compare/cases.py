@@ -14,7 +14,7 @@ from typing import Any
 
 from moesaic.blueprint.layout import Layout
 from moesaic.jobs.settings import ConvertSettings, method_config
-from moesaic.methods.token_clusters.config import Config, sizes
+from moesaic.methods.token_clusters.config import Config
 
 UNITS = range(8, 49)
 """Units that a layout may have; the least that hit the fraction exactly are taken."""
@@ -145,7 +145,7 @@ def _refit_alike(share: Fraction, shape: Shape) -> dict[str, Any]:
 
 def _counted(share: Fraction, shape: Shape) -> dict[str, Any]:
     """The union with its router taken out of both budgets: E D numbers are what E / 3 neurons of a gated FFN have."""
-    experts = len(sizes(Config(split="union"), shape.d_ff).own)
+    experts = len(Config(split="union").sizes(shape.d_ff).own)
     router = Fraction(experts, (3 if shape.gated else 2) * shape.d_ff)
     if share <= router:
         raise InexpressibleError(f"a router of {experts} experts alone is {float(router):.1%} of an FFN")

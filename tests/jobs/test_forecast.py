@@ -284,7 +284,7 @@ def test_plan_counts_what_is_active_and_trained(wide: Callable[..., Path]) -> No
         return moesaic.plan(dense, method="secret_moe", options={"steps": steps}).seconds
 
     per_step = 3 * 6 * 2 * 128 * 515 * 0.75  # a batch of tokens: counted by the next line
-    batch = moesaic.methods.get_config("secret_moe").Config().batch
+    batch = moesaic.methods.get_config("secret_moe")().batch
     expected = 400_000 * per_step * batch / (GFLOPS_PER_CORE * 1e9 * (os.cpu_count() or 1))
     assert seconds(400_001) - seconds(1) == pytest.approx(expected, rel=0.01)
 

@@ -16,7 +16,7 @@ from moesaic.blueprint.layer import LayerPlan
 from moesaic.blueprint.layout import Layout
 from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
-from moesaic.methods.cmoe.config import Config, check, needs_calibration
+from moesaic.methods.cmoe.config import Config
 from moesaic.methods.cmoe.method import plan_site, router_probabilities
 from moesaic.nn.ffn import FFNWeights
 from moesaic.nn.reference import choose, reference_ffn, reference_scores
@@ -249,8 +249,8 @@ def test_low_precision_checkpoints_and_inputs_are_read() -> None:
 
 def test_everything_shared_needs_no_text() -> None:
     config = Config(layout="S4A0E4")
-    assert not needs_calibration(config)
-    assert needs_calibration(Config())
+    assert not config.needs_calibration()
+    assert Config().needs_calibration()
     plan = plan_site(random_ffn(37), None, config, 0)
     assert plan.shared.tolist() == list(range(37))
     assert plan.experts == ()
@@ -265,8 +265,8 @@ def test_bad_input_is_refused_by_name() -> None:
     with pytest.raises(InputError, match="NaN or Inf"):
         plan_of(weights, x_TD / 0)
     with pytest.raises(InputError, match="64 units but the FFN has only 37"):
-        check(Config(layout="S1A1E64"), 37)
+        Config(layout="S1A1E64").check(37)
     with pytest.raises(InputError, match="markers_per_token 40 is more than the FFN's 37"):
-        check(Config(markers_per_token=40), 37)
+        Config(markers_per_token=40).check(37)
     with pytest.raises(InputError, match="top-k 6 is larger"):
         Config(layout="S3A6E8")

@@ -10,7 +10,7 @@ from moesaic.blueprint.layer import LayerPlan
 from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
 from moesaic.materialise.pack import pack
-from moesaic.methods.llama_moe.config import Config, check, needs_calibration
+from moesaic.methods.llama_moe.config import Config
 from moesaic.methods.llama_moe.method import plan_site
 from moesaic.nn.ffn import FFNWeights
 from tests.ffns import random_ffn, random_inputs, relative_error, sum_of_parts
@@ -83,8 +83,8 @@ def test_centroids_use_a_bounded_number_of_tokens_from_the_whole_text() -> None:
 
 
 def test_centroids_need_tokens() -> None:
-    assert needs_calibration(Config(router="centroids"))
-    assert not needs_calibration(Config())
+    assert Config(router="centroids").needs_calibration()
+    assert not Config().needs_calibration()
     for inputs in (None, random_inputs(7)):
         with pytest.raises(InputError, match="at least one token per expert"):
             plan_of(random_ffn(40), inputs, router="centroids")
@@ -110,4 +110,4 @@ def test_scale_e_with_all_experts_on_is_dense() -> None:
 
 def test_more_units_than_neurons_are_refused() -> None:
     with pytest.raises(InputError, match="only 7 neurons"):
-        check(Config(), 7)
+        Config().check(7)

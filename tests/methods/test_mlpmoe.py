@@ -21,7 +21,7 @@ from moesaic.errors import InputError
 from moesaic.evaluate.proxy import proxy_change, proxy_perplexity
 from moesaic.materialise.apply import apply_blueprint
 from moesaic.materialise.pack import TENSOR_NAMES, pack
-from moesaic.methods.mlpmoe.config import Config, check, needs_calibration
+from moesaic.methods.mlpmoe.config import Config
 from moesaic.methods.mlpmoe.method import describe, plan_site
 from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.fade import fade_fractions
@@ -152,7 +152,7 @@ def test_bf16_sum_of_branches_errs_by_the_rounding_of_its_terms() -> None:
 )
 def test_slices_that_do_not_fit_are_refused(options: dict[str, Any], d_ff: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        check(Config(**options), d_ff)
+        Config(**options).check(d_ff)
     with pytest.raises(InputError, match=message):
         plan_of(random_ffn(d_ff), **options)
 
@@ -172,8 +172,8 @@ def test_contradictory_options_are_refused(options: dict[str, Any]) -> None:
 
 
 def test_strict_accepts_what_divides() -> None:
-    check(Config(branches=8, strict=True), 40)
-    check(Config(branches=37), 37)
+    Config(branches=8, strict=True).check(40)
+    Config(branches=37).check(37)
 
 
 # --- Fractal Fade
@@ -307,9 +307,9 @@ def test_low_energy_drops_the_planted_weak_branches() -> None:
 
 
 def test_oracle_reads_inputs_and_nothing_else_does() -> None:
-    assert needs_calibration(Config(keep=5, prune_factor="oracle"))
-    assert not needs_calibration(Config(prune_factor="oracle"))
-    assert not any(needs_calibration(Config(keep=5, prune_factor=f)) for f in FACTORS if f != "oracle")
+    assert Config(keep=5, prune_factor="oracle").needs_calibration()
+    assert not Config(prune_factor="oracle").needs_calibration()
+    assert not any(Config(keep=5, prune_factor=f).needs_calibration() for f in FACTORS if f != "oracle")
     with pytest.raises(InputError, match="needs calibration inputs"):
         plan_of(random_ffn(), branches=8, keep=5, prune_factor="oracle")
 

@@ -7,7 +7,7 @@ import torch
 
 from moesaic.blueprint.layer import LayerPlan
 from moesaic.errors import InputError
-from moesaic.methods.moefication.config import Config, check, needs_calibration, resolve_layout
+from moesaic.methods.moefication.config import Config, resolve_layout
 from moesaic.methods.moefication.method import plan_site
 from moesaic.nn.ffn import FFNWeights
 from tests.ffns import random_ffn, random_inputs, relative_error, sum_of_parts
@@ -101,11 +101,11 @@ def test_same_seed_same_plan_without_global_randomness_or_data() -> None:
     assert torch.equal(a.packed, b.packed)
     assert torch.equal(a.router.tensors["weight"], b.router.tensors["weight"])
     assert not torch.equal(a.packed, c.packed)
-    assert not needs_calibration(Config())
+    assert not Config().needs_calibration()
 
 
 def test_more_units_than_neurons_and_unreadable_layouts_are_refused() -> None:
     with pytest.raises(InputError, match="only 37 neurons"):
-        check(Config(layout="S0A6E64"), 37)
+        Config(layout="S0A6E64").check(37)
     with pytest.raises(InputError, match="cannot read layout"):
         Config(layout="8x2")

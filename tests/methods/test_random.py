@@ -7,7 +7,7 @@ import torch
 
 from moesaic.blueprint.layer import LayerPlan
 from moesaic.errors import InputError
-from moesaic.methods.random.config import Config, check, needs_calibration
+from moesaic.methods.random.config import Config
 from moesaic.methods.random.method import plan_site
 from moesaic.nn.ffn import FFNWeights
 from tests.ffns import random_ffn, random_inputs, relative_error, sum_of_parts
@@ -58,11 +58,11 @@ def test_active_picks_the_nearest_of_16_units(active: float, expected: float) ->
 
 
 def test_active_on_an_ffn_of_few_neurons() -> None:
-    check(Config(active=0.5), 5)
+    Config(active=0.5).check(5)
     assert plan_of(random_ffn(5), active=0.5).is_partition
 
 
 def test_no_data_and_no_more_units_than_neurons() -> None:
-    assert not needs_calibration(Config())
+    assert not Config().needs_calibration()
     with pytest.raises(InputError, match="only 7 neurons"):
-        check(Config(), 7)
+        Config().check(7)

@@ -18,7 +18,7 @@ from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
 from moesaic.jobs.convert import convert
 from moesaic.materialise.apply import build_ffn
-from moesaic.methods.secret_moe.config import Config, check, needs_calibration, sizes
+from moesaic.methods.secret_moe.config import Config
 from moesaic.methods.secret_moe.method import plan_site
 from moesaic.methods.secret_moe.student import CoarseStudent
 from moesaic.methods.token_clusters.method import plan_site as clusters
@@ -106,7 +106,7 @@ def test_a_full_router_starts_with_the_choices_of_the_clusters() -> None:
     ("d_ff", "active", "shared", "width"), [(1536, 0.75, 0.5, 32), (4864, 0.5, 0.5, 64), (48, 0.5, 0.0, 4)]
 )
 def test_parts_have_the_sizes_asked_for(d_ff: int, active: float, shared: float, width: int) -> None:
-    parts = sizes(Config(active=active, shared=shared, width=width), d_ff)
+    parts = Config(active=active, shared=shared, width=width).sizes(d_ff)
     used = parts.shared + parts.top_k * sum(parts.own) / len(parts.own)
     assert used == pytest.approx(active * d_ff, rel=0.02)
     assert parts.shared / used == pytest.approx(shared, abs=0.05)
@@ -123,14 +123,14 @@ def test_equal_seeds_give_equal_plans_and_nothing_trained_keeps_the_neurons() ->
 
 
 def test_refusals() -> None:
-    assert needs_calibration(Config())
+    assert Config().needs_calibration()
     weights, x_TD = grouped(10)
     with pytest.raises(InputError, match="needs calibration inputs"):
         plan_site(weights, None, Config(), 0)
     with pytest.raises(InputError, match="needs calibration inputs"):
         plan_site(weights, SiteInputs(x_TD[:1]), Config(), 0)
     with pytest.raises(InputError, match="experts of 1 neurons"):
-        check(Config(width=1), 4864)
+        Config(width=1).check(4864)
 
 
 @pytest.mark.parametrize("target", ["moesaic", "granitemoeshared"])

@@ -11,7 +11,7 @@ from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
 from moesaic.methods.random.config import Config as RandomConfig
 from moesaic.methods.random.method import plan_site as plan_random
-from moesaic.methods.static.config import Config, check, needs_calibration
+from moesaic.methods.static.config import Config
 from moesaic.methods.static.method import plan_site
 from moesaic.nn.ffn import FFNWeights
 from tests.ffns import random_ffn, random_inputs
@@ -62,7 +62,7 @@ def test_batches_and_bf16_inputs_do_not_change_the_choice() -> None:
 
 
 def test_inputs_are_required() -> None:
-    assert needs_calibration(Config())
+    assert Config().needs_calibration()
     for inputs in (None, random_inputs(0)):
         with pytest.raises(InputError, match="needs calibration inputs"):
             plan_of(random_ffn(), inputs)
@@ -70,5 +70,5 @@ def test_inputs_are_required() -> None:
 
 def test_more_units_than_neurons_are_refused_unless_a_fraction_is_given() -> None:
     with pytest.raises(InputError, match="only 7 neurons"):
-        check(Config(), 7)
-    check(Config(active=0.5), 7)
+        Config().check(7)
+    Config(active=0.5).check(7)

@@ -23,7 +23,7 @@ from moesaic.blueprint.layer import LayerPlan
 from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
 from moesaic.materialise.apply import build_ffn
-from moesaic.methods.token_clusters.config import Config, check, needs_calibration, operations, sizes
+from moesaic.methods.token_clusters.config import Config
 from moesaic.methods.token_clusters.method import plan_site
 from moesaic.nn.ffn import FFNWeights
 from tests.ffns import random_ffn, random_inputs
@@ -70,7 +70,7 @@ def test_one_token_uses_what_was_asked_and_storage_is_within_its_bound(
     weights, x_TD = random_ffn(40, gated=gated, biases=biases), random_inputs(300)
     plan = plan_of(weights, x_TD, active=active, **options)
     assert abs(plan.active_neurons - active * 40) <= 0.5
-    stored = sizes(Config(active=active, **options), 40).stored
+    stored = Config(active=active, **options).sizes(40).stored
     assert len(plan.packed) <= stored if plan.union else len(plan.packed) == stored
     if plan.union:
         assert len(plan.packed) <= min(1.0, options.get("max_params", 1.0)) * 40
@@ -94,7 +94,7 @@ def test_one_token_uses_what_was_asked_and_storage_is_within_its_bound(
 def test_sizes_add_up(d_ff: int, active: float, experts: int, split: Any, max_params: float, shared: float) -> None:
     config = Config(active=active, experts=experts, split=split, max_params=max_params, shared=shared)
     try:
-        parts = sizes(config, d_ff)
+        parts = config.sizes(d_ff)
     except InputError:
         assume(False)
         raise
@@ -109,7 +109,7 @@ def test_sizes_add_up(d_ff: int, active: float, experts: int, split: Any, max_pa
 
 
 def test_the_shared_part_is_nearly_a_multiple_of_an_expert() -> None:
-    parts = sizes(Config(active=0.722, experts=16), 1536)
+    parts = Config(active=0.722, experts=16).sizes(1536)
     assert -parts.shared % parts.own[0] <= parts.shared // parts.own[0] + 1
 
 
@@ -201,26 +201,26 @@ def test_padding_neurons_read_out_nothing() -> None:
 @pytest.mark.parametrize("active", [0.875, 0.75, 0.625, 0.5, 0.25])
 @pytest.mark.parametrize("d_ff", [1536, 4864])
 def test_disjoint_experts_of_default_number_need_no_padding(d_ff: int, active: float) -> None:
-    parts = sizes(Config(split="disjoint", active=active), d_ff)
+    parts = Config(split="disjoint", active=active).sizes(d_ff)
     assert (parts.stored, parts.active) == (d_ff, active * d_ff)
     assert 48 <= len(parts.own) <= 128
 
 
 def test_refusals() -> None:
-    assert needs_calibration(Config())
+    assert Config().needs_calibration()
     for inputs in (None, random_inputs(0)):
         with pytest.raises(InputError, match="need calibration inputs"):
             plan_of(random_ffn(), inputs, experts=4)
     with pytest.raises(InputError, match="no neuron of their own"):
-        check(Config(max_params=0.5), 40)
+        Config(max_params=0.5).check(40)
     with pytest.raises(InputError, match="no neuron of their own"):
-        check(Config(experts=64, max_params=1.0), 40)
+        Config(experts=64, max_params=1.0).check(40)
     with pytest.raises(InputError, match="88 disjoint experts are more than the 40 of 100 neurons"):
-        check(Config(split="disjoint"), 100)
+        Config(split="disjoint").check(100)
     with pytest.raises(InputError, match="one of 2 disjoint experts has more"):
-        check(Config(split="disjoint", experts=2, active=0.25), 40)
+        Config(split="disjoint", experts=2, active=0.25).check(40)
     with pytest.raises(InputError, match=r"max_params 0\.7 stores 28 of 40 neurons, one token uses 30"):
-        check(Config(split="union", max_params=0.7), 40)
+        Config(split="union", max_params=0.7).check(40)
     with pytest.raises(ValidationError):
         Config(active=0.0)
 
@@ -264,5 +264,5 @@ def test_it_becomes_a_stock_model_and_one_of_ours(
 
 
 def test_the_forecast_counts_the_refinement_of_the_router() -> None:
-    some, none = (operations(Config(router_steps=steps), 64, 32, 1000) for steps in (50, 0))
+    some, none = (Config(router_steps=steps).operations(64, 32, 1000) for steps in (50, 0))
     assert some - none == 2 * 50 * 1024 * 6 * 32 * 16  # twice; forward and backward of 16 experts' scores

@@ -27,9 +27,9 @@ def run(
         else:
             emit(table(["method", "what it does"], [[key, text] for key, text in METHODS.items()]))
         return
-    fields: dict[str, Any] = get_config(name).Config.model_fields
+    fields: dict[str, Any] = get_config(name).model_fields
     if as_json:
-        emit_json(get_config(name).Config.model_json_schema())
+        emit_json(get_config(name).model_json_schema())
         return
     emit(f"{name}: {METHODS[name]}")
     emit("")

@@ -113,7 +113,7 @@ def _active(method: str | None, fraction: float) -> dict[str, Any]:
     from moesaic.methods import get_config
 
     chosen = method or ConvertSettings.model_fields["method"].default
-    if "active" in get_config(chosen).Config.model_fields:
+    if get_config(chosen).has_active:
         return {"active": fraction}
     layout = Layout.from_active_fraction(fraction)
     if layout.active_fraction != fraction:

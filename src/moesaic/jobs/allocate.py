@@ -10,7 +10,6 @@ from moesaic.adjust.sensitivity import cut_windows, measure_layers
 from moesaic.errors import InputError
 from moesaic.jobs.job import Job
 from moesaic.jobs.request import active_neurons, at_active
-from moesaic.methods import get_config
 from moesaic.progress import Progress
 from moesaic.solvers.allocation import Curve, allocate, loss
 from moesaic.staging.writer import StagedOutput
@@ -48,7 +47,7 @@ def _allocation(job: Job, progress: Progress) -> dict[str, Any]:
     assert job.windows is not None
     started = time.monotonic()
     d_ff, layers = job.anatomy.d_ff, job.anatomy.num_layers
-    active = active_neurons(job.settings.method, job.config, d_ff)
+    active = active_neurons(job.config, d_ff)
     windows = cut_windows(job.windows.ids_NW, options.tokens)
     dtype = job.settings.calibration.resolved_dtype()
     fractions = options.fractions_for(active / d_ff)
@@ -74,7 +73,7 @@ def _makes(job: Job, neurons: int) -> bool:
     """Whether the method can make an FFN that uses this many neurons, to within one."""
     config = at_active(job.config, neurons / job.anatomy.d_ff)
     try:
-        get_config(job.settings.method).check(config, job.anatomy.d_ff)
+        config.check(job.anatomy.d_ff)
     except InputError:
         return False
-    return abs(active_neurons(job.settings.method, config, job.anatomy.d_ff) - neurons) <= 1
+    return abs(active_neurons(config, job.anatomy.d_ff) - neurons) <= 1

@@ -29,7 +29,6 @@ from moesaic.errors import InputError
 from moesaic.jobs.allocate import with_allocation
 from moesaic.jobs.job import Job
 from moesaic.materialise.apply import build_ffn
-from moesaic.methods import get_config
 from moesaic.methods.base import MethodModule, ModelContext, ModelMethodModule, ModelPlan
 from moesaic.nn.ffn import FFNWeights
 from moesaic.progress import Progress, Silent
@@ -106,13 +105,13 @@ def decide_layers(
 
 def trains_whole_model(job: Job) -> bool:
     """Whether the method decides all FFNs together, by training."""
-    return job.given is None and hasattr(job.method, "plan_model")
+    return job.given is None and job.config.whole_model
 
 
 def _before_training(job: Job) -> Plans:
     """What the first converted FFN will be, but for the neurons and the router's numbers."""
     site = next(site for site in job.anatomy.sites if site.layer not in job.dense_layers)
-    parts = get_config(job.settings.method).sizes(job.config, site.d_ff)
+    parts = job.config.sizes(site.d_ff)
     experts = tuple(torch.arange(width) for width in parts.own)
     router = Router("linear", {"weight": torch.zeros(len(experts), job.anatomy.d_model)}) if experts else STATIC
     return {site.path: LayerPlan(site.d_ff, torch.arange(parts.shared), experts, parts.top_k, router)}
@@ -223,7 +222,7 @@ def _decide_site(
             return plan
         return with_budget(plan, weights, inputs, job.settings.active)
     if inputs is not None and job.anatomy.family.moe is not None:
-        needed = getattr(get_config(job.settings.method), "MIN_TOKENS_PER_NEURON", 0.0) * site.d_ff
+        needed = job.config.min_tokens_per_neuron * site.d_ff
         needed = max(needed, 1 if job.settings.router is None else _ROUTER_TOKENS)
         if inputs.tokens < needed:
             progress.note(

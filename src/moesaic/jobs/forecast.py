@@ -17,7 +17,6 @@ from moesaic.checkpoint.ffn import ffn_tensor_names
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.tokenizer import TOKENIZER_FILES
 from moesaic.jobs.settings import ConvertSettings, method_config
-from moesaic.methods import get_config
 from moesaic.targets import AUTO, REPLICATING
 from moesaic.targets.backbone import no_backbone
 from moesaic.targets.base import TargetOptions
@@ -113,7 +112,7 @@ class MemoryForecast:
 
 def shape_of(settings: ConvertSettings, d_ff: int, gated: bool = True) -> Shape:
     """The shape of an FFN of ``d_ff`` neurons."""
-    parts = get_config(settings.method).sizes(method_config(settings), d_ff)
+    parts = method_config(settings).sizes(d_ff)
     kind = parts.router if parts.own else "static"
     fitted = kind != "static" and settings.router is not None
     return Shape(
@@ -159,7 +158,7 @@ def likely_target(settings: ConvertSettings, anatomy: Anatomy, shape: Shape) -> 
 
 def prunes_attention(settings: ConvertSettings) -> bool:
     """Whether the method also prunes attention, which only the ``moesaic`` architecture holds."""
-    return getattr(method_config(settings), "attention", "none") != "none"
+    return method_config(settings).prunes_attention
 
 
 def disk(settings: ConvertSettings, anatomy: Anatomy, dense_layers: tuple[int, ...], source: Source) -> DiskForecast:
@@ -213,7 +212,7 @@ def disk_of(
 
 def memory(settings: ConvertSettings, anatomy: Anatomy, source: Source) -> MemoryForecast:
     """The peak while layers are decided: one layer in fp32, embeddings, states of all tokens, one FFN's activations."""
-    if getattr(get_config(settings.method), "WHOLE_MODEL", False):
+    if method_config(settings).whole_model:
         return MemoryForecast(round(_training_memory(settings, anatomy, source)), source.nbytes)
     neurons: dict[int, int] = {}
     for site in anatomy.sites:  # all experts of a MoE layer are held together
@@ -221,8 +220,7 @@ def memory(settings: ConvertSettings, anatomy: Anatomy, source: Source) -> Memor
     per_layer = (3 if anatomy.gated else 2) * anatomy.d_model * max(neurons.values()) + 4 * anatomy.d_model**2
     embeddings = anatomy.d_model * int(anatomy.config.get("vocab_size") or 0)
     tokens = _calibration_tokens(settings)
-    held = getattr(get_config(settings.method), "held", None)
-    own = 2 * tokens * anatomy.d_ff if held is None else held(method_config(settings), anatomy.d_ff, tokens)
+    own = method_config(settings).held(anatomy.d_ff, tokens)
     activations = 2 * tokens * anatomy.d_model + own
     return MemoryForecast(round(_FP32 * (2.5 * per_layer + embeddings + activations) + _PROGRAM), source.nbytes)
 
@@ -326,5 +324,5 @@ def aligned(width: int, multiple: int) -> int:
 
 
 def _calibration_tokens(settings: ConvertSettings) -> int:
-    needed = settings.router is not None or get_config(settings.method).needs_calibration(method_config(settings))
+    needed = settings.router is not None or method_config(settings).needs_calibration()
     return settings.calibration.tokens if needed else 0

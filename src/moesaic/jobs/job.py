@@ -21,7 +21,7 @@ from moesaic.checkpoint.tokenizer import load_tokenizer
 from moesaic.errors import CheckpointError, InputError
 from moesaic.jobs.request import at_active, check_request
 from moesaic.jobs.settings import ConvertSettings
-from moesaic.methods import get_config, get_method
+from moesaic.methods import get_method
 from moesaic.methods.base import MethodConfig, MethodModule, ModelMethodModule
 from moesaic.targets import AUTO, get_target
 from moesaic.targets.base import Split
@@ -94,7 +94,7 @@ def prepare(
     skeleton = Skeleton(checkpoint, anatomy, getattr(torch, checkpoint.dtype))
     _check_target(anatomy, settings.target)
     windows = None
-    decides = given is None and get_config(settings.method).needs_calibration(config)
+    decides = given is None and config.needs_calibration()
     if decides or any(value is not None for value in (settings.router, settings.allocation, settings.active)):
         tokenizer = load_tokenizer(checkpoint.folder)
         longest = max_positions(checkpoint.config)

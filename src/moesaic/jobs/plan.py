@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
-from moesaic.blueprint.layout import Layout
 from moesaic.checkpoint.reader import StoredNames, has_weights, missing_config, refuse_adapter
 from moesaic.checkpoint.source import check_file
 from moesaic.errors import InputError
 from moesaic.jobs import forecast
 from moesaic.jobs.request import active_neurons, check_headers, check_options, check_split
 from moesaic.jobs.settings import ConvertSettings, build, check_fits, method_config
-from moesaic.methods import get_config
 from moesaic.paths import cache_folder
 from moesaic.targets import AUTO, TARGETS
 from moesaic.targets.backbone import no_backbone
@@ -149,15 +147,12 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
     check_options(settings, config)
     described, folder = _describe(model), Path(model).expanduser()
     anatomy = read_anatomy(described.config, hierarchical=settings.hierarchical)
-    dense_layers = check_fits(settings.method, config, anatomy, settings.dense_layers)
+    dense_layers = check_fits(config, anatomy, settings.dense_layers)
     check_split(settings, config, anatomy)
     if described.gguf is None and has_weights(folder):
         check_headers(StoredNames(folder), anatomy)
     sites = [site for site in anatomy.sites if site.layer not in dense_layers]
-    text = getattr(config, "layout", None)
-    # An active fraction goes before a layout, a width of experts only keeps its fractions.
-    fixed = any(getattr(config, name, None) is not None for name in ("active", "expert_width"))
-    layout = Layout.parse(text) if isinstance(text, str) and not fixed else None
+    layout = config.own_layout
     source = described.source(folder, anatomy)
     memory = forecast.memory(settings, anatomy, source)
     space = forecast.disk(settings, anatomy, dense_layers, source)
@@ -168,7 +163,7 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
     shape = forecast.shape_of(settings, d_ff, anatomy.gated)
     converted = sum(site.d_ff for site in sites) * per_neuron
     experts, width = shape.experts, shape.width
-    own = get_config(settings.method).sizes(config, d_ff).own
+    own = config.sizes(d_ff).own
     fraction = min(1.0, (shape.shared + (shape.top_k * sum(own) / len(own) if own else 0)) / d_ff)
     padding = len(own) * max(own) - sum(own) if own else 0
     return PlanReport(
@@ -213,10 +208,10 @@ def _seconds(settings: ConvertSettings, anatomy: Anatomy, ffn_parameters: int, f
     Training is three passes over what is trained: of the teacher, forward and backward.
     """
     attention = 4 * anatomy.d_model**2 * anatomy.num_layers
-    config: Any = method_config(settings)
-    needs_data = settings.router is not None or get_config(settings.method).needs_calibration(config)
+    config = method_config(settings)
+    needs_data = settings.router is not None or config.needs_calibration()
     operations = 2 * settings.calibration.tokens * (ffn_parameters * (1 + fraction) + attention) if needs_data else 0
-    if (train := getattr(config, "train", None)) is not None:
+    if (train := config.training) is not None:
         head = anatomy.d_model * int(anatomy.config.get("vocab_size") or 0)
         tokens = train.steps * train.batch * settings.calibration.window
         operations += 6 * tokens * (ffn_parameters + attention + head)
@@ -227,13 +222,10 @@ def _seconds(settings: ConvertSettings, anatomy: Anatomy, ffn_parameters: int, f
 
 def _deciding(settings: ConvertSettings, anatomy: Anatomy) -> float:
     """Operations of the method itself, where it has many."""
-    count = getattr(get_config(settings.method), "operations", None)
-    if count is None:
-        return 0
     config, tokens = method_config(settings), settings.calibration.tokens
     dense = {layer % anatomy.num_layers for layer in settings.dense_layers}
     sites = [site for site in anatomy.sites if site.layer not in dense]
-    return sum(count(config, site.d_ff, anatomy.d_model, tokens) for site in sites)
+    return sum(config.operations(site.d_ff, anatomy.d_model, tokens) for site in sites)
 
 
 def _measuring(settings: ConvertSettings, anatomy: Anatomy, parameters: int) -> float:
@@ -251,7 +243,7 @@ def _measuring(settings: ConvertSettings, anatomy: Anatomy, parameters: int) -> 
 
 def _fractions(settings: ConvertSettings, anatomy: Anatomy) -> tuple[float, ...]:
     assert settings.allocation is not None
-    active = active_neurons(settings.method, method_config(settings), anatomy.d_ff)
+    active = active_neurons(method_config(settings), anatomy.d_ff)
     return settings.allocation.fractions_for(active / anatomy.d_ff)
 
 

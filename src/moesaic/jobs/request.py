@@ -16,7 +16,6 @@ from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import CheckpointError, InputError
 from moesaic.jobs.forecast import prunes_attention, shape_of
 from moesaic.jobs.settings import ConvertSettings, check_fits, method_config
-from moesaic.methods import get_config
 from moesaic.methods.base import MethodConfig
 from moesaic.staging.placement import absolute, check_output
 from moesaic.targets import AUTO
@@ -57,7 +56,7 @@ def check_request(
         check_output(absolute(output), local_folder(model))
     checkpoint = Checkpoint(resolve_model(str(model)))
     anatomy = read_anatomy(checkpoint.config, hierarchical=settings.hierarchical)
-    dense_layers = check_fits(settings.method, config, anatomy, settings.dense_layers)
+    dense_layers = check_fits(config, anatomy, settings.dense_layers)
     if not decided:
         check_split(settings, config, anatomy)
     check_headers(checkpoint, anatomy)
@@ -80,7 +79,7 @@ def check_headers(stored: StoredNames, anatomy: Anatomy) -> None:
 def check_options(settings: ConvertSettings, config: MethodConfig) -> None:
     """Refuse what the settings alone show: needs of the method, calibration texts that are not there."""
     _check_whole_model(settings)
-    needs_text = get_config(settings.method).needs_calibration(config)
+    needs_text = config.needs_calibration()
     if needs_text or any(value is not None for value in (settings.router, settings.allocation, settings.active)):
         check_sources(settings.calibration)
 
@@ -126,17 +125,16 @@ def check_allocation(settings: ConvertSettings, config: MethodConfig, anatomy: A
     """Refuse a budget over layers that the method or the target cannot follow."""
     if settings.allocation is None:
         return
-    field = type(config).model_fields.get("active")
-    if getattr(get_config(settings.method), "WHOLE_MODEL", False):
+    if config.whole_model:
         raise InputError(f"method {settings.method} shares its budget out itself", "leave allocation out")
-    if field is None or field.annotation not in (float, float | None):
+    if not config.has_active:
         raise InputError(
             f"method {settings.method} has no active fraction to lower where layers stay dense",
             "choose token_clusters or static, or name the dense layers",
         )
     if anatomy.family.moe is not None or {site.d_ff for site in anatomy.sites} != {anatomy.d_ff}:
         raise InputError("a budget over layers is for dense models with one FFN width", "leave allocation out")
-    if active_neurons(settings.method, config, anatomy.d_ff) >= anatomy.d_ff:
+    if active_neurons(config, anatomy.d_ff) >= anatomy.d_ff:
         raise InputError(
             "every neuron is active: there is nothing to share out", "lower active, or leave allocation out"
         )
@@ -148,9 +146,9 @@ def check_allocation(settings: ConvertSettings, config: MethodConfig, anatomy: A
         )
 
 
-def active_neurons(method: str, config: MethodConfig, d_ff: int) -> int:
+def active_neurons(config: MethodConfig, d_ff: int) -> int:
     """Neurons that one token uses of an FFN of ``d_ff``, padding of experts not counted."""
-    parts = get_config(method).sizes(config, d_ff)
+    parts = config.sizes(d_ff)
     return parts.shared + (round(parts.top_k * sum(parts.own) / len(parts.own)) if parts.own else 0)
 
 
@@ -161,7 +159,8 @@ def at_active(config: MethodConfig, active: float) -> MethodConfig:
 
 def _check_whole_model(settings: ConvertSettings) -> None:
     """Refuse what a method that trains on the whole model leaves no room for."""
-    if not getattr(get_config(settings.method), "WHOLE_MODEL", False):
+    config = method_config(settings)
+    if not config.whole_model:
         return
     if settings.router is not None:
         raise InputError(f"method {settings.method} learns its own linear router", "leave --router out")
@@ -171,8 +170,8 @@ def _check_whole_model(settings: ConvertSettings) -> None:
         raise InputError(f"target {settings.target} has no pruned attention", "choose moesaic, or attention: none")
     if importlib.util.find_spec("accelerate") is None:
         raise InputError("training needs accelerate", "pip install 'moesaic[tune]'")
-    train = method_config(settings).train  # pyright: ignore[reportAttributeAccessIssue] -- such methods have one
-    check_shared(train.batch, train.accumulate)
+    if config.training is not None:
+        check_shared(config.training.batch, config.training.accumulate)
 
 
 def local_folder(model: str | Path) -> Path | None:

@@ -131,15 +131,14 @@ def method_config(settings: ConvertSettings) -> MethodConfig:
     """The method's own config from ``settings.options``. Raises InputError for unknown methods, keys and values."""
     from moesaic.methods import get_config
 
-    return build(get_config(settings.method).Config, settings.options, f"method {settings.method}")
+    return build(get_config(settings.method), settings.options, f"method {settings.method}")
 
 
-def check_fits(method: str, config: MethodConfig, anatomy: Anatomy, dense_layers: tuple[int, ...]) -> tuple[int, ...]:
+def check_fits(config: MethodConfig, anatomy: Anatomy, dense_layers: tuple[int, ...]) -> tuple[int, ...]:
     """Refuse experts that do not fit and layers that do not exist; returns the dense layers counted from 0."""
-    from moesaic.methods import get_config
 
     for width in {site.d_ff for site in anatomy.sites}:
-        get_config(method).check(config, width)
+        config.check(width)
     resolved = []
     for layer in dense_layers:
         if not -anatomy.num_layers <= layer < anatomy.num_layers:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic.errors import InputError
 
 if TYPE_CHECKING:
-    from moesaic.methods.base import ConfigModule, MethodModule, ModelMethodModule
+    from moesaic.methods.base import MethodConfig, MethodModule, ModelMethodModule
 
 METHODS: dict[str, str] = {
     "cmoe": "shared and routed experts from activation patterns, analytic router, no training (arXiv 2502.04416)",
@@ -23,9 +23,9 @@ METHODS: dict[str, str] = {
 }
 
 
-def get_config(name: str) -> ConfigModule:
-    """The ``config`` module of a method, without torch. Raises InputError, listing the names, for an unknown one."""
-    return _module(name, "config")
+def get_config(name: str) -> type[MethodConfig]:
+    """The options of a method, without torch. Raises InputError, listing the names, for an unknown one."""
+    return _module(name, "config").Config
 
 
 def get_method(name: str) -> MethodModule | ModelMethodModule:

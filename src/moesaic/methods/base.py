@@ -1,15 +1,16 @@
 """What every method is: a config and a function from one FFN (and what it saw in calibration) to its plan.
 
-A method is a folder: ``config.py`` has the names of :class:`ConfigModule`, ``method.py`` those of
-:class:`MethodModule`, or of :class:`ModelMethodModule` where all FFNs are decided together by training; one line in
+A method is a folder: ``config.py`` has a ``Config``, a :class:`MethodConfig`; ``method.py`` has the names of
+:class:`MethodModule`, or of :class:`ModelMethodModule` where all FFNs are decided together by training. One line in
 ``methods/__init__.py`` registers it. Methods decide; they never write weights.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -19,42 +20,65 @@ if TYPE_CHECKING:
     from moesaic.anatomy.base import Anatomy
     from moesaic.blueprint.attention import AttentionPlan
     from moesaic.blueprint.layer import LayerPlan
+    from moesaic.blueprint.layout import Layout
     from moesaic.blueprint.shape import Sizes
     from moesaic.calibration.inputs import SiteInputs
     from moesaic.checkpoint.reader import Checkpoint
     from moesaic.nn.ffn import FFNWeights
     from moesaic.progress import Progress
+    from moesaic.train.config import TrainConfig
 
 
-class MethodConfig(BaseModel):
-    """Base of every method's config: frozen, unknown keys rejected."""
+class MethodConfig(BaseModel, ABC):
+    """Options of a method, and all that is known from them before any work. No torch: ``moesaic plan`` reads it.
+
+    Frozen; unknown keys are rejected.
+
+    Attributes:
+        whole_model: All FFNs are decided together, by training on the whole model (:class:`ModelMethodModule`).
+        min_tokens_per_neuron: Experts of an existing MoE whose router sent them fewer stay whole.
+        has_active: There is an option ``active``, the fraction of the neurons that a token uses.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    whole_model: ClassVar[bool] = False
+    min_tokens_per_neuron: ClassVar[float] = 0.0
+    has_active: ClassVar[bool] = False
 
+    @abstractmethod
+    def sizes(self, d_ff: int) -> Sizes:
+        """How wide the parts of an FFN of ``d_ff`` neurons become. Raises InputError when they do not fit."""
 
-class ConfigModule(Protocol):
-    """What a method's ``config.py`` holds. It imports no torch: ``moesaic plan`` reads it."""
+    def check(self, d_ff: int) -> None:
+        """Raise InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
+        self.sizes(d_ff)
 
-    Config: type[MethodConfig]
+    def needs_calibration(self) -> bool:
+        """Whether the method must be given what the FFNs read."""
+        return False
 
-    @staticmethod
-    def needs_calibration(config: Any) -> bool:
-        """Whether ``plan_site`` must be given inputs under this config."""
-        ...
+    def operations(self, d_ff: int, d_model: int, tokens: int) -> float:
+        """Of deciding one FFN, where they count beside those of the model itself."""
+        return 0.0
 
-    @staticmethod
-    def sizes(config: Any, d_ff: int) -> Sizes:
-        """How wide the parts of an FFN of ``d_ff`` neurons become, for ``plan`` and the forecast of disk."""
-        ...
+    def held(self, d_ff: int, tokens: int) -> float:
+        """fp32 numbers at the peak of deciding one FFN."""
+        return 2 * tokens * d_ff
 
-    # Optional: operations(config, d_ff, d_model, tokens) -> float, of deciding one FFN, where they count beside those
-    # of the model itself; ``plan`` adds them to its time.
-    # Optional: held(config, d_ff, tokens) -> float, fp32 numbers that deciding one FFN holds, where not 2 T F.
+    @property
+    def own_layout(self) -> Layout | None:
+        """The layout that decides the sizes, where one does."""
+        return None
 
-    @staticmethod
-    def check(config: Any, d_ff: int) -> None:
-        """Raise InputError when an FFN of ``d_ff`` neurons cannot be split as ``config`` says."""
-        ...
+    @property
+    def training(self) -> TrainConfig | None:
+        """How it trains on the whole model, where it does."""
+        return None
+
+    @property
+    def prunes_attention(self) -> bool:
+        """Whether attention is pruned too, which only the ``moesaic`` architecture holds."""
+        return False
 
 
 class MethodModule(Protocol):
@@ -66,7 +90,7 @@ class MethodModule(Protocol):
 
         Args:
             weights: The dense FFN, in the checkpoint's dtype.
-            inputs: Its calibration inputs; None when ``needs_calibration(config)`` is False.
+            inputs: Its calibration inputs; None when ``config.needs_calibration()`` is False.
             config: The method's own config, an instance of its ``Config``.
             seed: Differs from site to site, fixed for a run; the only source of randomness.
         """

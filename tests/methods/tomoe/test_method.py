@@ -15,7 +15,7 @@ from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, UnsupportedModelError
 from moesaic.methods.base import ModelContext, ModelPlan
-from moesaic.methods.tomoe.config import PRESETS, Config, check, needs_calibration
+from moesaic.methods.tomoe.config import PRESETS, Config
 from moesaic.methods.tomoe.hard import expert_masks
 from moesaic.methods.tomoe.method import plan_model
 from moesaic.methods.tomoe.start import begin, standardised, token_clusters
@@ -165,7 +165,7 @@ def test_a_start_from_clusters_is_better_than_one_from_noise(tmp_path: Path) -> 
 
 def test_a_study_is_refused_before_it_is_trained(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be exported"):
-        check(Config(attention="dynamic"), 37)
+        Config(attention="dynamic").check(37)
     here = context(tmp_path)
     with pytest.raises(InputError, match="cannot be exported"):
         plan_model(here, config(attention="dynamic"))
@@ -207,9 +207,9 @@ def test_contradictions_are_refused(options: dict[str, Any]) -> None:
 
 
 def test_small_ffns_and_calibration() -> None:
-    assert needs_calibration(Config())
+    assert Config().needs_calibration()
     with pytest.raises(InputError, match="no neuron"):
-        check(Config(active=0.1), 5)
+        Config(active=0.1).check(5)
 
 
 def test_attention_starts_at_what_carries_most_energy(tmp_path: Path) -> None:

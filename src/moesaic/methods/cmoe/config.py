@@ -12,11 +12,11 @@ from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText
 
-MIN_TOKENS_PER_NEURON = 4.0  # experts of an existing MoE that got less stay whole [OURS]
-
 
 class Config(MethodConfig):
     """Options of CMoE."""
+
+    min_tokens_per_neuron = 4.0  # experts of an existing MoE that got less stay whole [OURS]
 
     layout: LayoutText = Field(
         default="S3A3E8",
@@ -47,21 +47,24 @@ class Config(MethodConfig):
         "changes the speed, not the result. auto: bfloat16 where the CPU has it in hardware.",
     )
 
+    def needs_calibration(self) -> bool:
+        """Whether this config reads calibration inputs: only without routed experts there is nothing to decide."""
+        return Layout.parse(self.layout).routed > 0
 
-def needs_calibration(config: Config) -> bool:
-    """Whether this config reads calibration inputs: only without routed experts there is nothing to decide."""
-    return Layout.parse(config.layout).routed > 0
+    @property
+    def own_layout(self) -> Layout | None:
+        """See :class:`MethodConfig`."""
+        return Layout.parse(self.layout)
 
+    def sizes(self, d_ff: int) -> Sizes:
+        """The parts of an FFN of ``d_ff`` neurons. Raises InputError when it has fewer than the layout's units."""
+        return layout_sizes(Layout.parse(self.layout), d_ff, "gated")
 
-def sizes(config: Config, d_ff: int) -> Sizes:
-    """What ``config`` makes of an FFN of ``d_ff`` neurons. Raises InputError when its units are more than these."""
-    return layout_sizes(Layout.parse(config.layout), d_ff, "gated")
-
-
-def check(config: Config, d_ff: int) -> None:
-    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
-    sizes(config, d_ff)
-    if config.markers_per_token > d_ff:
-        raise InputError(
-            f"markers_per_token {config.markers_per_token} is more than the FFN's {d_ff} neurons", "mark fewer, e.g. 10"
-        )
+    def check(self, d_ff: int) -> None:
+        """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
+        self.sizes(d_ff)
+        if self.markers_per_token > d_ff:
+            raise InputError(
+                f"markers_per_token {self.markers_per_token} is more than the FFN's {d_ff} neurons",
+                "mark fewer, e.g. 10",
+            )

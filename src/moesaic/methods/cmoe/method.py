@@ -29,7 +29,7 @@ from moesaic.blueprint.layer import LayerPlan, Router
 from moesaic.blueprint.layout import Layout
 from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
-from moesaic.methods.cmoe.config import Config, check
+from moesaic.methods.cmoe.config import Config
 from moesaic.methods.routed import pad_experts
 from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.assignment import balanced_assignment
@@ -49,7 +49,7 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     Raises:
         InputError: no calibration tokens, inputs with NaN or Inf, more units or markers than neurons.
     """
-    check(config, weights.d_ff)
+    config.check(weights.d_ff)
     layout = Layout.parse(config.layout)
     if layout.routed == 0:
         return LayerPlan(weights.d_ff, torch.arange(weights.d_ff))

@@ -12,11 +12,11 @@ from moesaic.blueprint.shape import Sizes, layout_sizes
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText
 
-MIN_TOKENS_PER_NEURON = 1.0  # experts of an existing MoE that got less for router=centroids stay whole
-
 
 class Config(MethodConfig):
     """Options of LLaMA-MoE."""
+
+    min_tokens_per_neuron = 1.0  # experts of an existing MoE that got less for router=centroids stay whole
 
     layout: LayoutText = Field(
         default="S0A6E8",
@@ -44,17 +44,15 @@ class Config(MethodConfig):
     )
     rounds: int = Field(default=20, ge=1, description="Most k-means rounds for router=centroids (v2: 100).")
 
+    def needs_calibration(self) -> bool:
+        """Whether this config reads calibration inputs."""
+        return self.router == "centroids"
 
-def needs_calibration(config: Config) -> bool:
-    """Whether this config reads calibration inputs."""
-    return config.router == "centroids"
+    @property
+    def own_layout(self) -> Layout | None:
+        """See :class:`MethodConfig`."""
+        return Layout.parse(self.layout)
 
-
-def sizes(config: Config, d_ff: int) -> Sizes:
-    """What ``config`` makes of an FFN of ``d_ff`` neurons. Raises InputError when its units are more than these."""
-    return replace(layout_sizes(Layout.parse(config.layout), d_ff), softmax=config.gate == "softmax_topk")
-
-
-def check(config: Config, d_ff: int) -> None:
-    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
-    sizes(config, d_ff)
+    def sizes(self, d_ff: int) -> Sizes:
+        """The parts of an FFN of ``d_ff`` neurons. Raises InputError when it has fewer than the layout's units."""
+        return replace(layout_sizes(Layout.parse(self.layout), d_ff), softmax=self.gate == "softmax_topk")

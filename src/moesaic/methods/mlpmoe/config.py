@@ -71,37 +71,36 @@ class Config(MethodConfig):
             raise InputError(f"prune_clip {self.prune_clip} is no range of positive factors", "write e.g. 1,4")
         return self
 
+    def needs_calibration(self) -> bool:
+        """Whether this config reads calibration inputs: only the oracle factor does."""
+        return prunes(self) and self.prune_factor == "oracle"
 
-def needs_calibration(config: Config) -> bool:
-    """Whether this config reads calibration inputs: only the oracle factor does."""
-    return prunes(config) and config.prune_factor == "oracle"
+    def sizes(self, d_ff: int) -> Sizes:
+        """Branches that are kept, all always on. Branches differ by one neuron at most; what is over counts as shared.
+
+        Where neurons fade too, the widths kept are not known before: those of every N/K-th branch stand for them.
+        """
+        branches, count = self.branches, self.keep or self.branches
+        if self.fade_unit == "neuron" and self.fade_max > 0:
+            fractions = fade_fractions(self.fade_schedule, branches, self.fade_min, self.fade_max, self.fade_gamma)
+            width, longer = divmod(d_ff, branches)
+            slices = [width + (i < longer) for i in range(branches)]
+            widths = [size - math.floor(s * size) for s, size in zip(fractions, slices, strict=True)]
+            return Sizes(0, tuple(widths[i * branches // count] for i in range(count)), count, "static")
+        kept = d_ff * count // branches
+        return Sizes(kept % count, (kept // count,) * count, count, "static")
+
+    def check(self, d_ff: int) -> None:
+        """Raises InputError when an FFN of ``d_ff`` neurons cannot be sliced this way."""
+        if self.branches > d_ff:
+            raise InputError(f"{self.branches} branches but the FFN has only {d_ff} neurons", "use fewer branches")
+        if self.strict and d_ff % self.branches:
+            raise InputError(
+                f"{self.branches} branches do not divide the {d_ff} neurons of the FFN",
+                "leave strict off for uneven slices",
+            )
 
 
 def prunes(config: Config) -> bool:
     """Whether branches are dropped at all."""
     return config.keep is not None and config.keep < config.branches
-
-
-def sizes(config: Config, d_ff: int) -> Sizes:
-    """Branches that are kept, all always on. Branches differ by one neuron at most; what is over counts as shared.
-    Where neurons fade too, which widths are kept is not known before: those of every N/K-th branch stand for them."""
-    branches, count = config.branches, config.keep or config.branches
-    if config.fade_unit == "neuron" and config.fade_max > 0:
-        fractions = fade_fractions(config.fade_schedule, branches, config.fade_min, config.fade_max, config.fade_gamma)
-        width, longer = divmod(d_ff, branches)
-        slices = [width + (i < longer) for i in range(branches)]
-        widths = [size - math.floor(s * size) for s, size in zip(fractions, slices, strict=True)]
-        return Sizes(0, tuple(widths[i * branches // count] for i in range(count)), count, "static")
-    kept = d_ff * count // branches
-    return Sizes(kept % count, (kept // count,) * count, count, "static")
-
-
-def check(config: Config, d_ff: int) -> None:
-    """Raises InputError when an FFN of ``d_ff`` neurons cannot be sliced this way."""
-    if config.branches > d_ff:
-        raise InputError(f"{config.branches} branches but the FFN has only {d_ff} neurons", "use fewer branches")
-    if config.strict and d_ff % config.branches:
-        raise InputError(
-            f"{config.branches} branches do not divide the {d_ff} neurons of the FFN",
-            "leave strict off for uneven slices",
-        )

@@ -27,7 +27,7 @@ from torch import Tensor
 from moesaic.blueprint.layer import LayerPlan, WeightFade
 from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
-from moesaic.methods.mlpmoe.config import Config, check, prunes
+from moesaic.methods.mlpmoe.config import Config, prunes
 from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.compensation import (
     channel_compensation,
@@ -45,7 +45,7 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
 
     Fade and prune together: s_i belongs to branch i of all N; which branches go and c are decided on the dense slices.
     """
-    check(config, weights.d_ff)
+    config.check(weights.d_ff)
     norms_F = neuron_norms(weights.gate_FD, weights.up_FD, weights.down_DF) if _reads_norms(config) else None
     slices = _slices(weights.d_ff, config, norms_F)
     experts, fade = slices, None

@@ -31,20 +31,14 @@ class Config(MethodConfig):
     )
     rounds: int = Field(default=20, ge=1, description="Most rounds of balanced assignment and centre update.")
 
+    @property
+    def own_layout(self) -> Layout | None:
+        """See :class:`MethodConfig`."""
+        return Layout.parse(self.layout) if self.expert_width is None else None
 
-def needs_calibration(config: Config) -> bool:
-    """Whether this config reads calibration inputs: never."""
-    return False
-
-
-def sizes(config: Config, d_ff: int) -> Sizes:
-    """What ``config`` makes of an FFN of ``d_ff`` neurons. Raises InputError when its units are more than these."""
-    return replace(layout_sizes(resolve_layout(config, d_ff), d_ff), normalised=True)
-
-
-def check(config: Config, d_ff: int) -> None:
-    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
-    sizes(config, d_ff)
+    def sizes(self, d_ff: int) -> Sizes:
+        """The parts of an FFN of ``d_ff`` neurons. Raises InputError when it has fewer than the layout's units."""
+        return replace(layout_sizes(resolve_layout(self, d_ff), d_ff), normalised=True)
 
 
 def resolve_layout(config: Config, d_ff: int) -> Layout:

@@ -13,6 +13,8 @@ from moesaic.methods.layout_option import LayoutText
 class Config(MethodConfig):
     """Options of the random control."""
 
+    has_active = True
+
     layout: LayoutText = Field(
         default="S3A3E8",
         description="SxAyEz: x shared units, y active experts, z units; as the method it stands beside.",
@@ -24,10 +26,14 @@ class Config(MethodConfig):
         description="Active fraction (x + y) / z; overrides layout with the nearest layout of 16 units when given.",
     )
 
+    @property
+    def own_layout(self) -> Layout | None:
+        """See :class:`MethodConfig`."""
+        return Layout.parse(self.layout) if self.active is None else None
 
-def needs_calibration(config: Config) -> bool:
-    """Whether this config reads calibration inputs: never."""
-    return False
+    def sizes(self, d_ff: int) -> Sizes:
+        """The parts of an FFN of ``d_ff`` neurons. Raises InputError when it has fewer than the layout's units."""
+        return layout_sizes(resolve_layout(self, d_ff), d_ff)
 
 
 def resolve_layout(config: Config, d_ff: int) -> Layout:
@@ -35,13 +41,3 @@ def resolve_layout(config: Config, d_ff: int) -> Layout:
     if config.active is None:
         return Layout.parse(config.layout)
     return Layout.from_active_fraction(config.active, min(16, d_ff))
-
-
-def sizes(config: Config, d_ff: int) -> Sizes:
-    """What ``config`` makes of an FFN of ``d_ff`` neurons. Raises InputError when its units are more than these."""
-    return layout_sizes(resolve_layout(config, d_ff), d_ff)
-
-
-def check(config: Config, d_ff: int) -> None:
-    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
-    sizes(config, d_ff)

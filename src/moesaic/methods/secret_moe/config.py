@@ -10,13 +10,14 @@ from pydantic import Field
 from moesaic.blueprint.shape import Sizes
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
-from moesaic.methods.token_clusters import config as clusters
-
-MIN_TOKENS_PER_NEURON = 4.0  # experts of an existing MoE that got less stay whole
+from moesaic.methods.token_clusters.config import Config as Clusters
 
 
 class Config(MethodConfig):
     """Options of Secret MoE."""
+
+    has_active = True
+    min_tokens_per_neuron = 4.0  # experts of an existing MoE that got less stay whole
 
     active: float = Field(default=0.75, gt=0, le=1, description="Fraction of the neurons that one token uses.")
     split: Literal["disjoint", "overlapping"] = Field(
@@ -60,42 +61,31 @@ class Config(MethodConfig):
         default=0.1, gt=0, le=0.5, description="Share of the tokens on which the best state is chosen."
     )
 
-    def start(self, d_ff: int) -> clusters.Config:
+    def start(self, d_ff: int) -> Clusters:
         """The split of an FFN of ``d_ff`` neurons that training starts from: token clusters."""
         if self.shared == 1 or round(self.active * d_ff) >= d_ff:
-            return clusters.Config(active=self.active, experts=1, refit="global")
+            return Clusters(active=self.active, experts=1, refit="global")
         if self.split == "overlapping":
-            return clusters.Config(active=self.active, max_params=self.max_params)
+            return Clusters(active=self.active, max_params=self.max_params)
         active = max(1, round(self.active * d_ff))
         experts = max(2, round((d_ff - self.shared * active) / self.width))
         if experts > 1024:
             raise InputError(f"{experts} experts of {self.width} neurons", "choose wider experts, at most 1024")
-        return clusters.Config(
-            active=self.active, split="disjoint", experts=experts, shared=self.shared, refit="global"
-        )
+        return Clusters(active=self.active, split="disjoint", experts=experts, shared=self.shared, refit="global")
 
+    def needs_calibration(self) -> bool:
+        """Whether this config reads calibration inputs: always."""
+        return True
 
-def needs_calibration(config: Config) -> bool:
-    """Whether this config reads calibration inputs: always."""
-    return True
+    def sizes(self, d_ff: int) -> Sizes:
+        """Neurons of the parts. Raises InputError when they do not fit."""
+        return replace(self.start(d_ff).sizes(d_ff), rewritten=3)
 
+    def operations(self, d_ff: int, d_model: int, tokens: int) -> float:
+        """What deciding one gated FFN takes: its start, then steps of three passes."""
+        start = self.start(d_ff).operations(d_ff, d_model, tokens)
+        return start + 3 * 6 * self.steps * self.batch * d_model * d_ff * self.active
 
-def sizes(config: Config, d_ff: int) -> Sizes:
-    """Neurons of the parts. Raises InputError when they do not fit."""
-    return replace(clusters.sizes(config.start(d_ff), d_ff), rewritten=3)
-
-
-def operations(config: Config, d_ff: int, d_model: int, tokens: int) -> float:
-    """What deciding one gated FFN takes: its start, then steps of three passes."""
-    start = clusters.operations(config.start(d_ff), d_ff, d_model, tokens)
-    return start + 3 * 6 * config.steps * config.batch * d_model * d_ff * config.active
-
-
-def held(config: Config, d_ff: int, tokens: int) -> float:
-    """fp32 numbers at the peak of deciding one FFN: what its start holds."""
-    return clusters.held(config.start(d_ff), d_ff, tokens)
-
-
-def check(config: Config, d_ff: int) -> None:
-    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
-    sizes(config, d_ff)
+    def held(self, d_ff: int, tokens: int) -> float:
+        """fp32 numbers at the peak of deciding one FFN: what its start holds."""
+        return self.start(d_ff).held(d_ff, tokens)

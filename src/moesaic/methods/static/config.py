@@ -9,11 +9,12 @@ from moesaic.blueprint.shape import Sizes
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText, active_neurons
 
-MIN_TOKENS_PER_NEURON = 4.0  # experts of an existing MoE that got less stay whole, as with CMoE
-
 
 class Config(MethodConfig):
     """Options of the static control."""
+
+    has_active = True
+    min_tokens_per_neuron = 4.0  # experts of an existing MoE that got less stay whole, as with CMoE
 
     layout: LayoutText = Field(
         default="S3A3E8",
@@ -23,10 +24,18 @@ class Config(MethodConfig):
         default=None, gt=0, le=1, description="Fraction of the neurons to keep; overrides layout when given."
     )
 
+    def needs_calibration(self) -> bool:
+        """Whether this config reads calibration inputs: always."""
+        return True
 
-def needs_calibration(config: Config) -> bool:
-    """Whether this config reads calibration inputs: always."""
-    return True
+    @property
+    def own_layout(self) -> Layout | None:
+        """See :class:`MethodConfig`."""
+        return Layout.parse(self.layout) if self.active is None else None
+
+    def sizes(self, d_ff: int) -> Sizes:
+        """The neurons that stay, as a shared part alone."""
+        return Sizes(kept_neurons(self, d_ff))
 
 
 def kept_neurons(config: Config, d_ff: int) -> int:
@@ -34,13 +43,3 @@ def kept_neurons(config: Config, d_ff: int) -> int:
     if config.active is None:
         return active_neurons(Layout.parse(config.layout), d_ff)
     return max(1, round(config.active * d_ff))
-
-
-def sizes(config: Config, d_ff: int) -> Sizes:
-    """The neurons that stay, as a shared part alone."""
-    return Sizes(kept_neurons(config, d_ff))
-
-
-def check(config: Config, d_ff: int) -> None:
-    """Raises InputError when the layout wants more units than an FFN of ``d_ff`` neurons has."""
-    sizes(config, d_ff)

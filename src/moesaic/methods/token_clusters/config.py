@@ -13,7 +13,6 @@ from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
 from moesaic.solvers.limits import MIN_RIDGE
 
-MIN_TOKENS_PER_NEURON = 1.0  # experts of an existing MoE that got less stay whole
 _OVERLAPPING = 16
 _UNION = 128
 _DISJOINT = range(48, 129)
@@ -23,6 +22,9 @@ to the middle."""
 
 class Config(MethodConfig):
     """Options of token clusters."""
+
+    has_active = True
+    min_tokens_per_neuron = 1.0  # experts of an existing MoE that got less stay whole
 
     active: float = Field(default=0.75, gt=0, le=1, description="Fraction of the neurons that one token uses.")
     split: Literal["overlapping", "union", "disjoint"] = Field(
@@ -91,10 +93,35 @@ class Config(MethodConfig):
         description="Shrinkage of an expert's refit to the global one, relative to its mean square activation.",
     )
 
+    def sizes(self, d_ff: int) -> Sizes:
+        """What this config makes of an FFN of ``d_ff`` neurons. Raises InputError when the parts do not fit."""
+        return replace(_parts(self, d_ff), rewritten=int(self.refit != "none"))
 
-def sizes(config: Config, d_ff: int) -> Sizes:
-    """What ``config`` makes of an FFN of ``d_ff`` neurons. Raises InputError when the parts do not fit."""
-    return replace(_parts(config, d_ff), rewritten=int(config.refit != "none"))
+    def operations(self, d_ff: int, d_model: int, tokens: int) -> float:
+        """See :class:`MethodConfig`: activations and outputs, rounds of the alternation, Gram matrix and its factor.
+
+        The refits of experts are left out: their tokens are few.
+        """
+        experts = len(self.sizes(d_ff).own)
+        per_round = 2 * tokens * experts * (d_ff + 2 * d_model) if self.split != "disjoint" else 0
+        # two refinements, steps of 1,024 tokens, forward and backward (solvers/token_clusters, solvers/router_fit)
+        refined = 2 * 1024 * self.router_steps * 6 * d_model * experts if self.split != "disjoint" else 0
+        gram = 0 if self.refit == "none" else tokens * d_ff**2 + d_ff**3 / 3
+        return 6 * tokens * d_model * d_ff + 1.5 * self.rounds * per_round + refined + gram
+
+    def held(self, d_ff: int, tokens: int) -> float:
+        """See :class:`MethodConfig`: activations, shares and what is made of them, what experts keep of tokens.
+
+        With free widths, the shares of the tokens that set no price once more. A Gram matrix, its factor and a copy are
+        float64.
+        """
+        solved = 0 if self.refit == "none" else 6 * d_ff**2
+        parts = self.sizes(d_ff)
+        return tokens * ((5 if parts.varied else 4) * d_ff + 3 * len(parts.own)) + solved
+
+    def needs_calibration(self) -> bool:
+        """Whether this config reads calibration inputs: always."""
+        return True
 
 
 def _parts(config: Config, d_ff: int) -> Sizes:
@@ -172,33 +199,3 @@ def _disjoint(config: Config, d_ff: int, active: int, experts: int) -> Sizes:
             "choose fewer experts",
         )
     return Sizes(shared, (size + 1,) * longer + (size,) * (experts - longer), top_k)
-
-
-def operations(config: Config, d_ff: int, d_model: int, tokens: int) -> float:
-    """What deciding one gated FFN takes besides running the model: activations and outputs, rounds of the alternation,
-    Gram matrix and its factor. The refits of experts are left out: their tokens are few."""
-    experts = len(sizes(config, d_ff).own)
-    per_round = 2 * tokens * experts * (d_ff + 2 * d_model) if config.split != "disjoint" else 0
-    # two refinements, steps of 1,024 tokens, forward and backward (solvers/token_clusters, solvers/router_fit)
-    refined = 2 * 1024 * config.router_steps * 6 * d_model * experts if config.split != "disjoint" else 0
-    gram = 0 if config.refit == "none" else tokens * d_ff**2 + d_ff**3 / 3
-    return 6 * tokens * d_model * d_ff + 1.5 * config.rounds * per_round + refined + gram
-
-
-def held(config: Config, d_ff: int, tokens: int) -> float:
-    """fp32 numbers at the peak of deciding one FFN: activations, shares and what is made of them (with free widths the
-    shares of the tokens that set no price once more), what experts keep of tokens; a Gram matrix, its factor and a
-    copy, float64."""
-    solved = 0 if config.refit == "none" else 6 * d_ff**2
-    parts = sizes(config, d_ff)
-    return tokens * ((5 if parts.varied else 4) * d_ff + 3 * len(parts.own)) + solved
-
-
-def needs_calibration(config: Config) -> bool:
-    """Whether this config reads calibration inputs: always."""
-    return True
-
-
-def check(config: Config, d_ff: int) -> None:
-    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
-    sizes(config, d_ff)

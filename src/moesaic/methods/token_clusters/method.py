@@ -31,7 +31,7 @@ from moesaic.blueprint.shape import Sizes
 from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
 from moesaic.methods.routed import pad_experts
-from moesaic.methods.token_clusters.config import Config, sizes
+from moesaic.methods.token_clusters.config import Config
 from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.energy import mean_output_energy
 from moesaic.solvers.free_widths import cluster_tokens_freely
@@ -64,7 +64,7 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     Raises:
         InputError: no calibration tokens, or experts that do not fit.
     """
-    parts = sizes(config, weights.d_ff)
+    parts = config.sizes(weights.d_ff)
     if inputs is None or inputs.tokens == 0:
         raise InputError("token clusters need calibration inputs", "give calibration text")
     work = weights.to(torch.float32)
@@ -112,7 +112,7 @@ def _static_choice(share_TF: Tensor, h_TF: Tensor, down_DF: Tensor, count: int) 
 
 def _overlapping(x_TD: Tensor, share_TF: Tensor, allowed_F: Tensor | None, config: Config, seed: int) -> _Routing:
     """``allowed_F``: the neurons that a smaller union has; the others have no shares."""
-    parts = sizes(config, share_TF.shape[1])
+    parts = config.sizes(share_TF.shape[1])
     options: dict[str, Any] = {"rounds": config.rounds, "ridge": config.router_ridge}
     options |= {"seed": seed, "router_steps": config.router_steps}
     if parts.varied:

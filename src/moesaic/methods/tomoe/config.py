@@ -11,9 +11,6 @@ from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
 from moesaic.train.config import TrainConfig
 
-WHOLE_MODEL = True
-"""All FFNs are decided together, by training on the whole model."""
-
 _LONG = {"learning_rate": 1e-3, "weight_decay": 0.05, "betas": (0.9, 0.999), "schedule": "constant", "clip": None}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -68,6 +65,9 @@ reference's ratios to the distillation loss stand in."""
 
 class Config(MethodConfig):
     """Options of ToMoE."""
+
+    has_active = True
+    whole_model = True
 
     preset: Literal["cpu", "paper", "reference"] = Field(
         default="cpu",
@@ -221,24 +221,33 @@ class Config(MethodConfig):
                 raise InputError(f"train.{name} is not read by ToMoE", f"give {instead}, which it trains with")
         return self
 
+    def needs_calibration(self) -> bool:
+        """Always: the calibration text is what it is trained on."""
+        return True
 
-def needs_calibration(config: Config) -> bool:
-    """Always: the calibration text is what it is trained on."""
-    return True
+    @property
+    def training(self) -> TrainConfig:
+        """See :class:`MethodConfig`."""
+        return self.train
 
+    @property
+    def prunes_attention(self) -> bool:
+        """See :class:`MethodConfig`."""
+        return self.attention != "none"
 
-def sizes(config: Config, d_ff: int) -> Sizes:
-    """What an FFN becomes on average, packed; training decides each one's widths. With attention counted but not pruned
-    the FFNs get less than this."""
-    neurons = max(1, round(config.active * d_ff))
-    return Sizes(neurons, (), 0) if config.experts == 1 else Sizes(0, (neurons,) * config.experts, config.top_k)
+    def sizes(self, d_ff: int) -> Sizes:
+        """What an FFN becomes on average, packed; training decides each one's widths.
 
+        With attention counted but not pruned the FFNs get less than this.
+        """
+        neurons = max(1, round(self.active * d_ff))
+        return Sizes(neurons, (), 0) if self.experts == 1 else Sizes(0, (neurons,) * self.experts, self.top_k)
 
-def check(config: Config, d_ff: int) -> None:
-    """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way, or nothing could be exported."""
-    check_exportable(config)
-    if config.active * d_ff < 1:
-        raise InputError(f"{config.active:g} of {d_ff} neurons leaves no neuron", "raise `active`")
+    def check(self, d_ff: int) -> None:
+        """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way, or nothing could be exported."""
+        check_exportable(self)
+        if self.active * d_ff < 1:
+            raise InputError(f"{self.active:g} of {d_ff} neurons leaves no neuron", "raise `active`")
 
 
 def check_exportable(config: Config) -> None:
