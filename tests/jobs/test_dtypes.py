@@ -15,7 +15,7 @@ from torch import Tensor
 
 import moesaic
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.errors import VerificationError
+from moesaic.errors import InputError, VerificationError
 from moesaic.jobs.evaluate import evaluate_model
 from moesaic.jobs.native import verify_native
 from moesaic.jobs.tune import tune
@@ -167,3 +167,35 @@ def test_a_planted_error_is_seen_in_a_16_bit_stock_folder(
     broken = with_error(written(target), tmp_path / "broken", error)
     with pytest.raises(VerificationError, match="differs from its blueprint"):
         verify_native(broken, dense("bfloat16"))
+
+
+def last_router_is_wrong(name: str, tensor: Tensor) -> Tensor:
+    """The last layer's router knows one expert less: few tokens change, and no later layer is disturbed."""
+    if not name.endswith("mlp.gate.weight"):
+        return tensor
+    return torch.cat([torch.zeros_like(tensor[:2]), tensor[2:]])
+
+
+def test_a_wrong_router_in_the_last_layer_is_seen(written: Any, dense: Any, tmp_path: Path) -> None:
+    broken = with_error(written("glm4_moe"), tmp_path / "broken", last_router_is_wrong)
+    with pytest.raises(VerificationError, match="differs from its blueprint"):
+        verify_native(broken, dense("bfloat16"))
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"])
+def test_what_is_only_copied_is_compared_bit_for_bit(name: str, tmp_path: Path) -> None:
+    source = build("bfloat16", tmp_path / "dense", tie_word_embeddings=False)
+    method, options = METHODS["mlpmoe-keep"]
+    out = convert(source, tmp_path / "out", method=method, options=options, target="moesaic")
+    rewrite(out, lambda other, tensor: tensor.flip(0) if other == name else tensor)
+    rehash(out)
+    with pytest.raises(VerificationError, match=f"tensor {name} is not that of the dense model"):
+        verify_output(out, baseline=source)
+
+
+def test_weights_beyond_the_range_of_fp16_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    source = build("float16", tmp_path / "dense", d_ff=40)
+    down = "model.layers.1.mlp.down_proj.weight"
+    rewrite(source, lambda name, tensor: torch.full_like(tensor, 4e4) if name == down else tensor)
+    with pytest.raises(InputError, match="3 times the down projections, and some are then beyond the range of float16"):
+        convert(source, tmp_path / "out", target="mixtral", **ROUTED)

@@ -42,7 +42,7 @@ _PER_LAYER = {"layer_types": False, "no_rope_layers": True}  # whether transform
 # Text models whose multimodal rotary positions are the plain ones where there is only text.
 _PLAIN_ON_TEXT = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 _SIZES = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
-_TORCH_DTYPE = re.compile(r"b?float\d+\w*|float|half|double")
+_TORCH_DTYPE = re.compile(r"bfloat16|float16|float32|float64|float|half|double")
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -141,7 +141,7 @@ def _numbers(config: Config, model_type: str) -> None:
 def _dtype(config: Config, model_type: str) -> None:
     for key in ("dtype", "torch_dtype"):
         value = config.get(key)
-        if isinstance(value, str) and not _TORCH_DTYPE.fullmatch(value):
+        if value is not None and not (isinstance(value, str) and _TORCH_DTYPE.fullmatch(value)):
             raise UnsupportedModelError(
                 f"config.json of this {model_type} model has {key} = {value!r}, which transformers does not know",
                 "write bfloat16, float16 or float32",

@@ -168,6 +168,9 @@ def _decode(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Blue
     owned: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         path, _, leaf = name.partition(":")
+        # What a neuron is worth may be beyond float16.
+        if tensor.is_floating_point() and leaf != "worth" and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"tensor {name} holds NaN or infinity")
         owned.setdefault(path, {})[leaf] = tensor
     sites = {}
     for site, entry in structure["sites"].items():

@@ -46,16 +46,36 @@ def run(
         raise InputError("--vllm-python is for --parity", "add --parity")
     python = find_python(vllm_python) if parity else None
     report = verify_output(folder, baseline=baseline).to_dict()
+    apart = None
+    if baseline is not None and not parity and _is_stock(folder):  # compared in stock transformers or not at all
+        apart = _too_large(folder, baseline)
+        parity = apart is None
     compared = _engines(folder, baseline, windows, python) if parity else {}
     if as_json:
         emit_json(report | compared)
         return
     for key, value in report.items():
         emit(f"{key:20} {value}")
+    if apart is not None:
+        emit(f"not compared with {baseline}: {apart}; --parity compares them all the same")
     if parity:
         emit(native_line(compared["native_parity"]))
         emit(_vllm_line(compared["vllm_parity"]))
     emit("ok")
+
+
+def _is_stock(folder: Path) -> bool:
+    from moesaic.checkpoint.reader import CONFIG, read_json
+
+    return read_json(folder / CONFIG).get("model_type") != "moesaic"
+
+
+def _too_large(folder: Path, baseline: Path) -> str | None:
+    from moesaic.checkpoint.reader import Checkpoint
+    from moesaic.checkpoint.source import resolve_model
+    from moesaic.jobs.native import too_large
+
+    return too_large(Checkpoint(resolve_model(str(baseline))), Checkpoint(folder))
 
 
 def _engines(folder: Path, baseline: Path | None, windows: int, vllm_python: Path | None) -> dict[str, Any]:

@@ -101,6 +101,8 @@ class LlamaCpp:
         bias = [[self._letter, 1e9]]
         answer = self.complete(ids_W, 1, n_probs=candidates, cache_prompt=reuse, logit_bias=bias)
         top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        if any(entry["logprob"] is None for entry in top):  # how JSON says NaN
+            raise VerificationError("this model gives NaN in llama.cpp", "its numbers are too large for it: try f32")
         return torch.tensor([entry["id"] for entry in top]), torch.tensor([entry["logprob"] for entry in top])
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:

@@ -31,6 +31,8 @@ UNDISTURBED_TOLERANCE = 1e-3
 """The largest such difference, where every router chose the same experts."""
 NEAR_TIE = 1e-3
 """Largest distance from a tie (see :class:`Runtime`) at which rounding may decide for another expert."""
+TIED_SHARE = 0.05
+"""Largest share of tokens that may stand that near to a tie: routers that tell no experts apart are no routers."""
 APPROXIMATE_KL = 1e-3
 """Largest mean KL divergence, in nats, of a target that reaches weights of 1 only in the limit."""
 
@@ -92,7 +94,10 @@ class NativeParity:
         forced_delta: The largest |logit difference| of all tokens with the choices of stock transformers forced upon
             the reference: its experts where some router chose others, and its weights as well where weights of 1 are
             only approached. None where nothing need be forced, or experts have weights of their own.
-        tie: The largest distance from a tie of a token that is rerouted even so.
+        tie: The largest distance from a tie of a token that is rerouted even so; where nothing was forced, of the first
+            rerouted token of a window, which nothing before it disturbed.
+        tied: Share of the tokens that are rerouted even so.
+        near_tie: Largest ``tie`` that rounding explains.
     """
 
     tokens: int
@@ -107,6 +112,8 @@ class NativeParity:
     undisturbed_delta: float | None = None
     forced_delta: float | None = None
     tie: float | None = None
+    tied: float | None = None
+    near_tie: float = NEAR_TIE
 
     def to_dict(self) -> dict[str, Any]:
         """For results.json."""
@@ -115,12 +122,14 @@ class NativeParity:
     def require(self, name: str) -> None:
         """Raise VerificationError when the folder is not what it should be."""
         scale = self.max_delta / self.relative if self.relative else 1.0
+        forced, undisturbed = ((delta or 0.0) / scale for delta in (self.forced_delta, self.undisturbed_delta))
+        right = forced <= UNDISTURBED_TOLERANCE and self._only_ties()
         if self.exact:
-            undisturbed = 0.0 if self.undisturbed_delta is None else self.undisturbed_delta / scale
-            right = (self.median <= EXACT_TOLERANCE or self._rounding(scale)) and undisturbed <= UNDISTURBED_TOLERANCE
+            # One near tie early in a window is enough to move every later token, and the median with them.
+            disturbed = self.forced_delta is not None
+            right &= undisturbed <= UNDISTURBED_TOLERANCE and (self.median <= EXACT_TOLERANCE or disturbed)
         else:
-            forced = 0.0 if self.forced_delta is None else self.forced_delta / scale
-            right = self.mean_kl <= APPROXIMATE_KL and forced <= UNDISTURBED_TOLERANCE
+            right &= self.mean_kl <= APPROXIMATE_KL
         if not right:
             raise VerificationError(
                 f"{name} in stock transformers differs from its blueprint: logits by {self.median:.1e} (median, "
@@ -128,12 +137,9 @@ class NativeParity:
                 "report it" if self.exact else "where weights of 1 are too coarse, glm4_moe has exact_weights",
             )
 
-    def _rounding(self, scale: float) -> bool:
-        """Whether all that differs is which of two equal experts some tokens took. One such token early in a window is
-        enough to move every later one, and the median with them."""
-        if self.forced_delta is None or self.tie is None:
-            return False
-        return self.forced_delta / scale <= UNDISTURBED_TOLERANCE and self.tie <= NEAR_TIE
+    def _only_ties(self) -> bool:
+        """Whether routers chose other experts only where two were equal to within rounding, and for few tokens."""
+        return (self.tie or 0.0) <= self.near_tie and (self.tied or 0.0) <= TIED_SHARE
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,7 @@ class Comparison:
         rerouted_NW: Tokens of which some router chose other experts; None where the reference does not tell.
         margin_NW: Each token's distance from a tie, see :class:`Runtime`; None as well.
         chosen: The experts that stock transformers chose, per window and MoE layer, [W, K].
-        forced: ``forced_delta`` and ``tie`` of :class:`NativeParity`.
+        forced: ``forced_delta``, ``tie`` and ``tied`` of :class:`NativeParity`.
     """
 
     differences: Differences
@@ -154,7 +160,7 @@ class Comparison:
     rerouted_NW: Tensor | None
     margin_NW: Tensor | None
     chosen: list[list[Tensor]] = field(repr=False)
-    forced: tuple[float | None, float | None] = (None, None)
+    forced: tuple[float | None, float | None, float | None] = (None, None, None)
 
 
 class StockWindow(NamedTuple):
@@ -166,7 +172,14 @@ class StockWindow(NamedTuple):
     weights: list[Tensor]
 
 
-def native_parity(folder: Path, ids_NW: Tensor, reference: Callable[[Tensor], Tensor], *, exact: bool) -> NativeParity:
+def native_parity(
+    folder: Path,
+    ids_NW: Tensor,
+    reference: Callable[[Tensor], Tensor],
+    *,
+    exact: bool,
+    near_tie: float = NEAR_TIE,
+) -> NativeParity:
     """Compare a folder in stock transformers with ``reference``, which maps ids_W to logits_WV.
 
     A :class:`Runtime` as reference tells which experts it chose, so that tokens of equal choices are judged apart.
@@ -191,6 +204,7 @@ def native_parity(folder: Path, ids_NW: Tensor, reference: Callable[[Tensor], Te
         undisturbed,
         undisturbed_delta,
         *found.forced,
+        near_tie,
     )
 
 
@@ -205,7 +219,8 @@ def compare_with_stock(
     rerouted: list[Tensor] = []
     margins: list[Tensor] = []
     chosen: list[list[Tensor]] = []
-    forced: list[tuple[float, float]] = []
+    forced: list[tuple[float, float, int]] = []
+    first: list[float] = []
     scale = 1e-30
     for ids_W, stock in zip(ids_NW, _stock_windows(folder, ids_NW), strict=True):
         expected_WV = reference(ids_W).float()
@@ -217,21 +232,26 @@ def compare_with_stock(
             margins.append(reference.margin_W)
             if reference.uniform and (weights or rerouted[-1].any()):
                 forced.append(_forced(reference, ids_W, stock, weights))
-    worst = (max(delta for delta, _ in forced), max(tie for _, tie in forced)) if forced else (None, None)
+            elif rerouted[-1].any():
+                first.append(float(margins[-1][rerouted[-1]][0]))
+    worst: tuple[float | None, float | None, float | None] = (None, max(first, default=None), None)
+    if forced:
+        tied = sum(count for _, _, count in forced) / ids_NW.numel()
+        worst = (max(delta for delta, _, _ in forced), max(tie for _, tie, _ in forced), tied)
     rerouted_NW, margin_NW = (torch.stack(found) if found else None for found in (rerouted, margins))
     return Comparison(join(parts), scale, rerouted_NW, margin_NW, chosen, worst)
 
 
-def _forced(runtime: Runtime, ids_W: Tensor, stock: StockWindow, weights: bool) -> tuple[float, float]:
-    """With the experts (and weights) of stock transformers: the largest |logit difference|, and the largest distance
-    from a tie of a token for which the runtime would still have chosen others."""
+def _forced(runtime: Runtime, ids_W: Tensor, stock: StockWindow, weights: bool) -> tuple[float, float, int]:
+    """With the experts (and weights) of stock transformers: the largest |logit difference|; and of the tokens for which
+    the runtime would still have chosen others, the largest distance from a tie and the number."""
     runtime.forced = [
         (stock.chosen[layer], stock.weights[layer] * runtime.factor if weights else None) for layer in runtime.routed
     ]
     delta = float((runtime(ids_W).float() - stock.logits_WV).abs().max().nan_to_num(nan=float("inf")))
     runtime.forced = None
     marked_W = _rerouted(runtime, stock.chosen)
-    return delta, float(runtime.margin_W[marked_W].max()) if marked_W.any() else 0.0
+    return delta, float(runtime.margin_W[marked_W].max()) if marked_W.any() else 0.0, int(marked_W.sum())
 
 
 def _rerouted(runtime: Runtime, stock: list[Tensor]) -> Tensor:

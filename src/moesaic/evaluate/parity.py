@@ -20,7 +20,7 @@ from torch import Tensor
 from moesaic.anatomy.base import Anatomy
 from moesaic.blueprint.model import Blueprint
 from moesaic.calibration.stream import LayerStream
-from moesaic.checkpoint.ffn import load_ffn
+from moesaic.checkpoint.ffn import ffn_tensor_names, load_ffn
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import VerificationError
 from moesaic.materialise.attention import pack_attention
@@ -81,6 +81,7 @@ def stream_parity(
     specs = output.config["ffn_sites"]
     # Pruned attention is no dense model's, whatever the FFNs do.
     partition = not blueprint.attention and all(plan.is_partition for plan in blueprint.sites.values())
+    check_copied(checkpoint, anatomy, output, blueprint)
     _check_attention(checkpoint, anatomy, output, blueprint)
     dense = LayerStream(checkpoint, anatomy, ids_NW, compute_dtype=torch.float32)
     all_on = LayerStream(checkpoint, anatomy, ids_NW, compute_dtype=torch.float32) if partition else None
@@ -135,6 +136,27 @@ def load_written_ffn(output: Checkpoint, path: str, spec: dict[str, Any], anatom
             f"{path}: tensors do not fit config.json: {' '.join(str(error).split())[:200]}"
         ) from error
     return module.eval()
+
+
+def check_copied(checkpoint: Checkpoint, anatomy: Anatomy, output: Checkpoint, blueprint: Blueprint) -> None:
+    """Every tensor that a conversion to the moesaic architecture only copies: equal to the dense one, bit for bit.
+
+    Raises VerificationError, naming the first that is not.
+    """
+    replaced = {
+        name for site in anatomy.sites if site.path in blueprint.sites for name in ffn_tensor_names(checkpoint, site)
+    }
+    pruned = tuple(f"{path}." for path in blueprint.attention)
+    for name, out in output_names(checkpoint, anatomy).items():
+        if name in replaced or out.startswith(pruned):
+            continue
+        if out not in output:
+            raise VerificationError(f"{output.folder.name}: tensor {out} is missing", "convert again")
+        if not torch.equal(output.tensor(out), checkpoint.tensor(name)):
+            raise VerificationError(
+                f"{output.folder.name}: tensor {out} is not that of the dense model",
+                "convert again; is the disk sound?",
+            )
 
 
 def _check_attention(checkpoint: Checkpoint, anatomy: Anatomy, output: Checkpoint, blueprint: Blueprint) -> None:

@@ -140,7 +140,10 @@ def _encode(tensor: GGUFTensor, stored: GGMLQuantizationType) -> np.ndarray[Any,
     if stored == GGMLQuantizationType.F16:
         half = values.to(torch.float16)
         if not torch.isfinite(half).all():
-            raise InputError(f"{tensor.name} has values beyond the range of f16", "use bf16 or f32")
+            raise InputError(
+                f"{tensor.name} has values beyond the range of f16, in which it would be stored",
+                "use bf16 or f32; a q8_0 file stores matrices whose rows are no multiple of 32 as f16",
+            )
         return half.contiguous().numpy()
     full = values.to(torch.float32).contiguous().numpy()
     return full if stored == GGMLQuantizationType.F32 else quantize(full, stored)

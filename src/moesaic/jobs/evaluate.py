@@ -119,7 +119,7 @@ def evaluate_model(
     """
     folder = resolve_model(str(model))
     checkpoint = Checkpoint(folder)
-    converted = isinstance(checkpoint.config.get("moesaic"), dict)
+    converted = "moesaic" in checkpoint.config
     blueprint = read_blueprint(checkpoint) if converted else None
     dense_folder = None if baseline is None else resolve_model(str(baseline))
     save = save and converted

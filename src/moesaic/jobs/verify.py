@@ -28,7 +28,7 @@ from moesaic.errors import CheckpointError, InputError, VerificationError
 from moesaic.evaluate.engine_parity import WINDOW, EngineParity
 from moesaic.evaluate.llama_cpp import stock_logits
 from moesaic.evaluate.native_parity import APPROXIMATE_KL, parity_ids
-from moesaic.evaluate.parity import TOLERANCE, relative_difference
+from moesaic.evaluate.parity import TOLERANCE, check_copied, relative_difference
 from moesaic.evaluate.vllm import otherwise_in_vllm, vllm_parity
 from moesaic.materialise.pack import pack
 from moesaic.staging.manifest import check_manifest
@@ -88,8 +88,10 @@ def verify_output(folder: str | Path, *, baseline: str | Path | None = None) -> 
 
     Args:
         folder: The output.
-        baseline: The model that it was made from: folder or .gguf. Adds parity: of the logits with all experts on for a
-            partition, and of every FFN with the oracle built from the dense weights and the blueprint.
+        baseline: The model that it was made from: folder or .gguf. Adds parity, for the
+            moesaic architecture: of copied tensors, bit for bit; of the logits with all experts on for a partition; of
+            every FFN with the oracle built from the dense weights and the blueprint. :func:`verify_native` is that of
+            stock architectures.
 
     Raises:
         VerificationError: naming the file, tensor or FFN that is wrong.
@@ -125,6 +127,8 @@ def verify_output(folder: str | Path, *, baseline: str | Path | None = None) -> 
         all_on = _all_on_difference(cast("MoesaicForCausalLM", model), _prompt(output), expected_TV, folder)
     oracle = None
     if dense is not None and anatomy is not None and blueprint is not None:
+        with _as_verification_error():
+            check_copied(dense, anatomy, output, blueprint)
         oracle = _oracle_difference(model, dense, anatomy, blueprint)
     return VerifyReport(
         folder=str(folder),

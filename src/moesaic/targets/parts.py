@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moesaic.blueprint.layer import LayerPlan
+from moesaic.errors import InputError
 from moesaic.targets.limits import always_on, biased_selection, weighs_one
 
 
@@ -39,9 +40,21 @@ class Branch(NamedTuple):
         )
 
     def scaled(self, factor: float) -> Branch:
-        """With the output times ``factor``; rounded once, exact for powers of two."""
+        """With the output times ``factor``; rounded once, exact for powers of two.
+
+        Raises InputError where that is beyond the range of the dtype.
+        """
+        if factor == 1:
+            return self
         wide_DM = self.down_DM.to(torch.promote_types(self.down_DM.dtype, torch.float32)) * factor
-        return self if factor == 1 else self._replace(down_DM=wide_DM.to(self.down_DM.dtype))
+        scaled_DM = wide_DM.to(self.down_DM.dtype)
+        if not bool(torch.isfinite(scaled_DM).all()):
+            raise InputError(
+                f"this architecture stores {factor:g} times the down projections, and some are then beyond the range "
+                f"of {str(scaled_DM.dtype).removeprefix('torch.')}",
+                "choose --target glm4_moe, which stores them as they are",
+            )
+        return self._replace(down_DM=scaled_DM)
 
     def zeros(self, width: int) -> Branch:
         """A branch of ``width`` zero neurons, of this one's model width and dtype."""
