@@ -247,6 +247,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[MoesaicError], str, str]]
         r"names '\.\.'",
         "do not use",
     ),
+    "index to a name too long for a file": (
+        lambda f: edit_index(f, lambda m: m.update({"model.norm.weight": f"{'x' * 300}.safetensors"})),
+        CheckpointError,
+        "names 'xxx",
+        "do not use",
+    ),
     "index with a number": (
         lambda f: edit_index(f, lambda m: m.update({"model.norm.weight": 3})),
         CheckpointError,

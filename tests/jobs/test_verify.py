@@ -246,3 +246,11 @@ def test_wrong_inputs_are_refused(intact: Path, source: Path, tmp_path: Path) ->
     other = build_tiny("llama", tmp_path / "other", seed=1)
     with pytest.raises(InputError, match="is not the model that"):
         verify_output(intact, baseline=other)
+
+
+def test_a_name_too_long_for_any_file_is_a_missing_file(output: Path) -> None:
+    manifest = json.loads((output / MANIFEST_NAME).read_text())
+    manifest["files"]["x" * 300] = {"sha256": "0" * 64, "bytes": 1}
+    (output / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(VerificationError, match="is missing"):
+        verify_output(output)

@@ -271,8 +271,14 @@ def _damaged(file: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{file} is truncated or damaged: {error}", "the download is incomplete: fetch it again")
 
 
+_LONGEST_NAME = 255
+"""Bytes of a file's name on common file systems; a longer one is an error of its own there, not a missing file."""
+
+
 def _is_shard_name(name: Any) -> bool:
-    return isinstance(name, str) and name.endswith(".safetensors") and not {"/", "\\", "\0"} & set(name)
+    if not isinstance(name, str) or not name.endswith(".safetensors") or {"/", "\\", "\0"} & set(name):
+        return False
+    return len(name.encode(errors="surrogatepass")) <= _LONGEST_NAME
 
 
 def _finite(low: Tensor, high: Tensor) -> bool:

@@ -54,6 +54,8 @@ _MAPPED = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
+_LONGEST = 250
+"""Bytes of a module's name: a longer one is no file's, and asking for it an error."""
 _IMPORT = re.compile(r"^\s*(?:from|import)\s+\.\s*(?:import\s+)?(\w+)", re.MULTILINE)
 
 
@@ -91,7 +93,7 @@ def _code(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
         name = waiting.pop()
         seen.add(name)
         file = folder / f"{name}.py"
-        if file.is_file():
+        if len(name.encode(errors="surrogatepass")) <= _LONGEST and file.is_file():
             yield file
             waiting |= set(_IMPORT.findall(file.read_text(encoding="utf-8", errors="replace"))) - seen
 

@@ -106,7 +106,11 @@ def check_files(folder: Path, names: Iterable[str], *, hashed: bool = True) -> N
 
 
 def _check_file(file: Path, entry: Mapping[str, Any], *, hashed: bool = True) -> None:
-    if not file.is_file():
+    try:
+        there = file.is_file()
+    except OSError:  # a name that is too long for any file
+        there = False
+    if not there:
         raise VerificationError(f"{file} is missing", "convert again")
     if file.stat().st_size != entry.get("bytes") or (hashed and hash_file(file) != entry["sha256"]):
         raise VerificationError(f"{file} is not the file that was written (sha256 differs)", _HINT)
