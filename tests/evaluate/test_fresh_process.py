@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from moesaic.errors import VerificationError
+from moesaic.errors import ResourceError, VerificationError
 from moesaic.evaluate.fresh_process import answers
 
 ANSWER = """
@@ -102,3 +103,12 @@ def test_nothing_outlives_a_killed_owner(number: signal.Signals, tmp_path: Path)
         assert time.monotonic() < deadline, "something was left"
         time.sleep(0.02)
         running = [psutil.pid_exists(int(one)) and psutil.Process(int(one)).status() != "zombie" for one in programs]
+
+
+def test_no_room_for_temporary_files_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("moesaic.evaluate.fresh_process.save_file", full)
+    with pytest.raises(ResourceError, match="No space left"):
+        next(iter(answers([sys.executable, "-c", ""], tmp_path, torch.zeros(1, 2, dtype=torch.long), engine="none")))

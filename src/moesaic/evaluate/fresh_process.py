@@ -24,6 +24,7 @@ from typing import IO, Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moesaic.durable import disk_errors
 from moesaic.errors import InputError, VerificationError
 
 TIMEOUT_VARIABLE = "MOESAIC_ENGINE_TIMEOUT"
@@ -150,9 +151,11 @@ def answers(
 
     Raises:
         VerificationError: the process stops before it has answered, with its last words, or takes too long.
+        ResourceError: no room for temporary files.
     """
     with tempfile.TemporaryDirectory() as work:
-        save_file({"ids": ids_NW.contiguous()}, Path(work) / "ids.safetensors")
+        with disk_errors(Path(work)):
+            save_file({"ids": ids_NW.contiguous()}, Path(work) / "ids.safetensors")
         variables = {**(environment or {}), "TMPDIR": work}
         about: dict[str, Any] = {"engine": engine, "subject": str(folder), "environment": variables}
         with Child([*command, str(folder), work], work=work, **about) as child:
