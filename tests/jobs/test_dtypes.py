@@ -199,3 +199,12 @@ def test_weights_beyond_the_range_of_fp16_are_refused_with_a_way_out(tmp_path: P
     rewrite(source, lambda name, tensor: torch.full_like(tensor, 4e4) if name == down else tensor)
     with pytest.raises(InputError, match="3 times the down projections, and some are then beyond the range of float16"):
         convert(source, tmp_path / "out", target="mixtral", **ROUTED)
+
+
+def test_a_narrower_dense_model_is_compared_though_its_config_names_transformers(dense: Any, tmp_path: Path) -> None:
+    source = dense("bfloat16")
+    method, options = METHODS["static"]
+    out = convert(source, tmp_path / "out", method=method, options=options)
+    assert "transformers_version" in json.loads((out / "config.json").read_text())
+    assert verify_output(out, baseline=source).files > 0
+    assert verify_native(out, source).max_delta <= 1e-3

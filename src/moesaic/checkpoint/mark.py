@@ -13,8 +13,13 @@ SAVED_AGAIN = "saved_again"
 
 
 def saved_again(config: Mapping[str, Any]) -> bool:
-    """Whether transformers wrote this config.json: it adds its version there, and moesaic does not."""
-    return "transformers_version" in config
+    """Whether transformers wrote this config.json: it adds its version there, and moesaic does not.
+
+    The target ``dense`` keeps the dense model's config with all its keys: of such a folder the manifest alone says it.
+    """
+    made = config.get("moesaic")
+    dense = isinstance(made, Mapping) and made.get("target") == "dense"
+    return "transformers_version" in config and not dense
 
 
 def tuned(config: Mapping[str, Any]) -> str | None:
