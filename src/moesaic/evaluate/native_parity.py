@@ -93,7 +93,7 @@ class NativeParity:
         undisturbed_delta: Largest |logit difference| of those.
         forced_delta: The largest |logit difference| of all tokens with the choices of stock transformers forced upon
             the reference: its experts where some router chose others, and its weights as well where weights of 1 are
-            only approached. None where nothing need be forced, or experts have weights of their own.
+            only approached or experts have weights of their own. None where nothing need be forced.
         tie: The largest distance from a tie of a token that is rerouted even so; where nothing was forced, of the first
             rerouted token of a window, which nothing before it disturbed.
         tied: Share of the tokens that are rerouted even so.
@@ -230,8 +230,9 @@ def compare_with_stock(
         if isinstance(reference, Runtime):
             rerouted.append(_rerouted(reference, stock.chosen))
             margins.append(reference.margin_W)
-            if reference.uniform and (weights or rerouted[-1].any()):
-                forced.append(_forced(reference, ids_W, stock, weights))
+            if (weights or rerouted[-1].any()) and _can_force(reference, stock):
+                # Weights other than 1 come with the experts that have them.
+                forced.append(_forced(reference, ids_W, stock, weights or not reference.uniform))
             elif rerouted[-1].any():
                 first.append(float(margins[-1][rerouted[-1]][0]))
     worst: tuple[float | None, float | None, float | None] = (None, max(first, default=None), None)
@@ -240,6 +241,12 @@ def compare_with_stock(
         worst = (max(delta for delta, _, _ in forced), max(tie for _, tie, _ in forced), tied)
     rerouted_NW, margin_NW = (torch.stack(found) if found else None for found in (rerouted, margins))
     return Comparison(join(parts), scale, rerouted_NW, margin_NW, chosen, worst)
+
+
+def _can_force(runtime: Runtime, stock: StockWindow) -> bool:
+    """Whether stock layers choose as many experts as ours; some add pinned empty ones."""
+    chosen = zip(runtime.routed, runtime.chosen, strict=True)
+    return all(stock.chosen[layer].shape == own_WK.shape for layer, own_WK in chosen)
 
 
 def _forced(runtime: Runtime, ids_W: Tensor, stock: StockWindow, weights: bool) -> tuple[float, float, int]:
