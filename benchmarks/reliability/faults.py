@@ -29,7 +29,8 @@ def faults(share: float, seed: int, inputs: Inputs, box: Sandbox, known: set[str
         total = None
         whole = None
         for part in PARTS:
-            if f"{part} {verb} done" in known:
+            done = f"{part} {verb} done at {share}"
+            if done in known:
                 continue
             whole = whole or reference(verb, inputs, box)
             total = total or _operations(verb, inputs, box)
@@ -39,7 +40,7 @@ def faults(share: float, seed: int, inputs: Inputs, box: Sandbox, known: set[str
                 key = f"{part} {verb} {round_}"
                 if key not in known:
                     yield {"key": key, "part": part, "verb": verb, "of": total, "faults": play()}
-            yield {"key": f"{part} {verb} done", "part": part, "verb": verb, "of": total, "faults": []}
+            yield {"key": done, "part": part, "verb": verb, "of": total, "faults": []}
 
 
 Play = tuple[str, Callable[[], list[str]]]

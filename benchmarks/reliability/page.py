@@ -19,7 +19,7 @@ _HEADERS = ["what", "on", "rounds", "with faults", "slowest refusal"]
 def _groups(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        if not row["key"].endswith(" done"):
+        if " done at " not in row["key"]:
             part = f"kill, {row['signal']}" if row["part"] == "kill" else row["part"]
             groups.setdefault((part, row.get("verb") or row.get("input") or row["target"]), []).append(row)
     lines = []
