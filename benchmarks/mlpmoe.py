@@ -27,6 +27,7 @@ from moesaic.evaluate.perplexity import Perplexity, perplexity, protocol_name, t
 from moesaic.evaluate.proxy import ProxyPerplexity, proxy_change, proxy_perplexity
 from moesaic.jobs.decide import decide
 from moesaic.jobs.job import prepare
+from moesaic.jobs.request import check_request
 from moesaic.jobs.settings import ConvertSettings
 from moesaic.materialise.apply import apply_blueprint
 from moesaic.methods.mlpmoe.method import describe
@@ -85,7 +86,9 @@ def main() -> None:
     for setting, options in SETTINGS.items():
         if not any(part in setting for part in arguments.only):
             continue
-        blueprint = decide(prepare(folder, ConvertSettings(method="mlpmoe", options=options, calibration=CALIBRATION)))
+        blueprint = decide(
+            prepare(check_request(folder, ConvertSettings(method="mlpmoe", options=options, calibration=CALIBRATION)))
+        )
         removed, c = account(folder, blueprint)
         proxy, wiki = measure(blueprint)
         change, ratio = proxy_change(proxy, dense_proxy), compare(wiki, dense)

@@ -36,10 +36,10 @@ from moesaic.jobs.convert import convert
 from moesaic.jobs.export import export
 from moesaic.jobs.export_gguf import export_gguf
 from moesaic.jobs.native import read_converted
-from moesaic.targets import TARGETS, get_target
+from moesaic.targets import TARGETS
 from moesaic.targets.base import TargetOptions
 
-STOCK = [name for name in TARGETS if name not in ("moesaic", "dense")]
+STOCK = [name for name, target in TARGETS.items() if target.stock]
 ENGINES = ("transformers", "llama.cpp", "vLLM")
 LAYOUT = "S2A2E6"
 DTYPES = {"bfloat16": ", bf16", "float32": ", fp32"}
@@ -77,12 +77,12 @@ def converted(case: str, work: Path, dtype: str) -> dict[str, Path]:
 
 def form_for(target: str, folders: dict[str, Path]) -> tuple[str, list[str]]:
     """How experts are weighed in this target, or why it cannot hold the model."""
-    module, options = get_target(target), TargetOptions()
+    options = TargetOptions()
     reasons: dict[str, list[str]] = {}
     for form, folder in folders.items():
         split = read_converted(folder)[2]
-        reasons[form] = module.reasons(split)
-        if not reasons[form] and module.exact(split, options):
+        reasons[form] = TARGETS[target].reasons(split)
+        if not reasons[form] and TARGETS[target].exact(split, options):
             return form, []
     first = "weights of 1"
     return first, reasons[first]

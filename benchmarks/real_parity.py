@@ -81,7 +81,7 @@ def in_transformers(folder: Path, runtime: Runtime, ids_NW: Tensor) -> dict[str,
     }
     if found.rerouted_NW.any():
         result["before_rerouted"] = found.differences.figures(before_any(found.rerouted_NW)).to_dict()
-        delta, tie = found.forced
+        delta, tie, _ = found.forced
         result["forced"] = {"max_delta": delta, "tie": tie}
     return result
 

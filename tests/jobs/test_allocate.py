@@ -19,6 +19,7 @@ from moesaic.jobs.allocate import with_allocation
 from moesaic.jobs.decide import decide
 from moesaic.jobs.job import prepare
 from moesaic.jobs.plan import plan
+from moesaic.jobs.request import check_request
 from moesaic.jobs.settings import ConvertSettings
 from moesaic.progress import Silent
 from moesaic.targets import TARGETS, choose_target, get_target
@@ -75,7 +76,7 @@ def used_by(neurons: list[int]) -> dict[str, int]:
 
 @pytest.mark.parametrize(("mode", "layer"), [("leading", 0), ("any", 2)])
 def test_the_layer_that_matters_stays_dense(planted: Planted, mode: str, layer: int) -> None:
-    job = prepare(planted(layer), ConvertSettings.model_validate(CLUSTERS | {"allocation": mode}))
+    job = prepare(check_request(planted(layer), ConvertSettings.model_validate(CLUSTERS | {"allocation": mode})))
     made = decide(job)
     neurons = made.config["allocation"]["neurons"]
     dense = [index for index, count in enumerate(neurons) if count == D_FF]
@@ -103,7 +104,7 @@ def test_widths_in_the_moesaic_architecture(planted: Planted, tmp_path: Path) ->
 
 
 def test_by_default_a_stock_model_holds_it(planted: Planted) -> None:
-    job = prepare(planted(0), ConvertSettings.model_validate(CLUSTERS | {"allocation": "auto"}))
+    job = prepare(check_request(planted(0), ConvertSettings.model_validate(CLUSTERS | {"allocation": "auto"})))
     made = decide(job)
     split = read_split(job.checkpoint, job.anatomy, made.sites)
     choice = choose_target(split)
@@ -113,7 +114,7 @@ def test_by_default_a_stock_model_holds_it(planted: Planted) -> None:
 
 
 def test_the_report_says_what_was_measured(planted: Planted) -> None:
-    job = prepare(planted(2), ConvertSettings.model_validate(CLUSTERS | {"allocation": "any"}))
+    job = prepare(check_request(planted(2), ConvertSettings.model_validate(CLUSTERS | {"allocation": "any"})))
     report = with_allocation(job, None, Silent()).allocation
     assert report is not None
     assert list(report["kl"]) == ["0.75", "0.5"]
@@ -148,7 +149,7 @@ def test_another_allocation_is_not_resumed(planted: Planted, tmp_path: Path) -> 
 
 def test_static_counts_its_layout_as_the_budget(planted: Planted) -> None:
     values = CLUSTERS | {"method": "static", "options": {"layout": "S1A1E4"}, "target": "moesaic", "allocation": "any"}
-    made = decide(prepare(planted(2), ConvertSettings.model_validate(values)))
+    made = decide(prepare(check_request(planted(2), ConvertSettings.model_validate(values))))
     assert "model.layers.2.mlp" not in made.sites
     assert {plan.active_neurons for plan in made.sites.values()} == {(32 * LAYERS - D_FF) // 3}
 
@@ -186,16 +187,20 @@ def test_what_cannot_be_is_refused(
 
 
 def test_a_blueprint_leaves_nothing_to_share_out(planted: Planted, tmp_path: Path) -> None:
-    decide(prepare(planted(0), ConvertSettings.model_validate(CLUSTERS))).save(tmp_path)
+    decide(prepare(check_request(planted(0), ConvertSettings.model_validate(CLUSTERS)))).save(tmp_path)
     with pytest.raises(InputError, match="says already"):
-        prepare(planted(0), ConvertSettings.model_validate(CLUSTERS | {"allocation": "auto"}), tmp_path)
+        prepare(
+            check_request(
+                planted(0), ConvertSettings.model_validate(CLUSTERS | {"allocation": "auto"}), blueprint=tmp_path
+            )
+        )
 
 
 def test_experts_of_a_moe_are_refused(tmp_path: Path) -> None:
     folder = build_tiny("mixtral", tmp_path / "moe")
     settings = ConvertSettings.model_validate(CLUSTERS | {"allocation": "auto", "hierarchical": True})
     with pytest.raises(InputError, match="for dense models"):
-        prepare(folder, settings)
+        prepare(check_request(folder, settings))
 
 
 def test_modes_are_what_the_targets_hold() -> None:

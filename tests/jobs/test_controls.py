@@ -15,6 +15,7 @@ from moesaic.evaluate.activity import Activity
 from moesaic.jobs.controls import active_fraction, control_job, control_model
 from moesaic.jobs.decide import decide
 from moesaic.jobs.job import prepare
+from moesaic.jobs.request import check_request
 from moesaic.jobs.settings import ConvertSettings
 from moesaic.progress import Silent
 
@@ -23,7 +24,11 @@ CALIBRATION = {"tokens": 256, "window": 64}
 
 def made_by(dense: Path, method: str, **settings: Any) -> Blueprint:
     return decide(
-        prepare(dense, ConvertSettings.model_validate({"method": method, "calibration": CALIBRATION} | settings))
+        prepare(
+            check_request(
+                dense, ConvertSettings.model_validate({"method": method, "calibration": CALIBRATION} | settings)
+            )
+        )
     )
 
 

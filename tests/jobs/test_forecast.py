@@ -20,7 +20,7 @@ from moesaic.jobs.decide import decide
 from moesaic.jobs.job import prepare
 from moesaic.jobs.native import read_converted
 from moesaic.jobs.plan import GFLOPS_PER_CORE
-from moesaic.jobs.request import check_request
+from moesaic.jobs.request import check_options, check_request, outline_of
 from moesaic.jobs.settings import ConvertSettings
 from moesaic.targets.base import TargetOptions
 from tests.targets.helpers import plans_for, write
@@ -39,8 +39,10 @@ def disk_of(folder: Path, **values: Any) -> forecast.DiskForecast:
     settings = ConvertSettings.model_validate(values)
     checkpoint = Checkpoint(folder)
     anatomy = read_anatomy(checkpoint.config)
-    dense = tuple(layer % anatomy.num_layers for layer in settings.dense_layers)
-    return forecast.disk(settings, anatomy, dense, forecast.read_source(checkpoint, anatomy))
+    outline = outline_of(settings, check_options(settings), anatomy)
+    tokens = settings.calibration.tokens if outline.reads_text else 0
+    source = forecast.read_source(checkpoint, anatomy)
+    return forecast.disk(outline.split, outline.target, settings.target_options, source, tokens)
 
 
 @pytest.fixture
@@ -131,7 +133,7 @@ def test_dense_layers_and_given_blueprints_are_counted(wide: Callable[..., Path]
     done = moesaic.convert(dense, tmp_path / "out", settings=values | {"dense_layers": (0,)})
     assert part.output == pytest.approx(bytes_of(done.output), rel=0.05)
     settings = ConvertSettings.model_validate({"target": "glm4_moe"})
-    given = prepare(dense, settings, blueprint=done.output)
+    given = prepare(check_request(dense, settings, blueprint=done.output))
     assert expected_bytes(given) == pytest.approx(part.output + part.staging, rel=0.001)
 
 
@@ -170,7 +172,7 @@ def test_what_needs_another_architecture_is_forecast_and_refused_as_such(wide: C
     ("more", "says"),
     [
         ({"router": "oracle"}, "experts of different widths cost"),
-        ({"target": "glm4_moe"}, "would compute the widest expert for every token"),
+        ({"target": "glm4_moe"}, "would compute the widest for every token"),
     ],
 )
 def test_what_needs_equal_widths_is_refused_by_plan_and_convert(
@@ -191,7 +193,7 @@ def test_a_blueprint_with_free_widths_is_refused_what_its_method_is(wide: Callab
     made = moesaic.convert(wide("llama"), tmp_path / "out", settings=values)
     for more, says in ({"router": "oracle"}, "counts what experts"), ({"target": "mixtral"}, "compute the widest"):
         with pytest.raises(InputError, match=says):
-            prepare(wide("llama"), ConvertSettings.model_validate(more), blueprint=made.output)
+            prepare(check_request(wide("llama"), ConvertSettings.model_validate(more), blueprint=made.output))
     again = moesaic.convert(wide("llama"), tmp_path / "again", settings={}, blueprint=made.output)
     assert again.blueprint.digest() == made.blueprint.digest()
 
@@ -205,7 +207,9 @@ def test_a_router_for_what_is_always_on_is_refused(
         check_request(wide("llama"), ConvertSettings.model_validate(values))
     made = moesaic.convert(wide("llama"), tmp_path / "out", method="mlpmoe", options={"branches": 8}, target="moesaic")
     with pytest.raises(InputError, match="the blueprint routes nothing"):
-        prepare(wide("llama"), ConvertSettings.model_validate({"router": "oracle"}), blueprint=made.output)
+        prepare(
+            check_request(wide("llama"), ConvertSettings.model_validate({"router": "oracle"}), blueprint=made.output)
+        )
 
 
 def test_a_disk_that_holds_the_model_but_not_its_twins_is_refused(
@@ -302,7 +306,7 @@ def test_plan_says_the_active_fraction_that_convert_makes(
     method: str, options: dict[str, Any], tiny: Callable[[str], Path]
 ) -> None:
     values = {"method": method, "options": options, "calibration": {"tokens": 256, "window": 64}}
-    made = decide(prepare(tiny("llama"), ConvertSettings.model_validate(values)))
+    made = decide(prepare(check_request(tiny("llama"), ConvertSettings.model_validate(values))))
     expected = moesaic.plan(tiny("llama"), **values).active_ffn_fraction
     pruned = "keep" in options  # which branches are kept shows later
     assert expected == pytest.approx(active_fraction(made), abs=0.15 if pruned else 0.02)

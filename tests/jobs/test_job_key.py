@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moesaic.jobs.job import prepare
+from moesaic.jobs.request import check_request
 from moesaic.jobs.settings import ConvertSettings
 
 CALIBRATION = {"tokens": 64, "window": 32, "compute_dtype": "float32"}
@@ -32,5 +33,7 @@ BASE = {"method": "cmoe", "options": {"layout": "S1A1E4"}, "calibration": CALIBR
     ids=str,
 )
 def test_all_that_the_output_depends_on_is_in_the_key(change: dict[str, Any], tiny: Callable[[str], Path]) -> None:
-    keys = [prepare(tiny("llama"), ConvertSettings.model_validate(BASE | one)).key for one in ({}, change)]
+    keys = [
+        prepare(check_request(tiny("llama"), ConvertSettings.model_validate(BASE | one))).key for one in ({}, change)
+    ]
     assert keys[0] != keys[1]

@@ -25,10 +25,11 @@ from moesaic.checkpoint.reader import Checkpoint
 from moesaic.jobs.export_gguf import export_gguf
 from moesaic.methods.routed import pad_experts, split_units
 from moesaic.nn.reference import choose, reference_ffn
+from moesaic.progress import Silent
 from moesaic.staging.writer import StagedOutput
 from moesaic.targets import get_target
 from moesaic.targets.base import Split, TargetOptions
-from moesaic.targets.write import read_split, write_layer, write_rest
+from moesaic.targets.write import DenseSource, provenance_of, read_split, write_model, write_side_files
 
 write_gguf = partial(export_gguf, check=False)
 """Without the checks at its end: these tests compare by themselves."""
@@ -76,12 +77,12 @@ def write(
     """Write ``folder`` under ``plans`` as a target architecture, as a conversion does."""
     checkpoint = Checkpoint(folder)
     anatomy = read_anatomy(checkpoint.config)
-    module, options = get_target(target), options or TargetOptions()
+    made, options = get_target(target), options or TargetOptions()
+    split = read_split(checkpoint, anatomy, plans, attention)
     blueprint = Blueprint(anatomy.family.name, checkpoint.fingerprint(), "test", {}, dict(plans), dict(attention))
     with StagedOutput.open(out, {"test": target}, source=folder) as staged:
-        for layer in range(anatomy.num_layers):
-            write_layer(checkpoint, anatomy, staged, f"layer-{layer}", layer, plans, module, options, attention)
-        write_rest(checkpoint, anatomy, staged, blueprint, None, module, options)
+        write_model(DenseSource(checkpoint, split), split, made, options, staged, Silent())
+        write_side_files(checkpoint, staged, split, blueprint, provenance_of(checkpoint, blueprint, {}), made, options)
         return staged.finish()
 
 

@@ -8,18 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moesaic.errors import InputError
 from moesaic.solvers.limits import AllocationMode as Mode
-from moesaic.targets import AUTO
+from moesaic.targets import AUTO, TARGETS
 
 MODES = ("auto", "leading", "any", "widths")
-MODE_OF_TARGET: dict[str, Mode] = {
-    AUTO: "any",
-    "glm4_moe": "leading",
-    "ernie4_5_moe": "leading",
-    "qwen2_moe": "any",
-    "qwen3_moe": "any",
-    "moesaic": "widths",
-}
-"""The freest mode that a target holds; the targets that are missing here have experts in every layer."""
 _FREEDOM: tuple[Mode, ...] = ("leading", "any", "widths")
 
 
@@ -55,11 +46,12 @@ class AllocationConfig(BaseModel):
 
     def mode_for(self, target: str) -> Mode:
         """``mode``, resolved. Raises InputError when the target cannot hold it."""
-        freest = MODE_OF_TARGET.get(target)
-        if freest is None:
+        freest = "any" if target == AUTO else TARGETS[target].freedom
+        if freest == "none":
+            free = [name for name, other in TARGETS.items() if other.freedom != "none"]
             raise InputError(
                 f"target {target} has the same FFN in every layer: there is nothing to share out",
-                f"one of {', '.join(name for name in MODE_OF_TARGET if name != AUTO)} takes dense layers",
+                f"one of {', '.join(free)} takes dense layers",
             )
         mode = "leading" if self.mode == "auto" else self.mode
         if mode == "widths" and freest != "widths":

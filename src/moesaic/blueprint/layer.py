@@ -13,10 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moesaic.blueprint.shape import FFNShape, GateKind, RouterKind
 from moesaic.errors import InputError
-
-RouterKind = Literal["static", "linear", "low_rank", "gated"]
-GateKind = Literal["uniform", "scaled", "softmax_topk", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -226,6 +224,28 @@ class LayerPlan:
         if self.load is not None:
             return shared + sum(width * share for width, share in zip(own, self.load.tolist(), strict=True))
         return shared + sum(own) * self.top_k / len(own)
+
+    @cached_property
+    def shape(self) -> FFNShape:
+        """What targets and forecasts look at."""
+        bias_E = self.selection_bias
+        biased = bias_E is not None and self.top_k < len(self.experts) and bool((bias_E != bias_E[0]).any())
+        idle = self.gate == "scaled" and (self.gate_scale is None or not bool(self.gate_scale.any()))
+        return FFNShape(
+            d_ff=self.d_ff,
+            shared=len(self.shared),
+            own=tuple(len(expert) for expert in self.experts),
+            top_k=self.top_k,
+            router=self.router.kind,
+            gate="uniform" if idle else self.gate,
+            rewritten=sum(name.endswith("_FD") for name in self.projections) + (self.readout is not None),
+            union=len(self.union_neurons) if self.union else None,
+            varied=self.varied,
+            normalised=self.router.normalise_input,
+            router_bias=self.router.affine and "bias" in self.router.tensors,
+            selection_bias=biased,
+            output_bias=self.bias is not None,
+        )
 
     def spec(self) -> dict[str, Any]:
         """What the runtime must know to build this FFN, as it stands in ``config.json``: shapes and switches."""

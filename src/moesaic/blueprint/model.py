@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from moesaic.blueprint.attention import AttentionPlan
-from moesaic.blueprint.layer import OPTIONAL_TENSORS, STATIC, GateKind, LayerPlan, Router, RouterKind, WeightFade
+from moesaic.blueprint.layer import OPTIONAL_TENSORS, STATIC, LayerPlan, Router, WeightFade
+from moesaic.blueprint.shape import GateKind, RouterKind
 from moesaic.errors import CheckpointError
 
 __all__ = [

@@ -1,53 +1,108 @@
-"""How wide the parts of a split FFN become, known from the options alone. No torch here."""
+"""What one FFN becomes, in numbers of neurons and in kinds: from the options alone, or of a plan. No torch here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moesaic.blueprint.layout import Layout
 
-RouterKind = Literal["static", "linear", "gated"]
+RouterKind = Literal["static", "linear", "low_rank", "gated"]
+GateKind = Literal["uniform", "scaled", "softmax_topk", "sigmoid"]
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The parts of one FFN.
+class FFNShape:
+    """The parts of one FFN. Forecasts, targets and early checks read this and nothing else.
 
     Attributes:
+        d_ff: Neurons F of the dense FFN.
         shared: Neurons that every token uses.
-        own: Neurons of each routed expert, before padding to a common width.
+        own: Neurons of each routed expert. Before a decision without the padding to a common width; where experts have
+            free widths, their mean over tokens.
         top_k: Experts per token.
-        router: The method's own; without experts there is none, whatever stands here.
+        router: How they are chosen; ``static`` where there are none.
+        gate: How they are weighed; ``uniform`` where that is 1 for other reasons, such as scales of zero.
         rewritten: Matrices of each neuron that are new numbers, which the blueprint then holds: 1 is a refitted down
             projection, 3 all of a gated FFN.
         union: Most neurons that all experts have together, where these are stored once; None: a copy for each.
-        varied: Widths of a union's experts differ, and those of ``own`` hold in the mean over tokens.
+        varied: Widths of a union's experts differ.
         normalised: The router reads inputs of length 1.
-        softmax: Chosen experts are weighed by the softmax over their scores, not by 1.
+        router_bias: Its scores have a bias.
+        selection_bias: A bias for choosing only decides something: it differs between experts, not all are chosen.
+        output_bias: The FFN's output has a bias of the plan's own.
     """
 
+    d_ff: int
     shared: int
     own: tuple[int, ...] = ()
     top_k: int = 0
     router: RouterKind = "linear"
+    gate: GateKind = "uniform"
     rewritten: int = 0
     union: int | None = None
     varied: bool = False
     normalised: bool = False
-    softmax: bool = False
+    router_bias: bool = False
+    selection_bias: bool = False
+    output_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.own:
+            object.__setattr__(self, "router", "static")
 
     @property
-    def stored(self) -> int:
-        """Neurons in memory, the padding of shorter experts included; of a union at most."""
-        return self.shared + (len(self.own) * max(self.own, default=0) if self.union is None else self.union)
+    def experts(self) -> int:
+        """E."""
+        return len(self.own)
 
     @property
-    def active(self) -> int:
-        """Neurons that one token computes, that padding included."""
-        return self.shared + self.top_k * max(self.own, default=0)
+    def width(self) -> int:
+        """M, the widest expert."""
+        return max(self.own, default=0)
+
+    @property
+    def neurons(self) -> int:
+        """Rows of the packed FFN, the padding of shorter experts included; of a union at most."""
+        return self.shared + (self.experts * self.width if self.union is None else self.union)
+
+    @property
+    def active(self) -> float:
+        """Neurons that one token uses in the mean, padding not counted."""
+        return self.shared + (self.top_k * sum(self.own) / len(self.own) if self.own else 0)
+
+    @property
+    def padding(self) -> int:
+        """Neurons of zeros that bring all experts to one width."""
+        return self.experts * self.width - sum(self.own)
+
+    @property
+    def all_on(self) -> bool:
+        """Whether every expert is chosen always."""
+        return self.top_k == self.experts
+
+    @property
+    def weighs_one(self) -> bool:
+        """Whether a chosen expert always counts with weight 1."""
+        return self.router == "static" or self.gate == "uniform" or (self.gate == "softmax_topk" and self.top_k == 1)
+
+    @property
+    def always_on(self) -> bool:
+        """Whether every expert counts with weight 1 for every token, so that no score of the router matters."""
+        return self.router == "static" or (self.all_on and self.weighs_one)
+
+    def fitted(self) -> FFNShape:
+        """With the router replaced by a linear one and weights of 1."""
+        if self.router == "static":
+            return self
+        plain = {"normalised": False, "router_bias": False, "selection_bias": False}
+        return replace(self, router="linear", gate="uniform", **plain)
+
+    def router_rows(self, *, gated: bool) -> int:
+        """Rows of width D that the router stores. ``gated``: the FFN has a gate path, so has a gated router."""
+        return {"static": 0, "linear": 1, "low_rank": 1, "gated": 2 if gated else 1}[self.router] * self.experts
 
 
-def layout_sizes(layout: Layout, d_ff: int, router: RouterKind = "linear") -> Sizes:
-    """Those of a layout. Raises InputError when an FFN of ``d_ff`` neurons has fewer than its units."""
-    return Sizes(layout.shared_size(d_ff), tuple(layout.expert_sizes(d_ff)), layout.active, router)
+def layout_shape(layout: Layout, d_ff: int, router: RouterKind = "linear") -> FFNShape:
+    """That of a layout. Raises InputError when an FFN of ``d_ff`` neurons has fewer than its units."""
+    return FFNShape(d_ff, layout.shared_size(d_ff), tuple(layout.expert_sizes(d_ff)), layout.active, router)

@@ -78,12 +78,11 @@ def run(
     if blueprint is not None and (given := [name for name, value in own.items() if value is not None]):
         raise InputError("a blueprint says already how every FFN is split", f"leave {' and '.join(given)} out")
     # A slip is answered before torch is imported.
-    source = check_request(model, settings, out, decided=blueprint is not None).checkpoint.folder
+    request = check_request(model, settings, out, blueprint=blueprint)
     quiet_libraries()
-    from moesaic.jobs.convert import convert
+    from moesaic.jobs.convert import convert_request
 
-    progress = ConsoleProgress(quiet)
-    done = convert(source, out, settings=settings, blueprint=blueprint, restart=restart, progress=progress)
+    done = convert_request(request, out, restart=restart, progress=ConsoleProgress(quiet))
     if is_worker():
         return
     if as_json:

@@ -24,6 +24,7 @@ from moesaic.errors import InputError
 from moesaic.evaluate.differences import Differences, join, logit_differences
 from moesaic.evaluate.engine_parity import EngineParity
 from moesaic.evaluate.fresh_process import answers
+from moesaic.targets import TARGETS
 
 PYTHON_VARIABLE = "MOESAIC_VLLM_PYTHON"
 _CHILD = Path(__file__).with_name("vllm_child.py")
@@ -40,14 +41,6 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TORCH_COMPILE_DISABLE": "1",  # a few small functions, which would ask for a C++ compiler and half a minute
 }
-
-
-_UNREAD_BIASES = {
-    "granitemoeshared": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "ernie4_5_moe": ("o_proj", "gate_proj", "up_proj", "down_proj"),
-    "qwen3_moe": ("o_proj",),
-}
-"""Per architecture, biases that transformers reads and vLLM drops."""
 
 
 def find_python(explicit: str | Path | None = None) -> Path | None:
@@ -76,18 +69,21 @@ def vllm_version(python: Path) -> str:
 def otherwise_in_vllm(stock: Checkpoint) -> str | None:
     """Why vLLM computes something else from a stock folder, mostly without complaint, or None."""
     config = stock.config
-    model_type = config.get("model_type")
-    if model_type == "glm4_moe" and config.get("tie_word_embeddings"):
-        return "its glm4_moe overlooks tied embeddings: lm_head must be written"
-    if model_type == "qwen2_moe" and not any(name.endswith("q_proj.bias") for name in stock.names):
-        return "its qwen2_moe always has biases on query, key and value: they must be written, zeros if need be"
-    unread = tuple(f".{projection}.bias" for projection in _UNREAD_BIASES.get(str(model_type), ()))
+    model_type = str(config.get("model_type"))
+    if model_type not in TARGETS:
+        return None
+    gaps = TARGETS[model_type].vllm
+    if gaps.unties and config.get("tie_word_embeddings"):
+        return f"its {model_type} overlooks tied embeddings: lm_head must be written"
+    if gaps.asks_qkv_bias and not any(name.endswith("q_proj.bias") for name in stock.names):
+        return f"its {model_type} always has biases on query, key and value: they must be written, zeros if need be"
+    unread = tuple(f".{projection}.bias" for projection in gaps.unread_biases)
     for name in stock.names:
         if unread and name.endswith(unread) and bool(stock.tensor(name).any()):
-            return f"its {model_type} does not read {name}: glm4_moe has biases on query, key and value, no others"
+            return f"its {model_type} does not read {name}"
     natural = config["hidden_size"] // config["num_attention_heads"]
-    if model_type in ("granitemoeshared", "qwen2_moe") and config.get("head_dim") not in (None, natural):
-        return f"its {model_type} takes hidden_size / heads for head_dim: glm4_moe reads head_dim"
+    if gaps.natural_heads and config.get("head_dim") not in (None, natural):
+        return f"its {model_type} takes hidden_size / heads for head_dim"
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from moesaic.staging.results import read_results
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
+
+    from moesaic.staging.writer import StagedOutput
 
 _FITTED_TO = {
     "oracle": "the experts that do most on calibration text",
@@ -54,6 +56,20 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         _licence(made),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def finish(staged: StagedOutput, results: dict[str, Any], check: Callable[[Path], Mapping[str, Any]]) -> Path:
+    """Let an output appear once ``check`` has passed on the staged folder; what it found joins ``results``.
+
+    Results and card are part of the output. Raises what ``check`` raises; the output does not appear then.
+    """
+
+    def verify(folder: Path) -> None:
+        results.update(check(folder))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        staged.write_text(CARD, model_card(config, results))
+
+    return staged.finish(results=results, verify=verify)
 
 
 def write_card(folder: Path) -> None:

@@ -20,6 +20,7 @@ from moesaic.checkpoint.reader import Checkpoint
 from moesaic.evaluate.activity import Activity
 from moesaic.jobs.decide import decide
 from moesaic.jobs.job import Job, prepare
+from moesaic.jobs.request import check_request
 from moesaic.jobs.settings import ConvertSettings
 from moesaic.materialise.apply import apply_blueprint
 from moesaic.progress import Progress
@@ -86,4 +87,4 @@ def control_job(
         hierarchical=hierarchical,
         dense_layers=tuple(sorted(dense)),
     )
-    return prepare(baseline, settings)
+    return prepare(check_request(baseline, settings))

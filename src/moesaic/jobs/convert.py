@@ -7,7 +7,6 @@ Axes: N windows, W tokens per window.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,20 +19,20 @@ from torch import Tensor
 from moesaic.blueprint.layer import LayerPlan
 from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.loading import generation_fault
-from moesaic.checkpoint.origin import CARD
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError
 from moesaic.jobs import forecast
-from moesaic.jobs.card import model_card
-from moesaic.jobs.decide import Decisions, blueprint_of, decide_layers, step_of, train_beside, trains_whole_model
+from moesaic.jobs.card import finish
+from moesaic.jobs.decide import Decisions, blueprint_of, decide_layers, train_beside, trains_whole_model
 from moesaic.jobs.job import Job, prepare
+from moesaic.jobs.request import Request, check_request
 from moesaic.jobs.settings import ConvertSettings, build
 from moesaic.progress import Progress, Silent
 from moesaic.staging.placement import absolute, partial_of
 from moesaic.staging.writer import StagedOutput
-from moesaic.targets import AUTO, Choice, choose_target, get_target
+from moesaic.targets import AUTO, OWN, Choice, choose_target, get_target
 from moesaic.targets.base import Split, TargetOptions
-from moesaic.targets.write import read_split, write_layer, write_rest
+from moesaic.targets.write import DenseSource, provenance_of, read_split, write_model, write_side_files
 from moesaic.train.launch import is_worker, processes
 
 _CURVES = ("active_mean", "coverage", "load_max")
@@ -79,12 +78,20 @@ def convert(
         VerificationError: when the result does not compute what it should; ``output`` is not created.
         ResourceError: disk full; the staging folder is kept.
     """
-    progress = progress or Silent()
     if not isinstance(settings, ConvertSettings):
         settings = build(ConvertSettings, {**(settings or {}), **values}, "settings")
+    request = check_request(model, settings, output, blueprint=blueprint)
+    return convert_request(request, output, restart=restart, progress=progress)
+
+
+def convert_request(
+    request: Request, output: str | Path, *, restart: bool = False, progress: Progress | None = None
+) -> Conversion:
+    """:func:`convert` for what :func:`check_request` has found possible."""
+    progress = progress or Silent()
     started = time.monotonic()
     output = Path(output).expanduser()
-    job = prepare(model, settings, None if blueprint is None else Path(blueprint).expanduser(), output)
+    job, settings = prepare(request), request.settings
     if processes() > 1 and not trains_whole_model(job):
         raise InputError("only a training of the whole model uses several processes", "start it without the launcher")
     if is_worker():
@@ -100,7 +107,7 @@ def convert(
         blueprint_made = blueprint_of(job, made)
         split = read_split(job.checkpoint, job.anatomy, made.plans, blueprint_made.attention)
         choice = choose(split, settings.target, settings.target_options, progress)
-        _write(job, staged, blueprint_made, choice, progress)
+        _write(job, staged, blueprint_made, split, choice, progress)
         if trains_whole_model(job):
             from moesaic.jobs.training_record import write_record
 
@@ -113,27 +120,24 @@ def convert(
         if made.training:
             results["training"] = made.training
 
-        def verify(folder: Path) -> None:
-            results.update(_check(job, folder, blueprint_made, choice, progress))
+        def check(folder: Path) -> dict[str, Any]:
+            found = _check(job, folder, blueprint_made, split, choice, progress)
             results["conversion"]["seconds"] = round(time.monotonic() - started, 2)
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            staged.write_text(CARD, model_card(config, results))
+            return found
 
-        staged.finish(results=results, verify=verify)
+        finish(staged, results, check)
     return Conversion(output, choice.name, blueprint_made, results)
 
 
 def choose(split: Split, target: str, options: TargetOptions, progress: Progress) -> Choice:
-    """:func:`choose_target`, but ``auto`` keeps experts: of those that are always on it makes no dense FFN again."""
-    choice = choose_target(split, target, options)
+    """:func:`choose_target` for a conversion, which says what it took and why."""
+    choice = choose_target(split, target, options, keep_experts=True)
     if target != AUTO:
         return choice
-    if choice.name == "dense" and any(plan.experts for plan in split.plans.values()):
-        reason = "all its experts are always on; --target dense writes the same function for any engine"
-        choice = Choice("moesaic", get_target("moesaic"), {"dense": [reason]})
-    if choice.name == "moesaic":
-        name = "glm4_moe" if "glm4_moe" in choice.refused else min(choice.refused)
-        progress.note(f"architecture moesaic, not {name}: {choice.refused[name][0]}")
+    stock = [name for name in choice.refused if get_target(name).stock]
+    if choice.name == OWN:
+        name = min(stock or choice.refused, key=lambda name: len(choice.refused[name]))
+        progress.note(f"architecture {OWN}, not {name}: {choice.refused[name][0]}")
     else:
         progress.note(f"architecture {choice.name}")
     return choice
@@ -142,14 +146,8 @@ def choose(split: Split, target: str, options: TargetOptions, progress: Progress
 def expected_bytes(job: Job) -> int:
     """Disk that the output will take at most, with what the unfinished folder holds beside it."""
     source = forecast.read_source(job.checkpoint, job.anatomy)
-    if job.given is None:
-        needed = forecast.disk(job.settings, job.anatomy, job.dense_layers, source)
-    else:
-        fitted = job.settings.router is not None
-        shapes = {path: forecast.shape_of_plan(plan, fitted) for path, plan in job.given.sites.items()}
-        target = forecast.likely_target(job.settings, job.anatomy, next(iter(shapes.values())))
-        options, tokens = job.settings.target_options, 0 if job.windows is None else job.windows.ids_NW.numel()
-        needed = forecast.disk_of(shapes, job.anatomy, target, options, source, tokens)
+    tokens = 0 if job.windows is None else job.windows.ids_NW.numel()
+    needed = forecast.disk(job.split, job.target, job.settings.target_options, source, tokens)
     return needed.output + needed.staging
 
 
@@ -166,24 +164,12 @@ def _check_first(job: Job, plans: Mapping[str, LayerPlan]) -> None:
     choose_target(read_split(job.checkpoint, job.anatomy, expected), job.settings.target)
 
 
-def _write(job: Job, staged: StagedOutput, blueprint: Blueprint, choice: Choice, progress: Progress) -> None:
+def _write(
+    job: Job, staged: StagedOutput, blueprint: Blueprint, split: Split, choice: Choice, progress: Progress
+) -> None:
     """Write every layer that the staging folder does not have, and what stands beside the layers."""
     options = job.settings.target_options
-    progress.start(f"{choice.name}: writing", job.anatomy.num_layers)
-    for layer in range(job.anatomy.num_layers):
-        if not staged.done(step_of(layer)):
-            write_layer(
-                job.checkpoint,
-                job.anatomy,
-                staged,
-                step_of(layer),
-                layer,
-                blueprint.sites,
-                choice.module,
-                options,
-                blueprint.attention,
-            )
-        progress.advance(f"layer {layer}")
+    write_model(DenseSource(job.checkpoint, split), split, choice.target, options, staged, progress)
     router = job.settings.router
     made = {
         "calibration": None if job.windows is None else job.settings.calibration.model_dump(mode="json"),
@@ -191,8 +177,8 @@ def _write(job: Job, staged: StagedOutput, blueprint: Blueprint, choice: Choice,
         "target": choice.name,
         "target_options": options.model_dump(mode="json"),
     }
-    write_rest(job.checkpoint, job.anatomy, staged, blueprint, made, choice.module, options)
-    staged.write_text(CARD, model_card(json.loads((staged.folder / "config.json").read_text("utf-8")), {}))
+    provenance = provenance_of(job.checkpoint, blueprint, made)
+    write_side_files(job.checkpoint, staged, split, blueprint, provenance, choice.target, options)
 
 
 def _summary(made: Decisions) -> dict[str, Any]:
@@ -203,13 +189,15 @@ def _summary(made: Decisions) -> dict[str, Any]:
     return {"mode": fits[0]["mode"], "mean": mean, "sites": made.router_fits}
 
 
-def _check(job: Job, folder: Path, blueprint: Blueprint, choice: Choice, progress: Progress) -> dict[str, Any]:
+def _check(
+    job: Job, folder: Path, blueprint: Blueprint, split: Split, choice: Choice, progress: Progress
+) -> dict[str, Any]:
     """Parity of the staged folder, for results.json; raises VerificationError before the output appears."""
     from moesaic.evaluate.parity import stream_parity
     from moesaic.jobs.native import check_native, too_large
     from moesaic.jobs.verify import check_tensors
 
-    if choice.name == "moesaic":
+    if choice.name == OWN:
         progress.note("verifying: logits of the written checkpoint against the dense one")
         check_tensors(Checkpoint(folder))
         parity = stream_parity(job.checkpoint, job.anatomy, folder, blueprint, _parity_ids(job))
@@ -218,8 +206,7 @@ def _check(job: Job, folder: Path, blueprint: Blueprint, choice: Choice, progres
         progress.note(f"not verified in stock transformers: {reason}; run moesaic verify --parity where there is room")
         return {"native_parity_skipped": reason}
     progress.note("verifying: logits in stock transformers against those of the blueprint")
-    split = read_split(job.checkpoint, job.anatomy, blueprint.sites)
-    parity = check_native(folder, job.checkpoint, split, blueprint, choice.name, job.settings.target_options)
+    parity = check_native(folder, job.checkpoint, split, blueprint, choice.target, job.settings.target_options)
     return {"native_parity": parity.to_dict()}
 
 

@@ -20,7 +20,7 @@ from moesaic.adjust.budget import with_budget
 from moesaic.adjust.router import fit_linear_router
 from moesaic.anatomy.base import FFNSite
 from moesaic.blueprint.attention import AttentionPlan
-from moesaic.blueprint.layer import STATIC, LayerPlan, Router
+from moesaic.blueprint.layer import LayerPlan
 from moesaic.blueprint.model import Blueprint
 from moesaic.calibration.inputs import SiteInputs
 from moesaic.calibration.stream import LayerStream
@@ -33,6 +33,7 @@ from moesaic.methods.base import MethodModule, ModelContext, ModelMethodModule, 
 from moesaic.nn.ffn import FFNWeights
 from moesaic.progress import Progress, Silent
 from moesaic.staging.writer import StagedOutput
+from moesaic.targets.write import step_of
 from moesaic.train.launch import processes
 
 Plans = dict[str, LayerPlan]
@@ -54,11 +55,6 @@ class Decisions:
     allocation: dict[str, Any] = field(default_factory=dict)
 
 
-def step_of(layer: int) -> str:
-    """Name of a layer's step in the staging folder."""
-    return f"layer-{layer:05d}"
-
-
 def decide(job: Job, progress: Progress | None = None) -> Blueprint:
     """Run the method and return its blueprint without writing anything."""
     return blueprint_of(job, decide_layers(job, None, progress or Silent()))
@@ -69,12 +65,9 @@ def decide_layers(
 ) -> Decisions:
     """Decide every layer, keeping each one's plans in ``staged``; those that it has are not decided again.
 
-    ``check`` is called with the plans of the first converted layer before they are kept, to refuse early; where all
-    layers are decided by training, with plans of the sizes that are known before it.
+    ``check`` is called with the plans of the first converted layer before they are kept, to refuse early.
     """
     if trains_whole_model(job):
-        if check is not None:
-            check(_before_training(job))
         return _decide_model(job, staged, progress)
     job = with_allocation(job, staged, progress)
     layers = job.anatomy.num_layers
@@ -106,15 +99,6 @@ def decide_layers(
 def trains_whole_model(job: Job) -> bool:
     """Whether the method decides all FFNs together, by training."""
     return job.given is None and job.config.whole_model
-
-
-def _before_training(job: Job) -> Plans:
-    """What the first converted FFN will be, but for the neurons and the router's numbers."""
-    site = next(site for site in job.anatomy.sites if site.layer not in job.dense_layers)
-    parts = job.config.sizes(site.d_ff)
-    experts = tuple(torch.arange(width) for width in parts.own)
-    router = Router("linear", {"weight": torch.zeros(len(experts), job.anatomy.d_model)}) if experts else STATIC
-    return {site.path: LayerPlan(site.d_ff, torch.arange(parts.shared), experts, parts.top_k, router)}
 
 
 def _decide_model(job: Job, staged: StagedOutput | None, progress: Progress) -> Decisions:

@@ -5,31 +5,29 @@ Axes: W tokens of a window, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import moesaic
 from moesaic.checkpoint.converted import WEIGHTS_KEY, as_written, current_results
 from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.mark import SAVED_AGAIN
-from moesaic.checkpoint.origin import CARD
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError
 from moesaic.jobs import forecast, native
-from moesaic.jobs.card import model_card
+from moesaic.jobs.card import finish
 from moesaic.jobs.native import read_converted
 from moesaic.jobs.settings import build
 from moesaic.progress import Progress, Silent
 from moesaic.staging.writer import StagedOutput
-from moesaic.targets import AUTO, Choice, choose_target, get_target
+from moesaic.targets import AUTO, OWN, Choice, choose_target, get_target
 from moesaic.targets.base import Split, TargetOptions
-from moesaic.targets.write import write_side_files
+from moesaic.targets.write import ConvertedSource, write_model, write_side_files
 
 
 @dataclass(frozen=True)
@@ -83,11 +81,10 @@ def export(
         "target": choice.name,
         "options": settings.model_dump(),
     }
-    shapes = {path: forecast.shape_of_plan(plan) for path, plan in blueprint.sites.items()}
     source = forecast.read_converted_source(checkpoint, split.anatomy, blueprint.sites)
-    size = forecast.disk_of(shapes, split.anatomy, choice.name, settings, source).output
+    size = forecast.disk(split, choice.name, settings, source).output
     with StagedOutput.open(output, key, source=folder, expected_bytes=size, restart=restart) as staged:
-        _write_tensors(checkpoint, split, choice, settings, staged, progress)
+        write_model(ConvertedSource(checkpoint, split), split, choice.target, settings, staged, progress)
         provenance = {
             **checkpoint.config["moesaic"],
             "blueprint": blueprint.digest(),
@@ -95,22 +92,19 @@ def export(
             "target_options": settings.model_dump(),
             **({} if as_written(folder) else {SAVED_AGAIN: True}),
         }
-        write_side_files(checkpoint, staged, split, blueprint, provenance, choice.module, settings)
+        write_side_files(checkpoint, staged, split, blueprint, provenance, choice.target, settings)
         results = earlier | {"export": {"target": choice.name, "options": settings.model_dump()}}
 
-        def verify(staged_folder: Path) -> None:
+        def check(staged_folder: Path) -> dict[str, Any]:
             if reason := native.too_large(checkpoint, Checkpoint(staged_folder)):
                 progress.note(f"not verified in stock transformers: {reason}")
-                results["native_parity_skipped"] = reason
-            else:
-                progress.note("verifying: logits in stock transformers against those of the source folder")
-                model = moesaic_model(folder)
-                parity = native.compare_stock(staged_folder, model, checkpoint, split, choice.name, settings)
-                results["native_parity"] = parity.to_dict()
-            config = json.loads((staged_folder / "config.json").read_text(encoding="utf-8"))
-            staged.write_text(CARD, model_card(config, results))
+                return {"native_parity_skipped": reason}
+            progress.note("verifying: logits in stock transformers against those of the source folder")
+            model = moesaic_model(folder)
+            parity = native.compare_stock(staged_folder, model, checkpoint, split, choice.target, settings)
+            return {"native_parity": parity.to_dict()}
 
-        staged.finish(results=results, verify=verify)
+        finish(staged, results, check)
     return Export(output, choice.name, choice.refused, results)
 
 
@@ -120,57 +114,18 @@ def moesaic_model(folder: Path) -> nn.Module:
 
 
 def _choose(split: Split, target: str) -> Choice:
-    if target == "moesaic":
+    if target == OWN:
         raise InputError("the folder is of the moesaic architecture already", "choose another target, or auto")
     as_it_is = "serve the folder as it is, with transformers"
     if target != AUTO and (reasons := get_target(target).reasons(split)):
         fits = choose_target(split).name
-        hint = as_it_is if fits == "moesaic" else f"use --to {fits}"
+        hint = as_it_is if fits == OWN else f"use --to {fits}"
         raise InputError(f"target {target} cannot hold this model: {'; '.join(reasons)}", hint)
     choice = choose_target(split, target)
-    if choice.name == "moesaic":
+    if choice.name == OWN:
         if able := [name for name in choice.refused if not get_target(name).reasons(split)]:
             why = " and ".join(choice.refused[able[0]])
             raise InputError(f"auto takes no stock architecture: {able[0]}: {why}", f"name it: --to {able[0]}")
         text = "; ".join(f"{name}: {' and '.join(reasons)}" for name, reasons in choice.refused.items())
         raise InputError(f"no stock architecture holds this model: {text}", as_it_is)
     return choice
-
-
-def _write_tensors(
-    checkpoint: Checkpoint,
-    split: Split,
-    choice: Choice,
-    options: TargetOptions,
-    staged: StagedOutput,
-    progress: Progress,
-) -> None:
-    anatomy = split.anatomy
-    progress.start(f"{choice.name}: layers", anatomy.num_layers)
-    for layer in range(anatomy.num_layers):
-        step = f"layer-{layer:05d}"
-        if not staged.done(step):
-            copied, packed = _layer(checkpoint, split, layer)
-            staged.write_shard(step, choice.module.layer_tensors(split, layer, copied, packed, options))
-        progress.advance(f"layer {layer}")
-    if not staged.done("rest"):
-        layers = tuple(f"{anatomy.layer_path(layer)}." for layer in range(anatomy.num_layers))
-        rest = {name: checkpoint.finite_tensor(name) for name in checkpoint.names if not name.startswith(layers)}
-        staged.write_shard("rest", choice.module.rest_tensors(split, rest))
-
-
-def _layer(checkpoint: Checkpoint, split: Split, layer: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """One decoder layer's tensors: those of the dense model, and each converted FFN's packed ones."""
-    prefix = f"{split.anatomy.layer_path(layer)}."
-    paths = [site.path for site in split.anatomy.sites_of(layer) if site.path in split.plans]
-    copied: dict[str, Tensor] = {}
-    packed: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
-    for name in checkpoint.names:
-        if not name.startswith(prefix):
-            continue
-        owner = next((path for path in paths if name.startswith(f"{path}.")), None)
-        if owner is None:
-            copied[name] = checkpoint.finite_tensor(name)
-        else:
-            packed[owner][name.removeprefix(f"{owner}.")] = checkpoint.finite_tensor(name)
-    return copied, packed

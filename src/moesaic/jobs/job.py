@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,32 @@ from moesaic.calibration.skeleton import Skeleton
 from moesaic.calibration.text import Windows, build_windows
 from moesaic.checkpoint.ffn import load_ffn
 from moesaic.checkpoint.mark import tuned
-from moesaic.checkpoint.reader import CONFIG, Checkpoint, read_json
+from moesaic.checkpoint.reader import CONFIG, read_json
 from moesaic.checkpoint.tokenizer import load_tokenizer
 from moesaic.errors import CheckpointError, InputError
-from moesaic.jobs.request import at_active, check_request
+from moesaic.jobs.request import Request, at_active, expected_split
 from moesaic.jobs.settings import ConvertSettings
 from moesaic.methods import get_method
 from moesaic.methods.base import MethodConfig, MethodModule, ModelMethodModule
-from moesaic.targets import AUTO, get_target
-from moesaic.targets.base import Split
+from moesaic.targets import AUTO, choose_target
 from moesaic.targets.write import output_names
 
 
 @dataclass(frozen=True)
-class Job:
-    """Everything a conversion needs, resolved and checked; nothing has been computed or written yet."""
+class Job(Request):
+    """Everything a conversion needs, resolved and checked; nothing has been computed or written yet.
 
-    checkpoint: Checkpoint
-    anatomy: Anatomy
-    settings: ConvertSettings
+    Attributes:
+        method: The method's module.
+        windows: Calibration text, where it is read.
+        given: The blueprint that decides the split, in place of the method.
+        allocation: The report of ``jobs/allocate.py``, once the layers are measured.
+    """
+
     method: MethodModule | ModelMethodModule
-    config: MethodConfig
-    dense_layers: tuple[int, ...]
     windows: Windows | None
     given: Blueprint | None
-    allocation: dict[str, Any] | None = None  # the report of jobs/allocate.py, once the layers are measured
+    allocation: dict[str, Any] | None = None
 
     def config_of(self, layer: int) -> MethodConfig:
         """The method's config for the FFNs of one layer."""
@@ -73,55 +74,42 @@ class Job:
         }
 
 
-def prepare(
-    model: str | Path, settings: ConvertSettings, blueprint: Path | None = None, output: Path | None = None
-) -> Job:
-    """Resolve and check everything that can be known before the work. Raises InputError for what cannot work."""
-    request = check_request(model, settings, output, decided=blueprint is not None)
-    checkpoint, anatomy, config = request.checkpoint, request.anatomy, request.config
-    given = None if blueprint is None else _load_blueprint(blueprint)
+def prepare(request: Request) -> Job:
+    """Check everything that can be known before the work, the weights included. Raises InputError."""
+    settings, checkpoint, anatomy = request.settings, request.checkpoint, request.anatomy
+    given = None if request.blueprint is None else _load_blueprint(request.blueprint)
     if given is not None:
         _check_blueprint(given, anatomy)
-        if settings.allocation is not None or settings.dense_layers:
-            raise InputError("a blueprint says already which layers are dense", "leave allocation and dense layers out")
-        if settings.router is not None and all(plan.router.kind == "static" for plan in given.sites.values()):
-            raise InputError("the blueprint routes nothing: all it keeps is always on", "leave --router out")
-        if any(plan.varied for plan in given.sites.values()):
-            _check_varied(settings)
-        if settings.active is not None:
-            check_budget(given.sites)
+        _check_given(given, settings)
+        expected = expected_split(settings, anatomy, {path: plan.shape for path, plan in given.sites.items()})
+        request = replace(request, split=replace(expected, attention=given.attention))
     # In the dtype of nearly all tensors: then looking at the weights copies none.
     skeleton = Skeleton(checkpoint, anatomy, getattr(torch, checkpoint.dtype))
-    _check_target(anatomy, settings.target)
+    if settings.target != AUTO:
+        choose_target(request.split, settings.target)
     windows = None
-    decides = given is None and config.needs_calibration()
+    decides = given is None and request.config.needs_calibration()
     if decides or any(value is not None for value in (settings.router, settings.allocation, settings.active)):
         tokenizer = load_tokenizer(checkpoint.folder)
         longest = max_positions(checkpoint.config)
         windows = build_windows(settings.calibration, tokenizer, longest, skeleton.vocabulary)
     _check_weights(skeleton)
-    method = get_method(settings.method)
-    return Job(checkpoint, anatomy, settings, method, config, request.dense_layers, windows, given)
+    return Job(**vars(request), method=get_method(settings.method), windows=windows, given=given)
 
 
-def _check_varied(settings: ConvertSettings) -> None:
-    """Refuse for a blueprint with experts of different widths what check_split refuses for a method."""
-    if settings.router is not None:
+def _check_given(given: Blueprint, settings: ConvertSettings) -> None:
+    """Refuse settings that contradict a blueprint."""
+    if settings.allocation is not None or settings.dense_layers:
+        raise InputError("a blueprint says already which layers are dense", "leave allocation and dense layers out")
+    if settings.router is not None and all(plan.router.kind == "static" for plan in given.sites.values()):
+        raise InputError("the blueprint routes nothing: all it keeps is always on", "leave --router out")
+    if settings.router is not None and any(plan.varied for plan in given.sites.values()):
         raise InputError(
             "the blueprint's router counts what experts of different widths cost, another would not",
             "leave --router out",
         )
-    if settings.target not in (AUTO, "moesaic"):
-        raise InputError(
-            f"target {settings.target} cannot hold this blueprint: it would compute the widest expert for every token",
-            "use --target moesaic",
-        )
-
-
-def _check_target(anatomy: Anatomy, target: str) -> None:
-    """Refuse an architecture that cannot hold this model whatever is decided."""
-    if target != AUTO and (reasons := get_target(target).reasons(Split(anatomy, {}, {}))):
-        raise InputError(f"target {target} cannot hold this model: {'; '.join(reasons)}", "use --target auto")
+    if settings.active is not None:
+        check_budget(given.sites)
 
 
 def _load_blueprint(path: Path) -> Blueprint:

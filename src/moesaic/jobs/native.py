@@ -23,7 +23,7 @@ from moesaic.evaluate.native_parity import NEAR_TIE, NativeParity, native_parity
 from moesaic.evaluate.runtime import Runtime, round_experts
 from moesaic.materialise.apply import apply_blueprint
 from moesaic.targets import TARGETS, get_target
-from moesaic.targets.base import Split, TargetOptions
+from moesaic.targets.base import Split, Target, TargetOptions
 from moesaic.targets.write import read_split
 
 _WINDOW = 256
@@ -38,7 +38,7 @@ def check_native(
     dense: Checkpoint,
     split: Split,
     blueprint: Blueprint,
-    target: str,
+    target: Target,
     options: TargetOptions,
     windows: int = 1,
 ) -> NativeParity:
@@ -55,7 +55,7 @@ def compare_stock(
     model: nn.Module,
     source: Checkpoint,
     split: Split,
-    target: str,
+    target: Target,
     options: TargetOptions,
     windows: int = 1,
 ) -> NativeParity:
@@ -75,7 +75,7 @@ def compare_stock(
     config = split.anatomy.config
     ids_NW = parity_ids(folder, int(config["vocab_size"]), clipped(_WINDOW, config), windows)
     runtime = target_runtime(model, source, split, target, options)
-    exact = get_target(target).exact(split, options)
+    exact = target.exact(split, options)
     # Scores of size eps leave fp32 that much less to tell experts apart (docs/targets.md).
     near_tie = NEAR_TIE if exact else max(NEAR_TIE, _FP32_STEP / options.eps)
     parity = native_parity(folder, ids_NW, runtime, exact=exact, near_tie=near_tie)
@@ -83,12 +83,14 @@ def compare_stock(
     return parity
 
 
-def target_runtime(model: nn.Module, source: Checkpoint, split: Split, target: str, options: TargetOptions) -> Runtime:
+def target_runtime(
+    model: nn.Module, source: Checkpoint, split: Split, target: Target, options: TargetOptions
+) -> Runtime:
     """``model`` as the reference for a folder of ``target``, rounded in place as the folder's weights are; see
     :func:`compare_stock`."""
-    if not any(plan.experts for plan in split.plans.values()):
+    if not split.routed:
         return Runtime(model)
-    factor = get_target(target).factor(split, options)
+    factor = target.factor(split, options)
     sites = [site for site in split.anatomy.sites if site.path in split.plans]
     dtypes = {site.path: getattr(torch, down_dtype(source, site)) for site in sites}
     round_experts(model, dtypes, factor)
@@ -131,12 +133,12 @@ def verify_native(folder: str | Path, baseline: str | Path | None, *, windows: i
     return check_native(output.folder, dense, split, blueprint, target, options, windows)
 
 
-def target_of(output: Checkpoint, dense: Checkpoint, blueprint: Blueprint) -> tuple[Split, str, TargetOptions]:
+def target_of(output: Checkpoint, dense: Checkpoint, blueprint: Blueprint) -> tuple[Split, Target, TargetOptions]:
     """What a stock folder was written from: the split of ``dense``, the target and its options."""
     anatomy = read_anatomy(dense.config, hierarchical=FAMILIES[dense.config["model_type"]].moe is not None)
     made = output.config["moesaic"]
     options = TargetOptions.model_validate(made.get("target_options") or {})
-    return read_split(dense, anatomy, blueprint.sites), made["target"], options
+    return read_split(dense, anatomy, blueprint.sites), get_target(made["target"]), options
 
 
 def read_stock(folder: str | Path, baseline: str | Path | None) -> tuple[Checkpoint, Checkpoint, Blueprint]:
@@ -197,8 +199,8 @@ def fitting_targets(folder: str | Path) -> dict[str, list[str]]:
             "give a folder of the moesaic architecture, or a dense model",
         )
     else:
-        split = Split(read_anatomy(checkpoint.config), {}, {})
-    return {name: get_target(name).reasons(split) for name in TARGETS}
+        split = Split(read_anatomy(checkpoint.config))
+    return {name: target.reasons(split) for name, target in TARGETS.items()}
 
 
 def blueprint_model(dense: Checkpoint, anatomy: Anatomy, blueprint: Blueprint) -> nn.Module:

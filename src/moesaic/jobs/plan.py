@@ -21,10 +21,10 @@ from moesaic.checkpoint.reader import StoredNames, has_weights, missing_config, 
 from moesaic.checkpoint.source import check_file
 from moesaic.errors import InputError
 from moesaic.jobs import forecast
-from moesaic.jobs.request import active_neurons, check_headers, check_options, check_split
-from moesaic.jobs.settings import ConvertSettings, build, check_fits, method_config
+from moesaic.jobs.request import Outline, active_neurons, check_headers, check_options, check_split, outline_of
+from moesaic.jobs.settings import ConvertSettings, build
 from moesaic.paths import cache_folder
-from moesaic.targets import AUTO, TARGETS
+from moesaic.targets import AUTO, OWN, TARGETS
 from moesaic.targets.backbone import no_backbone
 
 if TYPE_CHECKING:
@@ -143,111 +143,102 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
     """
     if not isinstance(settings, ConvertSettings):
         settings = build(ConvertSettings, {**(settings or {}), **values}, "settings")
-    config = method_config(settings)
-    check_options(settings, config)
+    config = check_options(settings)
     described, folder = _describe(model), Path(model).expanduser()
     anatomy = read_anatomy(described.config, hierarchical=settings.hierarchical)
-    dense_layers = check_fits(config, anatomy, settings.dense_layers)
-    check_split(settings, config, anatomy)
+    outline = outline_of(settings, config, anatomy)
+    check_split(outline)
     if described.gguf is None and has_weights(folder):
         check_headers(StoredNames(folder), anatomy)
-    sites = [site for site in anatomy.sites if site.layer not in dense_layers]
-    layout = config.own_layout
     source = described.source(folder, anatomy)
-    memory = forecast.memory(settings, anatomy, source)
-    space = forecast.disk(settings, anatomy, dense_layers, source)
-    d_ff = sites[0].d_ff
-    matrices = 3 if anatomy.gated else 2
-    per_neuron = matrices * anatomy.d_model
+    memory = forecast.memory(outline, source)
+    tokens = settings.calibration.tokens if outline.reads_text else 0
+    space = forecast.disk(outline.split, outline.target, settings.target_options, source, tokens)
+    shape, layout = outline.shape, config.own_layout
+    sites = [site for site in anatomy.sites if site.path in outline.split.shapes]
+    per_neuron = (3 if anatomy.gated else 2) * anatomy.d_model
     total = sum(site.d_ff for site in anatomy.sites) * per_neuron
-    shape = forecast.shape_of(settings, d_ff, anatomy.gated)
     converted = sum(site.d_ff for site in sites) * per_neuron
-    experts, width = shape.experts, shape.width
-    own = config.sizes(d_ff).own
-    fraction = min(1.0, (shape.shared + (shape.top_k * sum(own) / len(own) if own else 0)) / d_ff)
-    padding = len(own) * max(own) - sum(own) if own else 0
+    fraction = min(1.0, shape.active / shape.d_ff)
     return PlanReport(
         family=anatomy.family.name,
         model_type=str(anatomy.config.get("model_type")),
         layers=anatomy.num_layers,
         converted_layers=len({site.layer for site in sites}),
         d_model=anatomy.d_model,
-        d_ff=d_ff,
+        d_ff=shape.d_ff,
         gated=anatomy.gated,
         method=settings.method,
         layout=None if layout is None else str(layout),
         shared_width=shape.shared,
-        expert_width=width,
+        expert_width=shape.width,
         varied_widths=shape.varied,
-        experts=experts,
+        experts=shape.experts,
         top_k=shape.top_k,
-        padding_per_layer=padding,
+        padding_per_layer=shape.padding,
         active_ffn_fraction=fraction,
         ffn_parameters=total,
         active_ffn_parameters=round(total - converted * (1 - fraction)),
-        router_parameters=len(sites) * shape.router_rows * anatomy.d_model,
-        seconds=_seconds(settings, anatomy, total, fraction),
+        router_parameters=len(sites) * shape.router_rows(gated=anatomy.gated) * anatomy.d_model,
+        seconds=_seconds(outline, total, fraction),
         peak_bytes=memory.private,
         mapped_bytes=memory.mapped,
         target=space.target,
         output_bytes=space.output,
         staging_bytes=space.staging,
         remarks=(
-            *_remarks(0 if shape.varied else width, padding),
-            _target_remark(settings, anatomy, shape),
-            *_allocation_remarks(settings, anatomy),
+            *_remarks(0 if shape.varied else shape.width, shape.padding),
+            _target_remark(outline),
+            *_allocation_remarks(outline),
             *_size_remarks(memory, space),
             *described.remarks(),
         ),
     )
 
 
-def _seconds(settings: ConvertSettings, anatomy: Anatomy, ffn_parameters: int, fraction: float) -> float:
+def _seconds(outline: Outline, ffn_parameters: int, fraction: float) -> float:
     """Two passes over the FFNs (statistics, then the converted forward) and one over attention, at a nominal speed.
 
     Training is three passes over what is trained: of the teacher, forward and backward.
     """
+    anatomy, calibration = outline.anatomy, outline.settings.calibration
     attention = 4 * anatomy.d_model**2 * anatomy.num_layers
-    config = method_config(settings)
-    needs_data = settings.router is not None or config.needs_calibration()
-    operations = 2 * settings.calibration.tokens * (ffn_parameters * (1 + fraction) + attention) if needs_data else 0
-    if (train := config.training) is not None:
-        head = anatomy.d_model * int(anatomy.config.get("vocab_size") or 0)
-        tokens = train.steps * train.batch * settings.calibration.window
-        operations += 6 * tokens * (ffn_parameters + attention + head)
-    operations += _measuring(settings, anatomy, ffn_parameters + attention) + _deciding(settings, anatomy)
+    operations = 2 * calibration.tokens * (ffn_parameters * (1 + fraction) + attention) if outline.reads_text else 0
+    if (train := outline.config.training) is not None:
+        tokens = train.steps * train.batch * calibration.window
+        operations += 6 * tokens * (ffn_parameters + attention + _head(anatomy))
+    operations += _measuring(outline, ffn_parameters + attention)
+    shapes = outline.split.shapes.values()
+    operations += sum(outline.config.operations(shape.d_ff, anatomy.d_model, calibration.tokens) for shape in shapes)
     copying = 3 * 4 * ffn_parameters / 1e9  # read, pack, write, at about 1 GB/s
     return round(operations / (GFLOPS_PER_CORE * 1e9 * (os.cpu_count() or 1)) + copying, 1)
 
 
-def _deciding(settings: ConvertSettings, anatomy: Anatomy) -> float:
-    """Operations of the method itself, where it has many."""
-    config, tokens = method_config(settings), settings.calibration.tokens
-    dense = {layer % anatomy.num_layers for layer in settings.dense_layers}
-    sites = [site for site in anatomy.sites if site.layer not in dense]
-    return sum(config.operations(site.d_ff, anatomy.d_model, tokens) for site in sites)
+def _head(anatomy: Anatomy) -> int:
+    return anatomy.d_model * int(anatomy.config.get("vocab_size") or 0)
 
 
-def _measuring(settings: ConvertSettings, anatomy: Anatomy, parameters: int) -> float:
+def _measuring(outline: Outline, parameters: int) -> float:
     """Operations of the layers' sensitivity: half of the model and all of the head for each cut of each layer, on the
     tokens that measure; two runs of the dense model, as other tokens choose the neurons. ``parameters``: of all layers.
     """
+    settings, anatomy = outline.settings, outline.anatomy
     if settings.allocation is None:
         return 0
-    cuts = len(_fractions(settings, anatomy)) * anatomy.num_layers
-    head = anatomy.d_model * int(anatomy.config.get("vocab_size") or 0)
+    cuts = len(_fractions(outline)) * anatomy.num_layers
     tokens = min(settings.allocation.tokens, settings.calibration.tokens // 2)
-    per_cut = parameters * (anatomy.num_layers + 1) / (2 * anatomy.num_layers) + head
-    return 2 * tokens * (cuts * per_cut + 2 * parameters + head)
+    per_cut = parameters * (anatomy.num_layers + 1) / (2 * anatomy.num_layers) + _head(anatomy)
+    return 2 * tokens * (cuts * per_cut + 2 * parameters + _head(anatomy))
 
 
-def _fractions(settings: ConvertSettings, anatomy: Anatomy) -> tuple[float, ...]:
-    assert settings.allocation is not None
-    active = active_neurons(method_config(settings), anatomy.d_ff)
-    return settings.allocation.fractions_for(active / anatomy.d_ff)
+def _fractions(outline: Outline) -> tuple[float, ...]:
+    assert outline.settings.allocation is not None
+    active = active_neurons(outline.config, outline.anatomy.d_ff)
+    return outline.settings.allocation.fractions_for(active / outline.anatomy.d_ff)
 
 
-def _allocation_remarks(settings: ConvertSettings, anatomy: Anatomy) -> tuple[str, ...]:
+def _allocation_remarks(outline: Outline) -> tuple[str, ...]:
+    settings = outline.settings
     if settings.allocation is None:
         return ()
     what = {
@@ -255,7 +246,7 @@ def _allocation_remarks(settings: ConvertSettings, anatomy: Anatomy) -> tuple[st
         "any": "which layers stay dense",
         "widths": "how many neurons each layer uses",
     }[settings.allocation.mode_for(settings.target)]
-    at = " and ".join(f"{fraction:.1%}" for fraction in _fractions(settings, anatomy))
+    at = " and ".join(f"{fraction:.1%}" for fraction in _fractions(outline))
     return (
         f"{what} is measured first, each layer cut alone to {at} of its neurons; the figures here are for equal "
         "layers, and the total active size is the same",
@@ -282,16 +273,17 @@ def _remarks(width: int, padding: int) -> tuple[str, ...]:
     return tuple(remarks)
 
 
-def _target_remark(settings: ConvertSettings, anatomy: Anatomy, shape: forecast.Shape) -> str:
+def _target_remark(outline: Outline) -> str:
     """Which architecture the output will have, and what loads it, as far as the config shows it."""
+    shape, asked = outline.shape, outline.settings.target
     loads = "the moesaic architecture: transformers loads it after `import moesaic`, or with trust_remote_code=True"
-    if settings.target not in (AUTO, "moesaic"):
-        return f"written as {settings.target}, for {', '.join(TARGETS[settings.target].engines)}"
-    if settings.target == "moesaic":
+    if asked not in (AUTO, OWN):
+        return f"written as {asked}, for {', '.join(TARGETS[asked].engines)}"
+    if asked == OWN:
         return f"written in {loads}"
-    if reason := no_backbone(anatomy):
+    if reason := no_backbone(outline.anatomy):
         return f"written in {loads}; {reason}"
-    if forecast.prunes_attention(settings):
+    if outline.config.prunes_attention:
         return f"written in {loads}; no stock architecture has pruned attention"
     if shape.router == "static" and shape.experts:
         return f"written in {loads}; --target dense writes the same function for any engine"

@@ -1,40 +1,82 @@
-"""What a conversion can be refused for at once, without torch: paths, options, config.json, headers of the shards."""
+"""What a conversion is asked to do, resolved once; and what it can be refused for at once, without torch: paths,
+options, config.json, headers of the shards."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
+from moesaic.blueprint.shape import FFNShape
 from moesaic.calibration.config import check_sources
 from moesaic.checkpoint.ffn import ffn_tensor_names
 from moesaic.checkpoint.reader import Checkpoint, StoredNames
 from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import CheckpointError, InputError
-from moesaic.jobs.forecast import prunes_attention, shape_of
 from moesaic.jobs.settings import ConvertSettings, check_fits, method_config
 from moesaic.methods.base import MethodConfig
 from moesaic.staging.placement import absolute, check_output
-from moesaic.targets import AUTO
-from moesaic.targets.backbone import no_backbone
+from moesaic.targets import AUTO, OWN, TARGETS, likely_target, refuse
+from moesaic.targets.base import Split
 from moesaic.train.launch import check_shared
 
 
 @dataclass(frozen=True)
-class Request:
-    """A model and what to do with it, possible as far as its headers show. ``dense_layers`` count from 0."""
+class Outline:
+    """A conversion as far as options and config.json show it.
+
+    Attributes:
+        settings: As given.
+        config: The method's own options.
+        anatomy: Of the model.
+        dense_layers: Layers that stay dense, counted from 0.
+        split: What the FFNs are expected to become.
+    """
+
+    settings: ConvertSettings
+    config: MethodConfig
+    anatomy: Anatomy
+    dense_layers: tuple[int, ...]
+    split: Split
+
+    @property
+    def shape(self) -> FFNShape:
+        """What the first converted FFN is expected to become."""
+        return next(iter(self.split.shapes.values()))
+
+    @property
+    def target(self) -> str:
+        """The architecture that the output will have, as far as that shows without transformers."""
+        if self.settings.target == AUTO and (self.config.prunes_attention or self.split.attention):
+            return OWN
+        return likely_target(self.split, self.settings.target, self.settings.target_options)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the conversion reads calibration text."""
+        settings = self.settings
+        decides = self.config.needs_calibration()
+        return decides or any(value is not None for value in (settings.router, settings.allocation, settings.active))
+
+
+@dataclass(frozen=True)
+class Request(Outline):
+    """A conversion that is possible as far as headers show. ``blueprint``: of the folder that decides the split."""
 
     checkpoint: Checkpoint
-    anatomy: Anatomy
-    config: MethodConfig
-    dense_layers: tuple[int, ...]
+    blueprint: Path | None
 
 
 def check_request(
-    model: str | Path, settings: ConvertSettings, output: str | Path | None = None, *, decided: bool = False
+    model: str | Path,
+    settings: ConvertSettings,
+    output: str | Path | None = None,
+    *,
+    blueprint: str | Path | None = None,
 ) -> Request:
     """Resolve ``model`` (which may fetch or dequantise it) and refuse what cannot work.
 
@@ -42,25 +84,50 @@ def check_request(
         model: Local folder, .gguf file or hub id.
         settings: The conversion.
         output: The folder to create, when there is to be one.
-        decided: A blueprint says how FFNs are split, not the method.
+        blueprint: A blueprint that says how FFNs are split, in place of the method.
 
     Raises:
         InputError, UnsupportedModelError, CheckpointError: naming the path, option, file or tensor.
         ResourceError: no room for the dequantised copy of a .gguf.
     """
-    config = method_config(settings)
-    if settings.active is not None and not decided:
+    given = None if blueprint is None else Path(blueprint).expanduser()
+    if settings.active is not None and given is None:
         raise InputError("active changes the budget of a blueprint, and none is given", "set the method's own option")
-    check_options(settings, config)
+    config = check_options(settings)
     if output is not None:  # before a model is fetched for it
         check_output(absolute(output), local_folder(model))
     checkpoint = Checkpoint(resolve_model(str(model)))
     anatomy = read_anatomy(checkpoint.config, hierarchical=settings.hierarchical)
-    dense_layers = check_fits(config, anatomy, settings.dense_layers)
-    if not decided:
-        check_split(settings, config, anatomy)
+    outline = outline_of(settings, config, anatomy)
+    if given is None:
+        check_split(outline)
     check_headers(checkpoint, anatomy)
-    return Request(checkpoint, anatomy, config, dense_layers)
+    return Request(**vars(outline), checkpoint=checkpoint, blueprint=given)
+
+
+def check_options(settings: ConvertSettings) -> MethodConfig:
+    """The method's own options. Refuses what the settings alone show: needs of the method, texts that are not there."""
+    config = method_config(settings)
+    _check_whole_model(settings, config)
+    wanted = (settings.router, settings.allocation, settings.active)
+    if config.needs_calibration() or any(value is not None for value in wanted):
+        check_sources(settings.calibration)
+    return config
+
+
+def outline_of(settings: ConvertSettings, config: MethodConfig, anatomy: Anatomy) -> Outline:
+    """The conversion of a model. Refuses experts that do not fit, and layers that do not exist."""
+    dense_layers = check_fits(config, anatomy, settings.dense_layers)
+    sites = [site for site in anatomy.sites if site.layer not in dense_layers]
+    by_width = {width: config.sizes(width) for width in {site.d_ff for site in sites}}
+    split = expected_split(settings, anatomy, {site.path: by_width[site.d_ff] for site in sites})
+    return Outline(settings, config, anatomy, dense_layers, split)
+
+
+def expected_split(settings: ConvertSettings, anatomy: Anatomy, shapes: Mapping[str, FFNShape]) -> Split:
+    """The model as targets will see it, once its routers are replaced where the settings ask for that."""
+    fits = settings.router is not None
+    return Split(anatomy, expected={path: shape.fitted() if fits else shape for path, shape in shapes.items()})
 
 
 def check_headers(stored: StoredNames, anatomy: Anatomy) -> None:
@@ -76,17 +143,9 @@ def check_headers(stored: StoredNames, anatomy: Anatomy) -> None:
         )
 
 
-def check_options(settings: ConvertSettings, config: MethodConfig) -> None:
-    """Refuse what the settings alone show: needs of the method, calibration texts that are not there."""
-    _check_whole_model(settings)
-    needs_text = config.needs_calibration()
-    if needs_text or any(value is not None for value in (settings.router, settings.allocation, settings.active)):
-        check_sources(settings.calibration)
-
-
-def check_split(settings: ConvertSettings, config: MethodConfig, anatomy: Anatomy) -> None:
+def check_split(outline: Outline) -> None:
     """Refuse a router, a budget over layers or a target that the method's experts cannot have."""
-    shape = shape_of(settings, anatomy.d_ff)
+    settings, shape = outline.settings, outline.shape
     if settings.router is not None and shape.router == "static":
         raise InputError(f"method {settings.method} routes nothing: all it keeps is always on", "leave --router out")
     if settings.router is not None and shape.varied:
@@ -94,35 +153,26 @@ def check_split(settings: ConvertSettings, config: MethodConfig, anatomy: Anatom
             f"the router of {settings.method} counts what experts of different widths cost, another would not",
             "leave --router out, or add --set widths=equal",
         )
-    check_allocation(settings, config, anatomy)
-    name = settings.target
-    if name in (AUTO, "moesaic"):
-        return
-    if name == "dense":
-        if shape.router != "static":
-            raise InputError(
-                f"target dense cannot hold this model: {settings.method} chooses experts per token", "use --target auto"
-            )
-    elif reason := no_backbone(anatomy):
-        raise InputError(f"target {name} cannot hold this model: {reason}", "use --target auto")
-    elif not shape.experts:
-        raise InputError(
-            f"target {name} cannot hold this model: no FFN has routed experts", "use --target dense, or moesaic"
-        )
-    elif shape.varied:
-        raise InputError(
-            f"target {name} cannot hold this model: it would compute the widest expert for every token",
-            "add --set widths=equal, or use --target moesaic",
-        )
-    elif shape.router == "gated" or shape.normalised:
-        raise InputError(
-            f"target {name} has linear routers, those of {settings.method} are of another kind",
-            "add --router oracle, or use --target moesaic",
-        )
+    check_allocation(outline)
+    if settings.target != AUTO:
+        reasons = TARGETS[settings.target].split_reasons(outline.split)
+        refuse(settings.target, reasons, _remedy(outline))
 
 
-def check_allocation(settings: ConvertSettings, config: MethodConfig, anatomy: Anatomy) -> None:
+def _remedy(outline: Outline) -> str:
+    """What would make a split fit into a stock architecture, and which one holds it as it is."""
+    shape = outline.shape
+    fits = f"use --target {likely_target(outline.split, AUTO, outline.settings.target_options)}"
+    if shape.varied:
+        return f"add --set widths=equal, or {fits}"
+    if shape.router == "gated" or shape.normalised:
+        return f"add --router oracle, or {fits}"
+    return fits
+
+
+def check_allocation(outline: Outline) -> None:
     """Refuse a budget over layers that the method or the target cannot follow."""
+    settings, config, anatomy = outline.settings, outline.config, outline.anatomy
     if settings.allocation is None:
         return
     if config.whole_model:
@@ -139,7 +189,7 @@ def check_allocation(settings: ConvertSettings, config: MethodConfig, anatomy: A
             "every neuron is active: there is nothing to share out", "lower active, or leave allocation out"
         )
     settings.allocation.mode_for(settings.target)
-    if settings.target == AUTO and shape_of(settings, anatomy.d_ff).router == "static":
+    if settings.target == AUTO and outline.shape.router == "static":
         raise InputError(
             f"without routing, target auto is a dense model whose layers are all as wide as the widest: {anatomy.d_ff}",
             "choose target moesaic",
@@ -148,8 +198,8 @@ def check_allocation(settings: ConvertSettings, config: MethodConfig, anatomy: A
 
 def active_neurons(config: MethodConfig, d_ff: int) -> int:
     """Neurons that one token uses of an FFN of ``d_ff``, padding of experts not counted."""
-    parts = config.sizes(d_ff)
-    return parts.shared + (round(parts.top_k * sum(parts.own) / len(parts.own)) if parts.own else 0)
+    shape = config.sizes(d_ff)
+    return shape.shared + round(shape.active - shape.shared)
 
 
 def at_active(config: MethodConfig, active: float) -> MethodConfig:
@@ -157,16 +207,15 @@ def at_active(config: MethodConfig, active: float) -> MethodConfig:
     return config.model_copy(update={"active": active})
 
 
-def _check_whole_model(settings: ConvertSettings) -> None:
+def _check_whole_model(settings: ConvertSettings, config: MethodConfig) -> None:
     """Refuse what a method that trains on the whole model leaves no room for."""
-    config = method_config(settings)
     if not config.whole_model:
         return
     if settings.router is not None:
         raise InputError(f"method {settings.method} learns its own linear router", "leave --router out")
     if settings.hierarchical:
         raise InputError(f"method {settings.method} starts from a dense model", "leave --hierarchical out")
-    if prunes_attention(settings) and settings.target not in (AUTO, "moesaic"):
+    if config.prunes_attention and settings.target not in (AUTO, OWN):
         raise InputError(f"target {settings.target} has no pruned attention", "choose moesaic, or attention: none")
     if importlib.util.find_spec("accelerate") is None:
         raise InputError("training needs accelerate", "pip install 'moesaic[tune]'")

@@ -24,14 +24,12 @@ from moesaic.checkpoint.converted import WEIGHTS_KEY, current_results, read_blue
 from moesaic.checkpoint.ffn import ffn_tensor_names
 from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.mark import KEY
-from moesaic.checkpoint.origin import CARD
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.tokenizer import load_tokenizer
 from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.native_parity import parity_ids
 from moesaic.evaluate.parity import TOLERANCE, relative_difference
-from moesaic.jobs.card import model_card
-from moesaic.jobs.decide import step_of
+from moesaic.jobs.card import finish
 from moesaic.jobs.settings import build
 from moesaic.jobs.training_record import write_record
 from moesaic.jobs.tune_request import TuneRequest, check_tune
@@ -40,9 +38,9 @@ from moesaic.materialise.pack import TENSOR_NAMES
 from moesaic.progress import Progress, Silent
 from moesaic.staging.placement import absolute, partial_of
 from moesaic.staging.writer import StagedOutput
-from moesaic.targets import choose_target, get_target
-from moesaic.targets.base import Split
-from moesaic.targets.write import output_names, read_split, write_side_files
+from moesaic.targets import choose_target
+from moesaic.targets.base import Split, Target
+from moesaic.targets.write import layer_prefixes, output_names, read_split, step_of, write_model, write_side_files
 from moesaic.train.data import TrainData, read_data
 from moesaic.train.launch import is_worker
 from moesaic.train.loop import TrainReport, learned, train
@@ -134,7 +132,7 @@ def tune(
     job = _prepare(request, preset_name, progress)
     if is_worker():
         _train(job, partial_of(absolute(output)) / "training", Silent())
-        return Tuned(Path(output), request.target, job.blueprint, {})
+        return Tuned(Path(output), request.target.name, job.blueprint, {})
     size = int(1.05 * request.source.nbytes)
     with StagedOutput.open(
         output, job.key, source=request.source.folder, expected_bytes=size, restart=restart
@@ -144,18 +142,16 @@ def tune(
         model, changed = _merged(job, staged.training)
         blueprint = tuned_blueprint(job.blueprint, model)
         about = _about(job, report, trained)
-        _write(job, staged, model, changed, blueprint, about)
+        _write(job, staged, model, changed, blueprint, about, progress)
         results = {name: value for name, value in earlier.items() if name not in _STALE}
         results["tune"] = {**about, "seconds": round(report.seconds, 1), "config": config.model_dump(mode="json")}
 
-        def verify(staged_folder: Path) -> None:
+        def check(staged_folder: Path) -> dict[str, Any]:
             progress.note("verifying: logits of the written folder against the trained model's")
-            results.update(_check(job, staged_folder, model, blueprint))
-            written = json.loads((staged_folder / "config.json").read_text(encoding="utf-8"))
-            staged.write_text(CARD, model_card(written, results))
+            return _check(job, staged_folder, model, blueprint)
 
-        staged.finish(results=results, verify=verify)
-    return Tuned(Path(output).expanduser(), request.target, blueprint, results)
+        finish(staged, results, check)
+    return Tuned(Path(output).expanduser(), request.target.name, blueprint, results)
 
 
 def _prepare(request: TuneRequest, preset_name: str, progress: Progress) -> _Job:
@@ -167,13 +163,18 @@ def _prepare(request: TuneRequest, preset_name: str, progress: Progress) -> _Job
     for note in notes:
         progress.note(note)
     sigmoid = request.config.gate == "sigmoid" or (
-        request.config.gate == "auto" and request.target == "glm4_moe" and request.config.router_rate > 0
+        request.config.gate == "auto" and _has_sigmoid(request.target) and request.config.router_rate > 0
     )
     plans = {path: _as_trained(plan, request.config, sigmoid) for path, plan in blueprint.sites.items()}
     if request.config.gate == "sigmoid":
         _check_gates(plans)
-    choose_target(_split(request, replace(blueprint, sites=plans)), request.target)
+    choose_target(_split(request, replace(blueprint, sites=plans)), request.target.name)
     return _Job(request, blueprint, data, data.ids_NW[:2] if sigmoid else None, preset_name)
+
+
+def _has_sigmoid(target: Target) -> bool:
+    """Whether experts weighed by 2 sigmoid(z) are the architecture's own form."""
+    return target.limits is not None and target.limits.sigmoid
 
 
 def _as_trained(plan: LayerPlan, config: TuneConfig, sigmoid: bool) -> LayerPlan:
@@ -262,26 +263,30 @@ def _about(job: _Job, report: TrainReport, trained: list[str]) -> dict[str, Any]
 
 
 def _write(
-    job: _Job, staged: StagedOutput, model: nn.Module, changed: set[str], blueprint: Blueprint, about: dict[str, Any]
+    job: _Job,
+    staged: StagedOutput,
+    model: nn.Module,
+    changed: set[str],
+    blueprint: Blueprint,
+    about: dict[str, Any],
+    progress: Progress,
 ) -> None:
     """Write every layer, and what stands beside the layers. Rounds the model to what is written."""
     request, anatomy = job.request, job.request.anatomy
-    target, split = get_target(request.target), _split(request, blueprint)
+    split = _split(request, blueprint)
     written = replace(split, attention={}) if request.own else split  # an own folder's attention is pruned already
     stored = _Stored(job, model, changed)
     for layer in range(anatomy.num_layers):
-        copied, packed = stored.layer(layer)
-        if not staged.done(step_of(layer)):
-            staged.write_shard(step_of(layer), target.layer_tensors(written, layer, copied, packed, request.options))
-    if not staged.done("rest"):
-        staged.write_shard("rest", target.rest_tensors(split, stored.rest()))
+        if staged.done(step_of(layer)):
+            stored.layer(layer)  # rounds the model as the layer was written
+    write_model(stored, written, request.target, request.options, staged, progress)
     provenance = {
         **request.source.config["moesaic"],
         "version": moesaic.__version__,
         "blueprint": blueprint.digest(),
         KEY: json.loads(json.dumps(about)),
     }
-    write_side_files(request.source, staged, split, blueprint, provenance, target, request.options)
+    write_side_files(request.source, staged, split, blueprint, provenance, request.target, request.options)
     write_record(staged)
 
 
@@ -301,7 +306,7 @@ class _Stored:
         self._own = request.own
 
     def layer(self, layer: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-        """A decoder layer's dense tensors, and its converted FFNs as ``materialise.pack`` would name them."""
+        """See :class:`moesaic.targets.write.Source`. Rounds the layer's trained tensors in the model too."""
         anatomy = self._anatomy
         packed, replaced = {}, set()
         for site in anatomy.sites_of(layer):
@@ -326,7 +331,7 @@ class _Stored:
 
     def rest(self) -> dict[str, Tensor]:
         """The tensors outside the decoder layers, which are not trained."""
-        layers = tuple(f"{self._anatomy.layer_path(layer)}." for layer in range(self._anatomy.num_layers))
+        layers = layer_prefixes(self._anatomy)
         return {out: self._base.finite_tensor(name) for name, out in self._names.items() if not out.startswith(layers)}
 
     def _tensor(self, out: str, name: str) -> Tensor:

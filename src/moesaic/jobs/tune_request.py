@@ -18,8 +18,8 @@ from moesaic.checkpoint.reader import CONFIG, Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import InputError
 from moesaic.staging.placement import absolute, check_output
-from moesaic.targets import TARGETS
-from moesaic.targets.base import TargetOptions
+from moesaic.targets import OWN, TARGETS
+from moesaic.targets.base import Target, TargetOptions
 from moesaic.train.launch import check_shared, is_sharded
 from moesaic.tune.config import TuneConfig
 
@@ -41,7 +41,7 @@ class TuneRequest:
     source: Checkpoint
     dense: Checkpoint | None
     anatomy: Anatomy
-    target: str
+    target: Target
     options: TargetOptions
     config: TuneConfig
     teacher_cache: Path | None = None
@@ -49,7 +49,7 @@ class TuneRequest:
     @property
     def own(self) -> bool:
         """Whether the folder is of the ``moesaic`` architecture, and so can be loaded as it is."""
-        return self.target == "moesaic"
+        return self.target.name == OWN
 
 
 def check_tune(
@@ -64,8 +64,8 @@ def check_tune(
     made = _made(folder)
     check_output(absolute(output), folder)
     source = Checkpoint(folder)
-    own = source.config.get("model_type") == "moesaic"
-    target = "moesaic" if own else str(made.get("target") or source.config.get("model_type"))
+    own = source.config.get("model_type") == OWN
+    target = OWN if own else str(made.get("target") or source.config.get("model_type"))
     if target not in TARGETS:
         raise InputError(f"{folder} does not say which architecture it was made for", "convert the model again")
     if not own and (reason := tuned(source.config)):
@@ -90,7 +90,7 @@ def check_tune(
     anatomy = read_anatomy(dense_config, hierarchical=FAMILIES[dense_config["model_type"]].moe is not None)
     options = TargetOptions.model_validate(made.get("target_options") or {})
     cache = None if teacher_cache is None else _checked_cache(absolute(teacher_cache), config)
-    return TuneRequest(source, dense, anatomy, target, options, config, cache)
+    return TuneRequest(source, dense, anatomy, TARGETS[target], options, config, cache)
 
 
 def _check_processes(config: TuneConfig) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moesaic.blueprint.attention import AttentionPlan
     from moesaic.blueprint.layer import LayerPlan
     from moesaic.blueprint.layout import Layout
-    from moesaic.blueprint.shape import Sizes
+    from moesaic.blueprint.shape import FFNShape
     from moesaic.calibration.inputs import SiteInputs
     from moesaic.checkpoint.reader import Checkpoint
     from moesaic.nn.ffn import FFNWeights
@@ -46,7 +46,7 @@ class MethodConfig(BaseModel, ABC):
     has_active: ClassVar[bool] = False
 
     @abstractmethod
-    def sizes(self, d_ff: int) -> Sizes:
+    def sizes(self, d_ff: int) -> FFNShape:
         """How wide the parts of an FFN of ``d_ff`` neurons become. Raises InputError when they do not fit."""
 
     def check(self, d_ff: int) -> None:

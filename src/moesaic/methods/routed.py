@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moesaic.blueprint.layer import STATIC, GateKind, LayerPlan, Router
+from moesaic.blueprint.layer import STATIC, LayerPlan, Router
 from moesaic.blueprint.layout import Layout
+from moesaic.blueprint.shape import GateKind
 
 
 def split_units(order_F: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor]]:

@@ -1,20 +1,24 @@
-"""What every target architecture is: a module that says whether it can hold a split model, and how it is written.
+"""What every target architecture is: an object that says whether it can hold a split model, and how it is written.
 
-A target is one file with the names of :class:`TargetModule`; one line in ``targets/__init__.py`` describes it. No torch
-here.
+A target is one file with a ``TARGET`` (see ``mixtral.py``) and one line in ``targets/__init__.py``. No torch here:
+``moesaic plan`` asks targets too. What writes tensors imports it where it begins.
 
 Axes: D model width, M neurons per expert.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from moesaic.anatomy.base import Anatomy
+from moesaic.blueprint.shape import FFNShape
+from moesaic.targets.limits import Limits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,51 +66,144 @@ class Split:
             in all layers of most architectures. Empty while nothing is decided yet.
         specs: What the runtime must know of each (``materialise.site_spec``); only the ``moesaic`` target reads them.
         attention: Every pruned attention's plan, by module path; only the ``moesaic`` target can hold them.
+        expected: Before anything is decided, what each converted FFN will be.
     """
 
     anatomy: Anatomy
-    plans: Mapping[str, LayerPlan]
-    specs: Mapping[str, Mapping[str, Any]]
+    plans: Mapping[str, LayerPlan] = field(default_factory=dict)
+    specs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
+    expected: Mapping[str, FFNShape] = field(default_factory=dict)
 
-    def plan_of(self, layer: int) -> LayerPlan | None:
-        """The plan of a dense model's decoder layer, None when it stays dense."""
-        return self.plans.get(self.path_of(layer))
+    @cached_property
+    def shapes(self) -> Mapping[str, FFNShape]:
+        """Every converted FFN's shape, by module path."""
+        return {path: plan.shape for path, plan in self.plans.items()} or self.expected
+
+    def shape_of(self, layer: int) -> FFNShape | None:
+        """The shape of a dense model's decoder layer, None when it stays dense."""
+        return self.shapes.get(self.path_of(layer))
 
     def path_of(self, layer: int) -> str:
         """Module path of the FFN of a dense model's decoder layer."""
         return f"{self.anatomy.layer_path(layer)}.{self.anatomy.family.ffn}"
 
+    @property
+    def routed(self) -> list[FFNShape]:
+        """The shapes that have routed experts."""
+        return [shape for shape in self.shapes.values() if shape.experts]
 
-class TargetModule(Protocol):
-    """What a target's file holds."""
+    @property
+    def dense_layers(self) -> list[int]:
+        """Decoder layers whose FFN has no routed experts, converted or not."""
+        shapes = map(self.shape_of, range(self.anatomy.num_layers))
+        return [layer for layer, shape in enumerate(shapes) if shape is None or not shape.experts]
 
-    @staticmethod
-    def reasons(split: Split) -> list[str]:
+
+def approximates(split: Split, *, normalised: bool) -> bool:
+    """Whether a stock router only approaches the plans' weights of 1.
+
+    ``normalised``: it divides by the sum over the chosen experts, so that a single one has weight 1 whatever its score.
+    """
+    return any(
+        shape.weighs_one and not shape.always_on and not (normalised and shape.top_k == 1)
+        for shape in split.shapes.values()
+    )
+
+
+@dataclass(frozen=True)
+class VLLMGaps:
+    """Where vLLM computes something else than transformers, mostly without complaint.
+
+    Attributes:
+        unread_biases: Projections whose biases it drops.
+        natural_heads: It takes hidden_size / heads for head_dim.
+        asks_qkv_bias: It reads biases of query, key and value, whatever config.json says.
+        unties: It overlooks tied embeddings.
+    """
+
+    unread_biases: tuple[str, ...] = ()
+    natural_heads: bool = False
+    asks_qkv_bias: bool = False
+    unties: bool = False
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """One architecture of the output.
+
+    Attributes:
+        name: As in ``--target``, and the ``model_type`` of a stock architecture.
+        summary: What it holds, in one line.
+        engines: The software that loads its folders with no code of ours.
+        limits: What fits into it; None where the target judges by itself.
+        normalised: Weights are divided by their sum over the chosen experts.
+        times: What down projections of routed experts are multiplied by on disk, so that the sum comes out right.
+        vllm: See :class:`VLLMGaps`.
+    """
+
+    name: str
+    summary: str
+    engines: tuple[str, ...]
+    limits: Limits | None = None
+    normalised: bool = True
+    times: Literal["one", "top_k", "experts"] = "one"
+    vllm: VLLMGaps = VLLMGaps()
+
+    @property
+    def stock(self) -> bool:
+        """Whether it is a MoE architecture that engines know without us."""
+        return self.limits is not None
+
+    @property
+    def replicates(self) -> bool:
+        """Whether shared neurons are copied into every routed expert, as there is no shared one."""
+        return self.limits is not None and not self.limits.shared_expert
+
+    @property
+    def freedom(self) -> Literal["none", "leading", "any", "widths"]:
+        """How layers may differ: which of them may stay dense, or in width as well."""
+        return "none" if self.limits is None else self.limits.dense_layers
+
+    def reasons(self, split: Split) -> list[str]:
         """Why this architecture cannot hold the model, naming what does not fit and what would; [] if it can.
 
-        With empty ``split.plans`` only what config.json shows is judged, before any work.
+        Where nothing is decided or expected yet, only what config.json shows is judged. Imports transformers.
         """
-        ...
+        from moesaic.targets.reasons import backbone_reasons, layer_reasons
 
-    @staticmethod
-    def exact(split: Split, options: TargetOptions) -> bool:
+        if self.limits is None:
+            return self.split_reasons(split)
+        return backbone_reasons(split.anatomy, self.limits) + layer_reasons(split, self.limits)
+
+    def split_reasons(self, split: Split) -> list[str]:
+        """The part of :meth:`reasons` that needs no transformers: the family, and what became of the FFNs."""
+        from moesaic.targets.reasons import family_reasons, layer_reasons
+
+        assert self.limits is not None
+        return family_reasons(split.anatomy, self.limits) + layer_reasons(split, self.limits)
+
+    def exact(self, split: Split, options: TargetOptions) -> bool:
         """Whether it computes the same function, rounding apart; if not, weights of 1 are approached (``eps``)."""
-        ...
+        return self.limits is None or not approximates(split, normalised=self.normalised)
 
-    @staticmethod
-    def factor(split: Split, options: TargetOptions) -> int:
+    def factor(self, split: Split, options: TargetOptions) -> int:
         """What the down projections of routed experts are multiplied by on disk; rounded unless a power of two."""
-        ...
+        if self.times == "one":
+            return 1
+        return max(shape.top_k if self.times == "top_k" else shape.experts for shape in split.routed)
 
-    @staticmethod
-    def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:
+    @abstractmethod
+    def stored(self, shape: FFNShape, split: Split, options: TargetOptions) -> tuple[int, int]:
+        """Neurons of a converted FFN as written, and rows of width D in fp32 beside them (the router, a gate)."""
+
+    @abstractmethod
+    def config_json(self, split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:
         """config.json, with ``provenance`` as its block ``moesaic``."""
-        ...
 
-    @staticmethod
+    @abstractmethod
     def layer_tensors(
-        split: Split, layer: int, copied: Mapping[str, Tensor], packed: Packed, options: TargetOptions
+        self, split: Split, layer: int, copied: Mapping[str, Tensor], packed: Packed, options: TargetOptions
     ) -> dict[str, Tensor]:
         """The tensors of one decoder layer as they stand on disk.
 
@@ -117,14 +214,15 @@ class TargetModule(Protocol):
             packed: Its converted FFNs.
             options: How to approximate and to pad.
         """
-        ...
 
-    @staticmethod
-    def rest_tensors(split: Split, copied: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors outside the decoder layers, from the dense model's."""
-        ...
+    def rest_tensors(self, split: Split, copied: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors outside the decoder layers, from the dense model's; a stock model gets a head of its own."""
+        if self.limits is None:
+            return dict(copied)
+        from moesaic.targets.tensors import untied_rest
 
-    @staticmethod
-    def files() -> dict[str, str]:
+        return untied_rest(split, copied)
+
+    def files(self) -> dict[str, str]:
         """Further text files of the folder, by name."""
-        ...
+        return {}

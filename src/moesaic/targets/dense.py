@@ -9,72 +9,75 @@ Axes: D model width, F neurons.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from typing import TYPE_CHECKING, Any
 
 from moesaic.anatomy.base import FFNSite
-from moesaic.targets import common
-from moesaic.targets.base import Packed, Split, TargetOptions
-from moesaic.targets.limits import stock_attention_reasons
+from moesaic.blueprint.shape import FFNShape
+from moesaic.targets.base import Packed, Split, Target, TargetOptions
+from moesaic.targets.reasons import attention_reasons
 
-files = common.no_files
-factor = common.times_one
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _PACKED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
-def reasons(split: Split) -> list[str]:
-    """See :class:`TargetModule`."""
-    if split.anatomy.family.moe is not None:
-        return ["the experts of a MoE were split: they differ in width, which its own architecture cannot hold"]
-    found = stock_attention_reasons(split)
-    routed = [path for path, plan in split.plans.items() if plan.router.kind != "static"]
-    if routed:
-        found.append(f"{routed[0]} chooses experts per token (one of {len(routed)} FFNs that do): a dense FFN cannot")
-    # In every family, an FFN with a bias on its input has one on its output.
-    biased = [path for path, plan in split.plans.items() if plan.bias is not None and not split.specs[path]["up_bias"]]
-    if biased:
-        found.append(f"{biased[0]}: the FFN's output has a bias, the dense model's has none: target moesaic holds it")
-    return found
+class Dense(Target):
+    """See the file's own text."""
+
+    def split_reasons(self, split: Split) -> list[str]:
+        """See :class:`Target`."""
+        if split.anatomy.family.moe is not None:
+            return ["the experts of a MoE were split: they differ in width, which its own architecture cannot hold"]
+        found = attention_reasons(split)
+        routed = [path for path, shape in split.shapes.items() if shape.router != "static"]
+        if routed:
+            found.append(
+                f"{routed[0]} chooses experts per token (one of {len(routed)} FFNs that do): a dense FFN cannot"
+            )
+        # In every family, an FFN with a bias on its input has one on its output.
+        added = [path for path, shape in split.shapes.items() if shape.output_bias and not split.specs[path]["up_bias"]]
+        if added:
+            found.append(
+                f"{added[0]}: the FFN's output has a bias, the dense model's has none: target moesaic holds it"
+            )
+        return found
+
+    def stored(self, shape: FFNShape, split: Split, options: TargetOptions) -> tuple[int, int]:
+        """See :class:`Target`."""
+        return min(shape.neurons, shape.d_ff), 0
+
+    def config_json(self, split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:
+        """See :class:`Target`."""
+        return {**split.anatomy.config, split.anatomy.family.d_ff: _width(split), "moesaic": dict(provenance)}
+
+    def layer_tensors(
+        self, split: Split, layer: int, copied: Mapping[str, Tensor], packed: Packed, options: TargetOptions
+    ) -> dict[str, Tensor]:
+        """See :class:`Target`."""
+        made = dict(copied)
+        (site,) = split.anatomy.sites_of(layer)
+        if site.path in packed:
+            real_P = split.plans[site.path].packed >= 0
+            parts = {
+                f"{role}.{kind}": _take(tensor, role, kind, real_P)
+                for role, name in _PACKED.items()
+                for kind in ("weight", "bias")
+                if (tensor := packed[site.path].get(f"{name}.{kind}")) is not None
+            }
+        elif _width(split) == site.d_ff:
+            return made
+        else:
+            parts = _read(made, site)
+        width = _width(split)
+        return made | _write({key: _pad(tensor, key, width) for key, tensor in parts.items()}, site)
 
 
-def exact(split: Split, options: TargetOptions) -> bool:
-    """See :class:`TargetModule`."""
-    return True
-
-
-def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:
-    """See :class:`TargetModule`."""
-    return {**split.anatomy.config, split.anatomy.family.d_ff: _width(split), "moesaic": dict(provenance)}
-
-
-def layer_tensors(
-    split: Split, layer: int, copied: Mapping[str, Tensor], packed: Packed, options: TargetOptions
-) -> dict[str, Tensor]:
-    """See :class:`TargetModule`."""
-    tensors = dict(copied)
-    (site,) = split.anatomy.sites_of(layer)
-    if site.path in packed:
-        real_P = split.plans[site.path].packed >= 0
-        parts = {
-            f"{role}.{kind}": _take(tensor, role, kind, real_P)
-            for role, name in _PACKED.items()
-            for kind in ("weight", "bias")
-            if (tensor := packed[site.path].get(f"{name}.{kind}")) is not None
-        }
-    elif _width(split) == site.d_ff:
-        return tensors
-    else:
-        parts = _read(tensors, site)
-    width = _width(split)
-    return tensors | _write({key: _pad(tensor, key, width) for key, tensor in parts.items()}, site)
-
-
-def rest_tensors(split: Split, copied: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """See :class:`TargetModule`."""
-    return dict(copied)
+TARGET = Dense(
+    name="dense",
+    summary="the dense architecture itself with fewer neurons, for FFNs without routing",
+    engines=("whatever loads the dense model",),
+)
 
 
 def _width(split: Split) -> int:
@@ -90,6 +93,8 @@ def _take(tensor: Tensor, role: str, kind: str, real_P: Tensor) -> Tensor:
 
 
 def _pad(tensor: Tensor, key: str, width: int) -> Tensor:
+    from torch.nn import functional as F
+
     if key == "down.bias":
         return tensor
     if key == "down.weight":
@@ -113,6 +118,8 @@ def _read(tensors: dict[str, Tensor], site: FFNSite) -> dict[str, Tensor]:
 
 def _write(parts: dict[str, Tensor], site: FFNSite) -> dict[str, Tensor]:
     """The inverse of :func:`_read`, in memory of its own."""
+    import torch
+
     parts = dict(parts)
     if site.names.fused:
         for kind in ("weight", "bias"):

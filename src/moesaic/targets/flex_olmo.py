@@ -11,54 +11,58 @@ transformers backend.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from moesaic.targets import common
+from moesaic.blueprint.shape import FFNShape
 from moesaic.targets.backbone import read_backbone
-from moesaic.targets.base import Packed, Split, TargetOptions
-from moesaic.targets.limits import Limits, approximates, reasons_against
+from moesaic.targets.base import Packed, Split, Target, TargetOptions
+from moesaic.targets.config import base_config, geometry
+from moesaic.targets.limits import Limits
 
-LIMITS = Limits(qkv_bias=True, o_bias=True, qk_norm=("full",), post_norm=True)
-
-rest_tensors = common.untied_rest
-files = common.no_files
-factor = common.times_top_k
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def reasons(split: Split) -> list[str]:
-    """See :class:`TargetModule`."""
-    return reasons_against(split, LIMITS)
+class FlexOlmo(Target):
+    """See the file's own text."""
+
+    def stored(self, shape: FFNShape, split: Split, options: TargetOptions) -> tuple[int, int]:
+        """See :class:`Target`."""
+        geo = geometry(split, options)
+        return geo.experts * (geo.shared + geo.width), geo.experts
+
+    def config_json(self, split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:
+        """See :class:`Target`."""
+        backbone = read_backbone(split.anatomy)
+        geo = geometry(split, options)
+        config = base_config(split, backbone, "flex_olmo", "FlexOlmoForCausalLM", provenance)
+        return config | {
+            "attention_bias": backbone.qkv_bias,
+            "intermediate_size": geo.shared + geo.width,
+            "num_experts": geo.experts,
+            "num_experts_per_tok": geo.top_k,
+            "norm_topk_prob": True,
+        }
+
+    def layer_tensors(
+        self, split: Split, layer: int, copied: Mapping[str, Tensor], packed: Packed, options: TargetOptions
+    ) -> dict[str, Tensor]:
+        """See :class:`Target`."""
+        from moesaic.targets import tensors
+
+        moe = tensors.moe_layer(split, layer, copied, packed, options, normalised=True)
+        experts = tensors.replicated(moe, geometry(split, options))
+        return (
+            tensors.kept_tensors(split, layer, copied)
+            | tensors.expert_tensors(f"{moe.path}.experts", experts)
+            | {f"{moe.path}.gate.weight": moe.router.weight_ED}
+        )
 
 
-def exact(split: Split, options: TargetOptions) -> bool:
-    """See :class:`TargetModule`."""
-    return not approximates(split, normalised=True)
-
-
-def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:
-    """See :class:`TargetModule`."""
-    backbone = read_backbone(split.anatomy)
-    geo = common.geometry(split, options)
-    config = common.base_config(split, backbone, "flex_olmo", "FlexOlmoForCausalLM", provenance)
-    return config | {
-        "attention_bias": backbone.qkv_bias,
-        "intermediate_size": geo.shared + geo.width,
-        "num_experts": geo.experts,
-        "num_experts_per_tok": geo.top_k,
-        "norm_topk_prob": True,
-    }
-
-
-def layer_tensors(
-    split: Split, layer: int, copied: Mapping[str, Tensor], packed: Packed, options: TargetOptions
-) -> dict[str, Tensor]:
-    """See :class:`TargetModule`."""
-    moe = common.moe_layer(split, layer, copied, packed, options, normalised=True)
-    experts = common.replicated(moe, common.geometry(split, options))
-    return (
-        common.kept_tensors(split, layer, copied)
-        | common.expert_tensors(f"{moe.path}.experts", experts)
-        | {f"{moe.path}.gate.weight": moe.router.weight_ED}
-    )
+TARGET = FlexOlmo(
+    name="flex_olmo",
+    summary="no shared expert; OLMo 2's norms",
+    engines=("transformers", "vLLM"),
+    limits=Limits(qkv_bias=True, o_bias=True, qk_norm=("full",), post_norm=True, shared_expert=False),
+    times="top_k",
+)

@@ -14,72 +14,78 @@ Axes: E experts, D model width, M neurons per expert.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from moesaic.targets import common
+from moesaic.blueprint.shape import FFNShape
 from moesaic.targets.backbone import read_backbone
-from moesaic.targets.base import Packed, Split, TargetOptions
-from moesaic.targets.limits import Limits, approximates, reasons_against
+from moesaic.targets.base import Packed, Split, Target, TargetOptions, VLLMGaps
+from moesaic.targets.config import base_config, geometry
+from moesaic.targets.limits import Limits
 
-LIMITS = Limits(qkv_bias=True, o_bias=True, any_head_dim=False, multipliers=True)
-
-files = common.no_files
-factor = common.times_top_k
-
-
-def reasons(split: Split) -> list[str]:
-    """See :class:`TargetModule`."""
-    return reasons_against(split, LIMITS)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def exact(split: Split, options: TargetOptions) -> bool:
-    """See :class:`TargetModule`."""
-    return not approximates(split, normalised=True)
+class GraniteMoEShared(Target):
+    """See the file's own text."""
 
+    def stored(self, shape: FFNShape, split: Split, options: TargetOptions) -> tuple[int, int]:
+        """See :class:`Target`."""
+        geo = geometry(split, options)
+        return geo.experts * geo.width + geo.shared, geo.experts
 
-def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:
-    """See :class:`TargetModule`."""
-    backbone = read_backbone(split.anatomy)
-    geo = common.geometry(split, options)
-    config = common.base_config(split, backbone, "granitemoeshared", "GraniteMoeSharedForCausalLM", provenance)
-    return config | {
-        **backbone.multipliers,
-        "attention_bias": backbone.qkv_bias,
-        "intermediate_size": geo.width,
-        "shared_intermediate_size": geo.shared,
-        "num_local_experts": geo.experts,
-        "num_experts_per_tok": geo.top_k,
-    }
-
-
-def layer_tensors(
-    split: Split, layer: int, copied: Mapping[str, Tensor], packed: Packed, options: TargetOptions
-) -> dict[str, Tensor]:
-    """See :class:`TargetModule`."""
-    geo = common.geometry(split, options)
-    kept = common.kept_tensors(split, layer, copied)
-    moe = common.moe_layer(split, layer, copied, packed, options, normalised=True)
-    path = split.anatomy.layer_path(layer)
-    experts = [expert.padded(geo.width).scaled(factor(split, options)) for expert in moe.experts]
-    tensors = {
-        f"{path}.block_sparse_moe.input_linear.weight": torch.stack([torch.cat([e.gate_MD, e.up_MD]) for e in experts]),
-        f"{path}.block_sparse_moe.output_linear.weight": torch.stack([e.down_DM for e in experts]),
-        f"{path}.block_sparse_moe.router.layer.weight": moe.router.weight_ED,
-    }
-    if geo.shared:
-        shared = moe.shared.padded(geo.shared)
-        tensors |= {
-            f"{path}.shared_mlp.input_linear.weight": torch.cat([shared.gate_MD, shared.up_MD]),
-            f"{path}.shared_mlp.output_linear.weight": shared.down_DM.clone(memory_format=torch.contiguous_format),
+    def config_json(self, split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:
+        """See :class:`Target`."""
+        backbone = read_backbone(split.anatomy)
+        geo = geometry(split, options)
+        config = base_config(split, backbone, "granitemoeshared", "GraniteMoeSharedForCausalLM", provenance)
+        return config | {
+            **backbone.multipliers,
+            "attention_bias": backbone.qkv_bias,
+            "intermediate_size": geo.width,
+            "shared_intermediate_size": geo.shared,
+            "num_local_experts": geo.experts,
+            "num_experts_per_tok": geo.top_k,
         }
-    backbone = read_backbone(split.anatomy)
-    if backbone.qkv_bias and not backbone.o_bias:  # one switch for all four
-        o_proj = f"{path}.self_attn.o_proj"
-        tensors[f"{o_proj}.bias"] = common.zeros_like_rows(kept[f"{o_proj}.weight"])
-    return kept | tensors
+
+    def layer_tensors(
+        self, split: Split, layer: int, copied: Mapping[str, Tensor], packed: Packed, options: TargetOptions
+    ) -> dict[str, Tensor]:
+        """See :class:`Target`."""
+        import torch
+
+        from moesaic.targets import tensors
+
+        geo = geometry(split, options)
+        kept = tensors.kept_tensors(split, layer, copied)
+        moe = tensors.moe_layer(split, layer, copied, packed, options, normalised=True)
+        path = split.anatomy.layer_path(layer)
+        experts = [expert.padded(geo.width).scaled(self.factor(split, options)) for expert in moe.experts]
+        made = {
+            f"{path}.block_sparse_moe.input_linear.weight": torch.stack(
+                [torch.cat([e.gate_MD, e.up_MD]) for e in experts]
+            ),
+            f"{path}.block_sparse_moe.output_linear.weight": torch.stack([e.down_DM for e in experts]),
+            f"{path}.block_sparse_moe.router.layer.weight": moe.router.weight_ED,
+        }
+        if geo.shared:
+            shared = moe.shared.padded(geo.shared)
+            made |= {
+                f"{path}.shared_mlp.input_linear.weight": torch.cat([shared.gate_MD, shared.up_MD]),
+                f"{path}.shared_mlp.output_linear.weight": shared.down_DM.clone(memory_format=torch.contiguous_format),
+            }
+        backbone = read_backbone(split.anatomy)
+        if backbone.qkv_bias and not backbone.o_bias:  # one switch for all four
+            o_proj = f"{path}.self_attn.o_proj"
+            made[f"{o_proj}.bias"] = tensors.zeros_like_rows(kept[f"{o_proj}.weight"])
+        return kept | made
 
 
-rest_tensors = common.untied_rest
+TARGET = GraniteMoEShared(
+    name="granitemoeshared",
+    summary="shared expert of any width, softmax over the chosen; Granite's multipliers",
+    engines=("transformers", "vLLM", "SGLang"),
+    limits=Limits(qkv_bias=True, o_bias=True, any_head_dim=False, multipliers=True),
+    times="top_k",
+    vllm=VLLMGaps(unread_biases=("q_proj", "k_proj", "v_proj", "o_proj"), natural_heads=True),
+)

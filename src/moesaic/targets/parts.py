@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from moesaic.blueprint.layer import LayerPlan
 from moesaic.errors import InputError
-from moesaic.targets.limits import always_on, biased_selection, weighs_one
 
 
 class Branch(NamedTuple):
@@ -126,11 +125,11 @@ def router_rows(plan: LayerPlan, d_model: int, gamma_D: Tensor | None, eps: floa
         eps: Standard deviation of the scores where weights are to be 1.
         any_scale: The architecture gives weights of 1 whatever the size of the scores; they then keep the most digits.
     """
-    if always_on(plan):
+    if plan.shape.always_on:
         return RouterRows(torch.zeros(len(plan.experts), d_model), torch.zeros(len(plan.experts)))
     weight_ED = plan.router.rows()
     bias_E = plan.router.tensors.get("bias", torch.zeros(len(weight_ED))).float()
-    if biased_selection(plan) or not weighs_one(plan):
+    if plan.shape.selection_bias or not plan.shape.weighs_one:
         return RouterRows(weight_ED, bias_E)
     weight_ED = weight_ED - weight_ED.mean(0)
     bias_E = bias_E - bias_E.mean()

@@ -13,79 +13,83 @@ Axes: D model width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from moesaic.targets import common
+from moesaic.blueprint.shape import FFNShape
 from moesaic.targets.backbone import read_backbone
-from moesaic.targets.base import Packed, Split, TargetOptions
-from moesaic.targets.limits import Limits, approximates, reasons_against
+from moesaic.targets.base import Packed, Split, Target, TargetOptions, VLLMGaps
+from moesaic.targets.config import base_config, geometry
+from moesaic.targets.limits import Limits
 
-LIMITS = Limits(qkv_bias=True, any_head_dim=False, dense_layers="any", softmax_topk=False)
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _GATE = 1e-7
 """Deviation of the shared gate's weights: small enough for sigmoid = 1/2, never zero."""
 
-rest_tensors = common.untied_rest
-files = common.no_files
 
+class Qwen2MoE(Target):
+    """See the file's own text."""
 
-def reasons(split: Split) -> list[str]:
-    """See :class:`TargetModule`."""
-    return reasons_against(split, LIMITS)
+    def stored(self, shape: FFNShape, split: Split, options: TargetOptions) -> tuple[int, int]:
+        """See :class:`Target`."""
+        geo = geometry(split, options)
+        return geo.experts * geo.width + (geo.shared or options.align), geo.experts + 1
 
-
-def exact(split: Split, options: TargetOptions) -> bool:
-    """See :class:`TargetModule`."""
-    return not approximates(split, normalised=False)
-
-
-def factor(split: Split, options: TargetOptions) -> int:
-    """See :class:`TargetModule`. All N experts share weights that sum to 1."""
-    return common.geometry(split, options).experts
-
-
-def config_json(split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:
-    """See :class:`TargetModule`."""
-    backbone = read_backbone(split.anatomy)
-    geo = common.geometry(split, options)
-    config = common.base_config(split, backbone, "qwen2_moe", "Qwen2MoeForCausalLM", provenance)
-    return config | {
-        "qkv_bias": True,
-        "intermediate_size": geo.dense_width,
-        "moe_intermediate_size": geo.width,
-        "shared_expert_intermediate_size": geo.shared or options.align,
-        "num_experts": geo.experts,
-        "num_experts_per_tok": geo.top_k,
-        "norm_topk_prob": False,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(geo.dense),
-        "use_sliding_window": False,
-    }
-
-
-def layer_tensors(
-    split: Split, layer: int, copied: Mapping[str, Tensor], packed: Packed, options: TargetOptions
-) -> dict[str, Tensor]:
-    """See :class:`TargetModule`."""
-    geo = common.geometry(split, options)
-    kept = common.kept_tensors(split, layer, copied)
-    attention = f"{split.anatomy.layer_path(layer)}.self_attn"
-    for name in ("q_proj", "k_proj", "v_proj"):
-        kept.setdefault(f"{attention}.{name}.bias", common.zeros_like_rows(kept[f"{attention}.{name}.weight"]))
-    if layer in geo.dense:
-        return kept | common.dense_ffn(split, layer, copied, packed, geo.dense_width)
-    moe = common.moe_layer(split, layer, copied, packed, options, normalised=False)
-    gate_1D = torch.randn(1, split.anatomy.d_model, generator=torch.Generator().manual_seed(layer)) * _GATE
-    experts = [expert.padded(geo.width).scaled(factor(split, options)) for expert in moe.experts]
-    shared = moe.shared.padded(geo.shared or options.align).scaled(2)
-    return (
-        kept
-        | common.expert_tensors(f"{moe.path}.experts", experts)
-        | shared.tensors(f"{moe.path}.shared_expert")
-        | {
-            f"{moe.path}.gate.weight": moe.router.weight_ED,
-            f"{moe.path}.shared_expert_gate.weight": gate_1D,
+    def config_json(self, split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:
+        """See :class:`Target`."""
+        backbone = read_backbone(split.anatomy)
+        geo = geometry(split, options)
+        config = base_config(split, backbone, "qwen2_moe", "Qwen2MoeForCausalLM", provenance)
+        return config | {
+            "qkv_bias": True,
+            "intermediate_size": geo.dense_width,
+            "moe_intermediate_size": geo.width,
+            "shared_expert_intermediate_size": geo.shared or options.align,
+            "num_experts": geo.experts,
+            "num_experts_per_tok": geo.top_k,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": list(geo.dense),
+            "use_sliding_window": False,
         }
-    )
+
+    def layer_tensors(
+        self, split: Split, layer: int, copied: Mapping[str, Tensor], packed: Packed, options: TargetOptions
+    ) -> dict[str, Tensor]:
+        """See :class:`Target`."""
+        import torch
+
+        from moesaic.targets import tensors
+
+        geo = geometry(split, options)
+        kept = tensors.kept_tensors(split, layer, copied)
+        attention = f"{split.anatomy.layer_path(layer)}.self_attn"
+        for name in ("q_proj", "k_proj", "v_proj"):
+            kept.setdefault(f"{attention}.{name}.bias", tensors.zeros_like_rows(kept[f"{attention}.{name}.weight"]))
+        if layer in geo.dense:
+            return kept | tensors.dense_ffn(split, layer, copied, packed, geo.dense_width)
+        moe = tensors.moe_layer(split, layer, copied, packed, options, normalised=False)
+        gate_1D = torch.randn(1, split.anatomy.d_model, generator=torch.Generator().manual_seed(layer)) * _GATE
+        experts = [expert.padded(geo.width).scaled(self.factor(split, options)) for expert in moe.experts]
+        shared = moe.shared.padded(geo.shared or options.align).scaled(2)
+        return (
+            kept
+            | tensors.expert_tensors(f"{moe.path}.experts", experts)
+            | shared.tensors(f"{moe.path}.shared_expert")
+            | {
+                f"{moe.path}.gate.weight": moe.router.weight_ED,
+                f"{moe.path}.shared_expert_gate.weight": gate_1D,
+            }
+        )
+
+
+TARGET = Qwen2MoE(
+    name="qwen2_moe",
+    summary="shared expert behind a gate, dense layers anywhere",
+    engines=("transformers", "vLLM", "SGLang", "llama.cpp's converter"),
+    limits=Limits(qkv_bias=True, any_head_dim=False, dense_layers="any", softmax_topk=False),
+    normalised=False,
+    times="experts",
+    vllm=VLLMGaps(natural_heads=True, asks_qkv_bias=True),
+)

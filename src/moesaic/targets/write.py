@@ -1,11 +1,11 @@
-"""What goes into an output folder: which tensors are copied, which are packed anew, and the files beside them."""
+"""What goes into an output folder: every layer's tensors as the target writes them, and the files beside them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -19,9 +19,111 @@ from moesaic.checkpoint.head import with_true_tie
 from moesaic.checkpoint.origin import read_origin
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.materialise.pack import pack
+from moesaic.progress import Progress
 from moesaic.staging.writer import StagedOutput
-from moesaic.targets import moesaic as moesaic_target
-from moesaic.targets.base import Split, TargetModule, TargetOptions
+from moesaic.targets.base import Split, Target, TargetOptions
+
+Copied = dict[str, Tensor]
+"""Tensors that stay as they are, under the names of the dense model's modules."""
+PackedFFNs = dict[str, dict[str, Tensor]]
+"""Per converted FFN, by module path: its tensors as ``materialise.pack`` makes them."""
+REST = "rest"
+"""Name of the step that writes what stands outside the decoder layers."""
+
+
+def step_of(layer: int) -> str:
+    """Name of a layer's step in the staging folder."""
+    return f"layer-{layer:05d}"
+
+
+class Source(Protocol):
+    """Where the tensors of an output come from."""
+
+    def layer(self, layer: int) -> tuple[Copied, PackedFFNs]:
+        """One decoder layer: what is copied, and its converted FFNs."""
+        ...
+
+    def rest(self) -> Copied:
+        """The tensors outside the decoder layers."""
+        ...
+
+
+def write_model(
+    source: Source, split: Split, target: Target, options: TargetOptions, staged: StagedOutput, progress: Progress
+) -> None:
+    """Write every tensor that the staging folder does not have yet, layer by layer."""
+    layers = split.anatomy.num_layers
+    progress.start(f"{target.name}: writing", layers)
+    for layer in range(layers):
+        if not staged.done(step_of(layer)):
+            copied, packed = source.layer(layer)
+            staged.write_shard(step_of(layer), target.layer_tensors(split, layer, copied, packed, options))
+        progress.advance(f"layer {layer}")
+    if not staged.done(REST):
+        staged.write_shard(REST, target.rest_tensors(split, source.rest()))
+
+
+class DenseSource:
+    """A dense checkpoint, whose FFNs are packed as the plans say."""
+
+    def __init__(self, checkpoint: Checkpoint, split: Split) -> None:
+        self._checkpoint, self._split = checkpoint, split
+        self._names = output_names(checkpoint, split.anatomy)
+
+    def layer(self, layer: int) -> tuple[Copied, PackedFFNs]:
+        """See :class:`Source`."""
+        checkpoint, anatomy, plans = self._checkpoint, self._split.anatomy, self._split.plans
+        replaced: set[str] = set()
+        packed: PackedFFNs = {}
+        for site in anatomy.sites_of(layer):
+            if site.path in plans:
+                packed[site.path] = pack(load_ffn(checkpoint, site, anatomy.activation), plans[site.path])
+                replaced |= ffn_tensor_names(checkpoint, site)
+        prefix = f"{anatomy.layer_path(layer)}."
+        names = [(out, name) for name, out in self._names.items() if out.startswith(prefix) and name not in replaced]
+        return {out: checkpoint.finite_tensor(name) for out, name in names}, packed
+
+    def rest(self) -> Copied:
+        """See :class:`Source`."""
+        layers = layer_prefixes(self._split.anatomy)
+        return {
+            out: self._checkpoint.finite_tensor(name) for name, out in self._names.items() if not out.startswith(layers)
+        }
+
+
+class ConvertedSource:
+    """A folder of the ``moesaic`` architecture, whose FFNs are packed already."""
+
+    def __init__(self, checkpoint: Checkpoint, split: Split) -> None:
+        self._checkpoint, self._split = checkpoint, split
+
+    def layer(self, layer: int) -> tuple[Copied, PackedFFNs]:
+        """See :class:`Source`."""
+        split = self._split
+        prefix = f"{split.anatomy.layer_path(layer)}."
+        paths = [site.path for site in split.anatomy.sites_of(layer) if site.path in split.plans]
+        copied: Copied = {}
+        packed: PackedFFNs = {path: {} for path in paths}
+        for name in self._checkpoint.names:
+            if not name.startswith(prefix):
+                continue
+            owner = next((path for path in paths if name.startswith(f"{path}.")), None)
+            if owner is None:
+                copied[name] = self._checkpoint.finite_tensor(name)
+            else:
+                packed[owner][name.removeprefix(f"{owner}.")] = self._checkpoint.finite_tensor(name)
+        return copied, packed
+
+    def rest(self) -> Copied:
+        """See :class:`Source`."""
+        layers = layer_prefixes(self._split.anatomy)
+        names = [name for name in self._checkpoint.names if not name.startswith(layers)]
+        return {name: self._checkpoint.finite_tensor(name) for name in names}
+
+
+def layer_prefixes(anatomy: Anatomy) -> tuple[str, ...]:
+    """How the names of all tensors of decoder layers begin."""
+    return tuple(f"{anatomy.layer_path(layer)}." for layer in range(anatomy.num_layers))
 
 
 def output_names(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, str]:
@@ -54,67 +156,17 @@ def read_split(
     return Split(anatomy, plans, specs, attention)
 
 
-def write_layer(
-    checkpoint: Checkpoint,
-    anatomy: Anatomy,
-    staged: StagedOutput,
-    step: str,
-    layer: int,
-    plans: Mapping[str, LayerPlan],
-    target: TargetModule = moesaic_target,
-    options: TargetOptions = TargetOptions(),
-    attention: Mapping[str, AttentionPlan] = MappingProxyType({}),
-) -> None:
-    """Write one decoder layer: converted FFNs and pruned attention as ``target`` writes them, everything else copied.
-
-    ``plans``: of the whole model, as most targets have one size for all layers; for ``moesaic`` those of the layer do,
-    for ``attention`` as well.
-    """
-    prefix = f"{anatomy.layer_path(layer)}."
-    replaced: set[str] = set()
-    packed: dict[str, dict[str, Tensor]] = {}
-    for site in anatomy.sites_of(layer):
-        if site.path in plans:
-            packed[site.path] = pack(load_ffn(checkpoint, site, anatomy.activation), plans[site.path])
-            replaced |= ffn_tensor_names(checkpoint, site)
-    names = output_names(checkpoint, anatomy).items()
-    copied = {
-        out: checkpoint.finite_tensor(name) for name, out in names if out.startswith(prefix) and name not in replaced
-    }
-    split = Split(anatomy, plans, {}, attention)
-    staged.write_shard(step, target.layer_tensors(split, layer, copied, packed, options))
-
-
-def write_rest(
-    checkpoint: Checkpoint,
-    anatomy: Anatomy,
-    staged: StagedOutput,
-    blueprint: Blueprint,
-    made: Mapping[str, Any] | None = None,
-    target: TargetModule = moesaic_target,
-    options: TargetOptions = TargetOptions(),
-) -> None:
-    """Write embeddings, norms and head, config.json, tokenizer files, blueprint and what else the target needs.
-
-    ``made``: how it was made (calibration, router, target), ready for JSON, for config.json's block ``moesaic``.
-    """
-    step = "rest"
-    split = read_split(checkpoint, anatomy, blueprint.sites, blueprint.attention)
-    if not staged.done(step):
-        layers = tuple(f"{anatomy.layer_path(layer)}." for layer in range(anatomy.num_layers))
-        names = output_names(checkpoint, anatomy)
-        rest = {out: checkpoint.finite_tensor(name) for name, out in names.items() if not out.startswith(layers)}
-        staged.write_shard(step, target.rest_tensors(split, rest))
-    provenance = {
+def provenance_of(checkpoint: Checkpoint, blueprint: Blueprint, made: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json's block ``moesaic`` for what is made from a dense model. ``made``: calibration, router, target."""
+    return {
         "version": moesaic.__version__,
         **read_origin(checkpoint.folder, checkpoint.config).to_dict(),
         "method": blueprint.method,
         "config": blueprint.config,
         "source": checkpoint.fingerprint(),
         "blueprint": blueprint.digest(),
-        **(made or {}),
+        **made,
     }
-    write_side_files(checkpoint, staged, split, blueprint, provenance, target, options)
 
 
 def write_side_files(
@@ -123,7 +175,7 @@ def write_side_files(
     split: Split,
     blueprint: Blueprint,
     provenance: Mapping[str, Any],
-    target: TargetModule,
+    target: Target,
     options: TargetOptions,
 ) -> None:
     """Write what stands beside the weights: tokenizer and licence of ``checkpoint``, blueprint, config.json."""

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from moesaic.blueprint.layout import Layout
-from moesaic.blueprint.shape import Sizes, layout_sizes
+from moesaic.blueprint.shape import FFNShape, layout_shape
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText
@@ -56,9 +56,9 @@ class Config(MethodConfig):
         """See :class:`MethodConfig`."""
         return Layout.parse(self.layout)
 
-    def sizes(self, d_ff: int) -> Sizes:
+    def sizes(self, d_ff: int) -> FFNShape:
         """The parts of an FFN of ``d_ff`` neurons. Raises InputError when it has fewer than the layout's units."""
-        return layout_sizes(Layout.parse(self.layout), d_ff, "gated")
+        return layout_shape(Layout.parse(self.layout), d_ff, "gated")
 
     def check(self, d_ff: int) -> None:
         """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way."""

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from moesaic.blueprint.layout import Layout
-from moesaic.blueprint.shape import Sizes, layout_sizes
+from moesaic.blueprint.shape import FFNShape, layout_shape
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText
 
@@ -53,6 +53,6 @@ class Config(MethodConfig):
         """See :class:`MethodConfig`."""
         return Layout.parse(self.layout)
 
-    def sizes(self, d_ff: int) -> Sizes:
+    def sizes(self, d_ff: int) -> FFNShape:
         """The parts of an FFN of ``d_ff`` neurons. Raises InputError when it has fewer than the layout's units."""
-        return replace(layout_sizes(Layout.parse(self.layout), d_ff), softmax=self.gate == "softmax_topk")
+        return replace(layout_shape(Layout.parse(self.layout), d_ff), gate=self.gate)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from moesaic.blueprint.shape import Sizes
+from moesaic.blueprint.shape import FFNShape
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
 from moesaic.solvers.fade import Schedule, fade_fractions
@@ -75,7 +75,7 @@ class Config(MethodConfig):
         """Whether this config reads calibration inputs: only the oracle factor does."""
         return prunes(self) and self.prune_factor == "oracle"
 
-    def sizes(self, d_ff: int) -> Sizes:
+    def sizes(self, d_ff: int) -> FFNShape:
         """Branches that are kept, all always on. Branches differ by one neuron at most; what is over counts as shared.
 
         Where neurons fade too, the widths kept are not known before: those of every N/K-th branch stand for them.
@@ -86,9 +86,9 @@ class Config(MethodConfig):
             width, longer = divmod(d_ff, branches)
             slices = [width + (i < longer) for i in range(branches)]
             widths = [size - math.floor(s * size) for s, size in zip(fractions, slices, strict=True)]
-            return Sizes(0, tuple(widths[i * branches // count] for i in range(count)), count, "static")
+            return FFNShape(d_ff, 0, tuple(widths[i * branches // count] for i in range(count)), count, "static")
         kept = d_ff * count // branches
-        return Sizes(kept % count, (kept // count,) * count, count, "static")
+        return FFNShape(d_ff, kept % count, (kept // count,) * count, count, "static")
 
     def check(self, d_ff: int) -> None:
         """Raises InputError when an FFN of ``d_ff`` neurons cannot be sliced this way."""

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from moesaic.blueprint.layout import Layout
-from moesaic.blueprint.shape import Sizes, layout_sizes
+from moesaic.blueprint.shape import FFNShape, layout_shape
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText
 
@@ -36,9 +36,9 @@ class Config(MethodConfig):
         """See :class:`MethodConfig`."""
         return Layout.parse(self.layout) if self.expert_width is None else None
 
-    def sizes(self, d_ff: int) -> Sizes:
+    def sizes(self, d_ff: int) -> FFNShape:
         """The parts of an FFN of ``d_ff`` neurons. Raises InputError when it has fewer than the layout's units."""
-        return replace(layout_sizes(resolve_layout(self, d_ff), d_ff), normalised=True)
+        return replace(layout_shape(resolve_layout(self, d_ff), d_ff), normalised=True, router_bias=True)
 
 
 def resolve_layout(config: Config, d_ff: int) -> Layout:

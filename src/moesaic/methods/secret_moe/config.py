@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from moesaic.blueprint.shape import Sizes
+from moesaic.blueprint.shape import FFNShape
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.token_clusters.config import Config as Clusters
@@ -77,7 +77,7 @@ class Config(MethodConfig):
         """Whether this config reads calibration inputs: always."""
         return True
 
-    def sizes(self, d_ff: int) -> Sizes:
+    def sizes(self, d_ff: int) -> FFNShape:
         """Neurons of the parts. Raises InputError when they do not fit."""
         return replace(self.start(d_ff).sizes(d_ff), rewritten=3)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from moesaic.blueprint.layout import Layout
-from moesaic.blueprint.shape import Sizes
+from moesaic.blueprint.shape import FFNShape
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText, active_neurons
 
@@ -33,9 +33,9 @@ class Config(MethodConfig):
         """See :class:`MethodConfig`."""
         return Layout.parse(self.layout) if self.active is None else None
 
-    def sizes(self, d_ff: int) -> Sizes:
+    def sizes(self, d_ff: int) -> FFNShape:
         """The neurons that stay, as a shared part alone."""
-        return Sizes(kept_neurons(self, d_ff))
+        return FFNShape(d_ff, kept_neurons(self, d_ff))
 
 
 def kept_neurons(config: Config, d_ff: int) -> int:

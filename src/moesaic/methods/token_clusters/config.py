@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from moesaic.blueprint.shape import Sizes
+from moesaic.blueprint.shape import FFNShape
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
 from moesaic.solvers.limits import MIN_RIDGE
@@ -93,7 +93,7 @@ class Config(MethodConfig):
         description="Shrinkage of an expert's refit to the global one, relative to its mean square activation.",
     )
 
-    def sizes(self, d_ff: int) -> Sizes:
+    def sizes(self, d_ff: int) -> FFNShape:
         """What this config makes of an FFN of ``d_ff`` neurons. Raises InputError when the parts do not fit."""
         return replace(_parts(self, d_ff), rewritten=int(self.refit != "none"))
 
@@ -124,20 +124,20 @@ class Config(MethodConfig):
         return True
 
 
-def _parts(config: Config, d_ff: int) -> Sizes:
+def _parts(config: Config, d_ff: int) -> FFNShape:
     active = max(1, round(config.active * d_ff))
     if config.experts is None and config.split == "disjoint":
         return _least_padded(config, d_ff, active)
     experts = config.experts or (_UNION if config.split == "union" else _OVERLAPPING)
     if experts == 1:
-        return Sizes(active, (), 0)
+        return FFNShape(d_ff, active, (), 0)
     if config.split == "union":
         varied = config.widths == "free"
-        return Sizes(0, (active,) * experts, 1, union=_union(config, d_ff, active), varied=varied)
+        return FFNShape(d_ff, 0, (active,) * experts, 1, union=_union(config, d_ff, active), varied=varied)
     if config.split == "disjoint":
         return _disjoint(config, d_ff, active, experts)
     if config.max_params is None:
-        return Sizes(0, (active,) * experts, 1)
+        return FFNShape(d_ff, 0, (active,) * experts, 1)
     budget = math.floor(config.max_params * d_ff)
     own = min(active, (budget - active) // (experts - 1))
     if own < 1:
@@ -148,7 +148,7 @@ def _parts(config: Config, d_ff: int) -> Sizes:
         )
     # Stock targets pad the shared part to a multiple of an expert's width: make the two fit.
     own = math.ceil(active / math.ceil(active / own))
-    return Sizes(active - own, (own,) * experts, 1)
+    return FFNShape(d_ff, active - own, (own,) * experts, 1)
 
 
 def _union(config: Config, d_ff: int, active: int) -> int:
@@ -164,7 +164,7 @@ def _union(config: Config, d_ff: int, active: int) -> int:
     return stored
 
 
-def _least_padded(config: Config, d_ff: int, active: int) -> Sizes:
+def _least_padded(config: Config, d_ff: int, active: int) -> FFNShape:
     """The disjoint split of fewest stored neurons over the numbers of experts in ``_DISJOINT``."""
     found, refused = [], None
     middle = (_DISJOINT.start + _DISJOINT.stop - 1) / 2
@@ -176,13 +176,13 @@ def _least_padded(config: Config, d_ff: int, active: int) -> Sizes:
     if not found:
         assert refused is not None
         raise refused
-    return min(found, key=lambda parts: parts.stored)
+    return min(found, key=lambda parts: parts.neurons)
 
 
-def _disjoint(config: Config, d_ff: int, active: int, experts: int) -> Sizes:
+def _disjoint(config: Config, d_ff: int, active: int, experts: int) -> FFNShape:
     """S and K with S + K (F - S) / E = active, S near the wanted share of it."""
     if active == d_ff:
-        return Sizes(d_ff, (), 0)
+        return FFNShape(d_ff, d_ff, (), 0)
     wanted = config.shared * active
     top_k = min(experts - 1, active * experts // d_ff, round((active - wanted) * experts / (d_ff - wanted)))
     top_k = max(1, top_k)
@@ -198,4 +198,4 @@ def _disjoint(config: Config, d_ff: int, active: int, experts: int) -> Sizes:
             f"{experts} disjoint experts are more than the {d_ff - shared} of {d_ff} neurons that are routed",
             "choose fewer experts",
         )
-    return Sizes(shared, (size + 1,) * longer + (size,) * (experts - longer), top_k)
+    return FFNShape(d_ff, shared, (size + 1,) * longer + (size,) * (experts - longer), top_k)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from moesaic.blueprint.layer import STATIC, LayerPlan, Router
-from moesaic.blueprint.shape import Sizes
+from moesaic.blueprint.shape import FFNShape
 from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
 from moesaic.methods.routed import pad_experts
@@ -124,7 +124,7 @@ def _overlapping(x_TD: Tensor, share_TF: Tensor, allowed_F: Tensor | None, confi
     return replace(routing, load_E=clusters.load_E, worth_EF=clusters.worth_EF)
 
 
-def _disjoint(x_TD: Tensor, share_TF: Tensor, parts: Sizes, config: Config, seed: int) -> _Routing:
+def _disjoint(x_TD: Tensor, share_TF: Tensor, parts: FFNShape, config: Config, seed: int) -> _Routing:
     shared_F = largest(share_TF.mean(dim=0)[None], parts.shared)[0]
     rest_N = (~shared_F).nonzero().flatten()
     share_TN = share_TF[:, rest_N]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from moesaic.blueprint.shape import Sizes
+from moesaic.blueprint.shape import FFNShape
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
 from moesaic.train.config import TrainConfig
@@ -235,13 +235,17 @@ class Config(MethodConfig):
         """See :class:`MethodConfig`."""
         return self.attention != "none"
 
-    def sizes(self, d_ff: int) -> Sizes:
+    def sizes(self, d_ff: int) -> FFNShape:
         """What an FFN becomes on average, packed; training decides each one's widths.
 
         With attention counted but not pruned the FFNs get less than this.
         """
         neurons = max(1, round(self.active * d_ff))
-        return Sizes(neurons, (), 0) if self.experts == 1 else Sizes(0, (neurons,) * self.experts, self.top_k)
+        return (
+            FFNShape(d_ff, neurons, (), 0)
+            if self.experts == 1
+            else FFNShape(d_ff, 0, (neurons,) * self.experts, self.top_k)
+        )
 
     def check(self, d_ff: int) -> None:
         """Raises InputError when an FFN of ``d_ff`` neurons cannot be split this way, or nothing could be exported."""

@@ -1,5 +1,4 @@
-"""What all stock targets share: sizes of the whole model, the common part of config.json, attention tensors, dense
-layers.
+"""What all stock targets share of tensors: attention, dense layers, the pieces of a split FFN.
 
 Axes: D model width, H heads, M neurons of one branch.
 """
@@ -8,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,31 +14,10 @@ from torch import Tensor
 from moesaic.blueprint.layer import LayerPlan
 from moesaic.targets.backbone import Backbone, read_backbone
 from moesaic.targets.base import Packed, Split, TargetOptions
-from moesaic.targets.limits import dense_layers
+from moesaic.targets.config import Geometry
 from moesaic.targets.parts import Branch, RouterRows, cut, join, router_rows
 
 _STALE = ("rotary_emb.inv_freq",)  # buffers that early checkpoints stored
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes that a stock config states once for all layers.
-
-    Attributes:
-        experts: Routed experts of a layer, the largest number.
-        top_k: Active experts, the largest number.
-        width: Neurons of an expert, aligned.
-        shared: Neurons of the shared expert, the largest, aligned; 0 where no layer has one.
-        dense: Layers without routed experts.
-        dense_width: Neurons of the FFNs of those; of the original FFN where there are none.
-    """
-
-    experts: int
-    top_k: int
-    width: int
-    shared: int
-    dense: tuple[int, ...]
-    dense_width: int
 
 
 @dataclass(frozen=True)
@@ -52,63 +29,6 @@ class MoELayer:
     shared: Branch
     experts: list[Branch]
     router: RouterRows
-
-
-def geometry(split: Split, options: TargetOptions) -> Geometry:
-    """The sizes of the whole model. Layers whose plan has no experts count as dense."""
-    moe = [plan for plan in split.plans.values() if plan.experts]
-    dense = tuple(dense_layers(split))
-    plans = [split.plan_of(layer) for layer in dense]
-    return Geometry(
-        experts=max(len(plan.experts) for plan in moe),
-        top_k=max(plan.top_k for plan in moe),
-        width=aligned(max(len(expert) for plan in moe for expert in plan.experts), options.align),
-        shared=aligned(max(len(plan.shared) for plan in moe), options.align),
-        dense=dense,
-        dense_width=max(
-            (split.anatomy.d_ff if plan is None else len(plan.shared) for plan in plans), default=split.anatomy.d_ff
-        ),
-    )
-
-
-def aligned(width: int, multiple: int) -> int:
-    """``width`` rounded up to a multiple."""
-    return -(-width // multiple) * multiple
-
-
-def base_config(
-    split: Split, backbone: Backbone, model_type: str, architecture: str, provenance: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The part of config.json that all stock targets have in common; for RoPE, keys of transformers 5 and older ones.
-
-    Token ids are always written, null as well, as the target's own defaults are other ids.
-    """
-    dense = backbone.config
-    config = {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "vocab_size": dense.vocab_size,
-        "hidden_size": dense.hidden_size,
-        "num_hidden_layers": dense.num_hidden_layers,
-        "num_attention_heads": dense.num_attention_heads,
-        "num_key_value_heads": dense.num_key_value_heads,
-        "head_dim": backbone.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": dense.max_position_embeddings,
-        "rms_norm_eps": dense.rms_norm_eps,
-        "rope_parameters": backbone.rope,
-        "rope_theta": backbone.rope["rope_theta"],
-        "attention_dropout": 0.0,
-        "initializer_range": dense.initializer_range,
-        "use_cache": True,
-        "tie_word_embeddings": False,
-        **{key: getattr(dense, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
-        "moesaic": dict(provenance),
-    }
-    if backbone.rope["rope_type"] != "default":
-        config["rope_scaling"] = {key: value for key, value in backbone.rope.items() if key != "rope_theta"}
-    dtype = split.anatomy.config.get("dtype") or split.anatomy.config.get("torch_dtype")
-    return config if dtype is None else config | {"dtype": dtype, "torch_dtype": dtype}
 
 
 def kept_tensors(split: Split, layer: int, copied: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -136,9 +56,8 @@ def _heads(backbone: Backbone) -> tuple[int, int, int]:
 def dense_ffn(split: Split, layer: int, copied: Mapping[str, Tensor], packed: Packed, width: int) -> dict[str, Tensor]:
     """The FFN of a layer without routed experts, padded to ``width``."""
     path = split.path_of(layer)
-    plan = split.plan_of(layer)
-    if plan is not None:
-        branch, _ = cut(packed[path], plan)
+    if path in split.plans:
+        branch, _ = cut(packed[path], split.plans[path])
     elif read_backbone(split.anatomy).fused:
         gate_MD, up_MD = copied[f"{path}.gate_up_proj.weight"].chunk(2)
         branch = Branch(gate_MD, up_MD, copied[f"{path}.down_proj.weight"])
@@ -198,21 +117,6 @@ def untied_rest(split: Split, copied: Mapping[str, Tensor]) -> dict[str, Tensor]
         # A head that is stored beside a config that ties it is read by transformers where it differs.
         rest.setdefault("lm_head.weight", rest["model.embed_tokens.weight"].clone())
     return rest
-
-
-def times_one(split: Split, options: TargetOptions) -> int:
-    """Down projections as they are: see :meth:`TargetModule.factor`."""
-    return 1
-
-
-def times_top_k(split: Split, options: TargetOptions) -> int:
-    """Down projections times K, where the weights of K chosen experts sum to 1: see :meth:`TargetModule.factor`."""
-    return geometry(split, options).top_k
-
-
-def no_files() -> dict[str, str]:
-    """Stock architectures need no further files."""
-    return {}
 
 
 def zeros_like_rows(tensor_MD: Tensor) -> Tensor:
