@@ -125,7 +125,7 @@ def facts(config: dict) -> dict[str, Any]:
     return {
         "head_dim": attention.head_dim,
         "fused": "qkv_proj" in parts,
-        "qkv_bias": parts.get("q_proj", parts.get("qkv_proj")).bias is not None,
+        "qkv_bias": (parts.get("q_proj") or parts["qkv_proj"]).bias is not None,
         "o_bias": parts["o_proj"].bias is not None,
         "qk_norm": "none" if norm is None else "head" if norm.weight.numel() == attention.head_dim else "full",
         "ffn_bias": parts["down_proj"].bias is not None,
