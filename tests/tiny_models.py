@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from moesaic.anatomy import FAMILIES as ANATOMIES
 
 if TYPE_CHECKING:
     import torch
@@ -44,41 +47,58 @@ _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": D_E
 _FULL_MOE = {**_GATED, "num_experts_per_tok": 2, "intermediate_size": D_EXPERT}
 _QWEN2_MOE = {**_GATED, **_MOE, "shared_expert_intermediate_size": D_EXPERT + 3}
 
-# name -> (model_type, config). Every bias that a family can have is on in one entry or in a variant.
-_SPECS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {**_GATED, "tie_word_embeddings": True}),
-    "granite": ("granite", {**_GATED, **_MULTIPLIERS}),
-    "mistral": ("mistral", {**_GATED, "sliding_window": None}),
-    "qwen2": ("qwen2", {**_GATED, "tie_word_embeddings": True}),
-    "qwen3": ("qwen3", {**_GATED, "head_dim": 16, "attention_bias": True}),
-    "gemma2": ("gemma2", {**_GEMMA, "query_pre_attn_scalar": 8}),
-    "gemma3": ("gemma3_text", {**_GEMMA, "query_pre_attn_scalar": 8}),
-    "phi3": ("phi3", {**_GATED, "original_max_position_embeddings": 512}),
-    "olmo2": ("olmo2", {**_GATED, "attention_bias": True}),
-    "smollm3": ("smollm3", {**_GATED, "mlp_bias": True, "attention_bias": True, "no_rope_layers": [1, 0]}),
-    "gpt2": ("gpt2", {**_GPT2, "n_inner": D_FF}),
-    "opt": ("opt", _OPT),
-    "gpt_neox": ("gpt_neox", _GPT_NEOX),
-    "phi": ("phi", {**_COMMON, "intermediate_size": D_FF}),
-    "mixtral": ("mixtral", {**_FULL_MOE, "sliding_window": None, "num_local_experts": 4}),
-    "qwen2_moe": ("qwen2_moe", _QWEN2_MOE),
-    "qwen3_moe": ("qwen3_moe", {**_GATED, **_MOE, "head_dim": 8}),
-    "olmoe": ("olmoe", {**_FULL_MOE, "num_experts": 4}),
-    # Variants: the rarer switches of a family.
-    "llama_bias": ("llama", {**_GATED, "mlp_bias": True, "attention_bias": True}),
-    "gpt2_default_width": ("gpt2", _GPT2),
-    "opt_no_bias": ("opt", {**_OPT, "enable_bias": False}),
-    "opt_post_norm": ("opt", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16}),
-    "gpt_neox_sequential": ("gpt_neox", {**_GPT_NEOX, "use_parallel_residual": False}),
-    "gemma1": ("gemma", {**_GATED, "head_dim": 8, "hidden_act": "gelu"}),
-    "qwen2_moe_mixed": ("qwen2_moe", {**_QWEN2_MOE, "mlp_only_layers": [0], "intermediate_size": 41}),
-}
+_LLAMA_TARGETS = ("glm4_moe", "granitemoeshared", "qwen2_moe", "mixtral", "ernie4_5_moe")
 
-_D_FF_KEYS = {
-    "gpt2": "n_inner",
-    "opt": "ffn_dim",
-    "qwen2_moe": "moe_intermediate_size",
-    "qwen3_moe": "moe_intermediate_size",
+
+@dataclass(frozen=True)
+class Tiny:
+    """A row of the table: a tiny config, and what moesaic claims of it.
+
+    Attributes:
+        model_type, config: For transformers.
+        prunes: Of its attention: "pairs" of queries and keys and values, "values" alone, or "nothing".
+        targets: Stock architectures that hold it.
+    """
+
+    model_type: str
+    config: dict[str, Any]
+    prunes: Literal["pairs", "values", "nothing"] = "nothing"
+    targets: tuple[str, ...] = ()
+
+
+# Every bias that a family can have is on in one entry or in a variant.
+TINY: dict[str, Tiny] = {
+    "llama": Tiny("llama", {**_GATED, "tie_word_embeddings": True}, "pairs", _LLAMA_TARGETS),
+    "granite": Tiny("granite", {**_GATED, **_MULTIPLIERS}, "pairs", ("granitemoeshared",)),
+    "mistral": Tiny("mistral", {**_GATED, "sliding_window": None}, "pairs", _LLAMA_TARGETS),
+    "qwen2": Tiny(
+        "qwen2",
+        {**_GATED, "tie_word_embeddings": True},
+        "pairs",
+        ("glm4_moe", "granitemoeshared", "qwen2_moe", "ernie4_5_moe"),
+    ),
+    "qwen3": Tiny("qwen3", {**_GATED, "head_dim": 16, "attention_bias": True}, "values", ("qwen3_moe",)),
+    "gemma2": Tiny("gemma2", {**_GEMMA, "query_pre_attn_scalar": 8}, "pairs"),
+    "gemma3": Tiny("gemma3_text", {**_GEMMA, "query_pre_attn_scalar": 8}, "values"),
+    "phi3": Tiny("phi3", {**_GATED, "original_max_position_embeddings": 512}, targets=_LLAMA_TARGETS),
+    "olmo2": Tiny("olmo2", {**_GATED, "attention_bias": True}, "values", ("flex_olmo",)),
+    "smollm3": Tiny("smollm3", {**_GATED, "mlp_bias": True, "attention_bias": True, "no_rope_layers": [1, 0]}, "pairs"),
+    "gpt2": Tiny("gpt2", {**_GPT2, "n_inner": D_FF}),
+    "opt": Tiny("opt", _OPT),
+    "gpt_neox": Tiny("gpt_neox", _GPT_NEOX),
+    "phi": Tiny("phi", {**_COMMON, "intermediate_size": D_FF}),
+    "mixtral": Tiny("mixtral", {**_FULL_MOE, "sliding_window": None, "num_local_experts": 4}),
+    "qwen2_moe": Tiny("qwen2_moe", _QWEN2_MOE),
+    "qwen3_moe": Tiny("qwen3_moe", {**_GATED, **_MOE, "head_dim": 8}),
+    "olmoe": Tiny("olmoe", {**_FULL_MOE, "num_experts": 4}),
+    # Variants: the rarer switches of a family.
+    "llama_bias": Tiny("llama", {**_GATED, "mlp_bias": True, "attention_bias": True}, "pairs"),
+    "gpt2_default_width": Tiny("gpt2", _GPT2),
+    "opt_no_bias": Tiny("opt", {**_OPT, "enable_bias": False}),
+    "opt_post_norm": Tiny("opt", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    "gpt_neox_sequential": Tiny("gpt_neox", {**_GPT_NEOX, "use_parallel_residual": False}),
+    "gemma1": Tiny("gemma", {**_GATED, "head_dim": 8, "hidden_act": "gelu"}, "pairs"),
+    "qwen2_moe_mixed": Tiny("qwen2_moe", {**_QWEN2_MOE, "mlp_only_layers": [0], "intermediate_size": 41}),
 }
 
 MOE_FAMILIES: list[str] = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
@@ -91,7 +111,9 @@ VARIANTS: list[str] = [
     "gemma1",
 ]
 MOE_VARIANTS: list[str] = ["qwen2_moe_mixed"]
-FAMILIES: list[str] = [name for name in _SPECS if name not in {*MOE_FAMILIES, *VARIANTS, *MOE_VARIANTS}]
+FAMILIES: list[str] = [name for name in TINY if name not in {*MOE_FAMILIES, *VARIANTS, *MOE_VARIANTS}]
+PRUNES_PAIRS: list[str] = [name for name, tiny in TINY.items() if tiny.prunes == "pairs"]
+PRUNES_VALUES: list[str] = [name for name, tiny in TINY.items() if tiny.prunes == "values"]
 
 
 def build_tiny(
@@ -132,9 +154,10 @@ def tiny_config(family: str, *, d_ff: int | None = None, **config_overrides: Any
     """The transformers config of a tiny model."""
     from transformers import AutoConfig
 
-    model_type, config = _SPECS[family]
+    model_type, config = TINY[family].model_type, TINY[family].config
     if d_ff is not None:
-        config = {**config, _D_FF_KEYS.get(model_type, "intermediate_size"): d_ff}
+        anatomy = ANATOMIES[model_type]
+        config = {**config, anatomy.moe.expert_width if anatomy.moe else anatomy.d_ff: d_ff}
     ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     return AutoConfig.for_model(model_type, **{**config, **ids, **config_overrides})
 

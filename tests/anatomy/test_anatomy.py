@@ -6,16 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moesaic.anatomy import FAMILIES, read_anatomy
+from moesaic.anatomy.attention import head_dim
 from moesaic.anatomy.refusals import ACTIVATIONS
 from moesaic.errors import UnsupportedModelError
 from moesaic.nn.ffn import ACTIVATIONS as COMPUTED
 from tests import tiny_models
-from tests.tiny_models import D_EXPERT, D_FF, D_MODEL, tiny_config
+from tests.tiny_models import D_EXPERT, D_FF, D_MODEL, TINY, tiny_config
 
 
 def config_of(family: str, **overrides: object) -> dict:
@@ -109,8 +112,62 @@ def test_known_activations_are_those_that_are_computed() -> None:
 
 
 def test_families_of_the_tests_are_those_of_the_package() -> None:
-    names = [*tiny_models.FAMILIES, *tiny_models.MOE_FAMILIES, "gemma1"]
-    assert {tiny_config(name).model_type for name in names} == set(FAMILIES)
+    assert {tiny.model_type for tiny in TINY.values()} == set(FAMILIES)
+    assert all(family.model_type == name for name, family in FAMILIES.items())
+
+
+def facts(config: dict) -> dict[str, Any]:
+    """What stands beside the FFNs of a model with attention of the common form, read off the model itself."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    attention, ffn = (model.get_submodule(f"model.layers.1.{name}") for name in ("self_attn", "mlp"))
+    parts: dict[str, Any] = {**dict(attention.named_children()), **dict(ffn.named_children())}
+    norm = parts.get("q_norm")
+    return {
+        "head_dim": attention.head_dim,
+        "fused": "qkv_proj" in parts,
+        "qkv_bias": (parts.get("q_proj") or parts["qkv_proj"]).bias is not None,
+        "o_bias": parts["o_proj"].bias is not None,
+        "qk_norm": "none" if norm is None else "head" if norm.weight.numel() == attention.head_dim else "full",
+        "ffn_bias": parts["down_proj"].bias is not None,
+    }
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("family", [name for name in TINY if FAMILIES[TINY[name].model_type].attention])
+def test_what_the_table_says_of_attention_is_what_the_model_has(family: str, biases: bool) -> None:
+    table = FAMILIES[TINY[family].model_type]
+    assert table.attention is not None
+    switches = {
+        "qkv_bias": table.attention.qkv_bias,
+        "o_bias": table.attention.o_bias,
+        "ffn_bias": table.ffn_bias,
+    }
+    config = config_of(family, **{fact: biases for fact in switches.values() if isinstance(fact, str)})
+    config.pop("head_dim", None)
+    assert facts(config) == {
+        "head_dim": head_dim(read_anatomy(config)),
+        "fused": table.attention.fused,
+        "qk_norm": table.attention.qk_norm,
+        **{name: biases if isinstance(fact, str) else fact for name, fact in switches.items()},
+    }
+
+
+@pytest.mark.parametrize("family", [*tiny_models.FAMILIES, "gemma1"])
+def test_what_the_table_says_of_norms_and_multipliers_is_what_the_model_computes(family: str) -> None:
+    """Something is added to an FFN's output; what then is added to the layer's?"""
+    anatomy = read_anatomy(config_of(family))
+    model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    path, more = anatomy.sites[-1].tensor_names()["down"], torch.zeros(D_MODEL)
+    outputs = []
+    model.get_submodule(path).register_forward_hook(lambda _m, _i, out: out + more)
+    model.get_submodule(anatomy.layer_path(1)).register_forward_hook(lambda _m, _i, out: outputs.append(out))
+    for _ in range(2):
+        with torch.no_grad():
+            model(input_ids=torch.arange(8)[None], use_cache=False)
+        more = torch.linspace(-1, 1, D_MODEL)
+    first, second = (out[0] if isinstance(out, tuple) else out for out in outputs)
+    as_table_says = torch.allclose(second - first, anatomy.residual_multiplier * more.expand(8, -1), atol=1e-5)
+    assert as_table_says != anatomy.norm_after
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,9 @@ from tests.nn.attention import (
     random_attention,
     value_mask,
 )
-from tests.tiny_models import PAD, VOCAB, build_tiny
+from tests.tiny_models import PAD, PRUNES_PAIRS, PRUNES_VALUES, VOCAB, build_tiny
 
 Tiny = Callable[[str], Path]
-PAIR_FAMILIES = ["llama", "llama_bias", "granite", "mistral", "qwen2", "gemma1", "gemma2", "smollm3"]
-NORM_FAMILIES = ["qwen3", "gemma3", "olmo2"]
 WINDOW = {"sliding_window": 8}
 
 
@@ -59,7 +57,7 @@ def masked_model(folder: Path, plans: dict[str, AttentionPlan], **options: Any) 
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", [*PAIR_FAMILIES, *NORM_FAMILIES])
+@pytest.mark.parametrize("family", [*PRUNES_PAIRS, *PRUNES_VALUES])
 def test_pruned_is_zero_masked(family: str, implementation: str, tiny: Tiny) -> None:
     if (family, implementation) == ("gemma2", "sdpa"):
         implementation = "eager"  # soft-capped scores: transformers has them in eager only

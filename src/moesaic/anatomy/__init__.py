@@ -1,62 +1,17 @@
-"""What a model is made of: one small file per family, and :func:`read_anatomy`, which applies it to a config.json.
-
-A new family is one file with a ``FAMILY`` and one line here.
-"""
+"""What a model is made of: one small file per family (``families/``), and :func:`read_anatomy`, which applies it to a
+config.json."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moesaic.anatomy import (
-    gemma,
-    gpt2,
-    gpt_neox,
-    granite,
-    llama,
-    mistral,
-    mixtral,
-    olmo2,
-    olmoe,
-    opt,
-    phi,
-    phi3,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_moe,
-    smollm3,
-)
 from moesaic.anatomy.base import Anatomy, Config, Family, FFNSite, MoENames, require
+from moesaic.anatomy.families import FAMILIES
 from moesaic.anatomy.refusals import ACTIVATIONS, refuse_foreign, refuse_layers
 from moesaic.errors import UnsupportedModelError
 
-_MODULES = (
-    llama,
-    granite,
-    mistral,
-    qwen2,
-    qwen3,
-    gemma,
-    phi3,
-    olmo2,
-    smollm3,
-    gpt2,
-    opt,
-    gpt_neox,
-    phi,
-    mixtral,
-    qwen2_moe,
-    qwen3_moe,
-    olmoe,
-)
-
 _MOST_LAYERS = 10_000
 """No model comes near; a damaged config.json must not cost minutes."""
-
-FAMILIES: dict[str, Family] = {
-    model_type: module.FAMILY for module in _MODULES for model_type in module.FAMILY.model_types
-}
-"""``model_type`` of config.json -> family."""
 
 
 def read_anatomy(config: Config, *, hierarchical: bool = False) -> Anatomy:

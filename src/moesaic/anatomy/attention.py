@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moesaic.anatomy.base import Anatomy
+from moesaic.anatomy.base import Anatomy, require
 
 if TYPE_CHECKING:
     from moesaic.blueprint.attention import AttentionPlan
-
-_PLAIN = frozenset({"llama", "granite", "mistral", "qwen2", "gemma", "gemma2", "smollm3"})
-_QK_NORM = frozenset({"qwen3", "gemma3_text", "olmo2"})
 
 
 @dataclass(frozen=True)
@@ -25,8 +22,8 @@ class AttentionSupport:
 
 def attention_support(anatomy: Anatomy) -> AttentionSupport:
     """What can be pruned in a model's attention: needs separate q_proj, k_proj, v_proj, o_proj and half-split RoPE."""
-    model_type = anatomy.config["model_type"]
-    if model_type not in _PLAIN | _QK_NORM:
+    model_type, attention = anatomy.family.model_type, anatomy.family.attention
+    if attention is None or attention.fused:
         reason = f"the attention of {model_type} has not the four projections and the half-split RoPE that it takes"
         return AttentionSupport(reason, reason)
     rope = anatomy.config.get("rope_parameters") or anatomy.config.get("rope_scaling") or {}
@@ -34,7 +31,7 @@ def attention_support(anatomy: Anatomy) -> AttentionSupport:
     if factor not in (None, 1, 1.0):
         reason = f"partial_rotary_factor is {factor:g}: pairs are known for heads that are rotated whole"
         return AttentionSupport(reason, reason)
-    if model_type in _QK_NORM:
+    if attention.qk_norm != "none":
         return AttentionSupport(
             f"{model_type} norms queries and keys over whole heads, so that pruned ones are not masked ones", None
         )
@@ -46,15 +43,16 @@ def attention_path(anatomy: Anatomy, layer: int) -> str:
     return f"{anatomy.layer_path(layer)}.self_attn"
 
 
-_DEFAULT_WIDTH = {"gemma": 256, "gemma2": 256, "gemma3_text": 256, "qwen3": 128}
-"""Head widths of configs that need not state them."""
+def heads(anatomy: Anatomy) -> int:
+    """Query heads H of a layer. Raises UnsupportedModelError where config.json does not say."""
+    return int(require(anatomy.config, anatomy.family.heads, anatomy.family.model_type))
 
 
 def head_dim(anatomy: Anatomy) -> int:
-    """Width h of an attention head."""
-    config = anatomy.config
-    given = config.get("head_dim") or _DEFAULT_WIDTH.get(config["model_type"])
-    return int(given or anatomy.d_model // config["num_attention_heads"])
+    """Width h of an attention head. Raises UnsupportedModelError as :func:`heads` does."""
+    attention = anatomy.family.attention
+    given = anatomy.config.get("head_dim") or (attention and attention.head_dim)
+    return int(given or anatomy.d_model // heads(anatomy))
 
 
 def pruning_reasons(anatomy: Anatomy, plans: Mapping[str, AttentionPlan]) -> list[str]:

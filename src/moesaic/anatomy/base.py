@@ -1,14 +1,14 @@
 """What a model is made of, as data: where each FFN sits, what its tensors are called, how wide it is.
 
-A :class:`Family` is one small table (see ``llama.py``); an :class:`Anatomy` is that table applied to a config.json.
-No torch here: ``moesaic plan`` reads only this.
+A :class:`Family` is one small table (see ``families/llama.py``); an :class:`Anatomy` is that table applied to a
+config.json. No torch here: ``moesaic plan`` reads only this.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from moesaic.errors import UnsupportedModelError
 
@@ -57,18 +57,41 @@ class MoENames:
     dense_names: FFNNames | None = None
 
 
+QKNorm = Literal["none", "head", "full"]
+Norms = Literal["before", "after", "both"]
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
+
+
 @dataclass(frozen=True)
-class Family:
-    """How one model family lays out its checkpoint.
+class Attention:
+    """Attention as most families have it: q_proj, k_proj, v_proj and o_proj in ``self_attn``, with half-split RoPE.
 
     Attributes:
-        name: Short name, as in ``moesaic methods`` and the docs.
-        model_types: Values of ``model_type`` in config.json.
+        qkv_bias, o_bias: Whether these projections have biases: always, never, or as that key of config.json says.
+        qk_norm: Norm of queries and keys: none, per head, or over all heads at once.
+        head_dim: Width of a head where config.json does not say it; None: the model's width over the heads.
+        fused: The first three are one matrix, ``qkv_proj`` (Phi-3).
+    """
+
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    qk_norm: QKNorm = "none"
+    head_dim: int | None = None
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """All that is known of the models of one ``model_type``: where its FFNs are, and what stands beside them.
+
+    Attributes:
+        model_type: Of config.json.
+        group: What blueprints and reports call the family, where several model types share a name (Gemma).
         layers: Module path of the decoder layers.
         ffn: Module of the FFN inside a decoder layer (``mlp``; OPT has none of its own and uses ``fc1``).
         names: Projections, relative to ``ffn`` ("" when ``ffn`` itself is the up projection, as in OPT).
         bypass: Submodules of the decoder layer that become the identity because the FFN module takes over their work.
-        d_model, d_ff, num_layers, activation: Keys of config.json.
+        d_model, d_ff, num_layers, heads, activation: Keys of config.json.
         d_ff_default: Computes d_ff where config.json may leave it out (GPT-2: 4 x n_embd).
         activation_of: Computes the activation where the value of its key is not the whole story (Gemma).
         prefix: Prefix of the base model's tensors; checkpoints without it are read as well.
@@ -77,19 +100,25 @@ class Family:
             tables).
         refuse: Returns the reason why a config of this family cannot be converted, or None.
         moe: Set for families that are MoE already.
-        norm_after: The model types with a norm between FFN and residual stream: the size of the FFN's output says
-            nothing there of what is added.
+        text_models: Model types of wrappers' text models that compute the same where there is only text.
+        attention: None where it is of another form: it is then neither pruned nor written for a stock architecture.
+        norms: Where norms stand: before attention and FFN, after them, or both. After: the size of the FFN's output
+            says nothing of what is added to the residual stream.
+        ffn_bias: Whether the FFNs have biases: see :class:`Attention`. Only read for gated ones.
+        multipliers: Whether it has the factors of Granite, under the keys in :data:`MULTIPLIERS`.
+        beyond_stock: What no stock MoE architecture has, beside what the other attributes say; None: nothing.
     """
 
-    name: str
-    model_types: tuple[str, ...]
-    layers: str
-    ffn: str
-    names: FFNNames
+    model_type: str
+    group: str | None = None
+    layers: str = "model.layers"
+    ffn: str = "mlp"
+    names: FFNNames = GATED_PROJ
     bypass: tuple[str, ...] = ()
     d_model: str = "hidden_size"
     d_ff: str = "intermediate_size"
     num_layers: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
     activation: str = "hidden_act"
     d_ff_default: Callable[[Config], int] | None = None
     activation_of: Callable[[Config], str] | None = None
@@ -98,7 +127,17 @@ class Family:
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
     refuse: Callable[[Config], str | None] | None = None
     moe: MoENames | None = None
-    norm_after: tuple[str, ...] = ()
+    text_models: tuple[str, ...] = ()
+    attention: Attention | None = None
+    norms: Norms = "before"
+    ffn_bias: bool | str = False
+    multipliers: bool = False
+    beyond_stock: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What blueprints and reports call the family."""
+        return self.group or self.model_type
 
     def model_name(self, name: str) -> str:
         """A tensor's name in the model, given its name on disk (prefix included)."""
@@ -167,12 +206,12 @@ class Anatomy:
     @property
     def norm_after(self) -> bool:
         """Whether a norm follows the FFN before its output is added to the residual stream."""
-        return self.config.get("model_type") in self.family.norm_after
+        return self.family.norms != "before"
 
     @property
     def residual_multiplier(self) -> float:
         """What the FFN's output is multiplied by before it is added to the residual stream (Granite; else 1)."""
-        return float(self.config.get("residual_multiplier", 1.0))
+        return float(self.config.get("residual_multiplier", 1.0)) if self.family.multipliers else 1.0
 
     def sites_of(self, layer: int) -> tuple[FFNSite, ...]:
         """The FFN sites of one decoder layer (one for a dense model, several for a MoE)."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
-from moesaic.anatomy.base import Config
+from moesaic.anatomy.base import Config, Family
 from moesaic.errors import UnsupportedModelError
 
 # Activations that moesaic computes; moesaic.nn.ffn holds the functions (a test keeps the two alike).
@@ -39,28 +39,25 @@ _HEADS = (
     "ForRewardModel",
 )
 _PER_LAYER = {"layer_types": False, "no_rope_layers": True}  # whether transformers takes a list that is too long
-# Text models whose multimodal rotary positions are the plain ones where there is only text.
-_PLAIN_ON_TEXT = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 _SIZES = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 _TORCH_DTYPE = re.compile(r"bfloat16|float16|float32|float64|float|half|double")
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def refuse_foreign(config: Config, known: Iterable[str]) -> None:
+def refuse_foreign(config: Config, families: Mapping[str, Family]) -> None:
     """Raise UnsupportedModelError, with reason and hint, for a config that no family of ours describes."""
     if "peft_type" in config:
         raise UnsupportedModelError(f"this is a PEFT adapter ({config['peft_type']}), not a model", MERGE_HINT)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise UnsupportedModelError("config.json has no model_type", "give a Hugging Face language model")
-    known = sorted(known)
     for check in (_moesaic, _quantised):
         check(config, model_type)
-    _multimodal(config, model_type, known)
+    _multimodal(config, model_type, families)
     for check in (_other_kind, _head, _tuples, _token_ids, _numbers, _dtype):
         check(config, model_type)
-    if model_type not in known:
-        _unknown(config, model_type, known)
+    if model_type not in families:
+        _unknown(config, model_type, sorted(families))
 
 
 RECIPES = "docs/checkpoints.md"
@@ -91,21 +88,21 @@ def _quantised(config: Config, model_type: str) -> None:
             )
 
 
-def _multimodal(config: Config, model_type: str, known: list[str]) -> None:
+def _multimodal(config: Config, model_type: str, families: Mapping[str, Family]) -> None:
     inner = config.get("text_config") or config.get("llm_config") or config.get("thinker_config")
     if not isinstance(inner, dict) and not any(key in config for key in ("vision_config", "audio_config")):
         return
     text_type = inner.get("model_type") if isinstance(inner, dict) else None
     text_type = text_type or f"{model_type}_text"  # files from before wrappers named it
-    plain = _PLAIN_ON_TEXT.get(text_type, text_type)
-    if plain in known:
+    plain = next((family.model_type for family in families.values() if text_type in family.text_models), text_type)
+    if plain in families:
         raise UnsupportedModelError(
             f"{model_type} is a multimodal wrapper around {text_type}",
             f"save its text model as a {plain} checkpoint and convert that: {RECIPES} has the lines",
         )
     raise UnsupportedModelError(
         f"{model_type} is a multimodal wrapper around {text_type}, which moesaic does not know",
-        f"text models that it knows: {', '.join(known)}",
+        f"text models that it knows: {', '.join(sorted(families))}",
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moesaic.anatomy.attention import head_dim, heads
 from moesaic.anatomy.base import Anatomy
 from moesaic.checkpoint.ffn import ffn_tensor_names
 from moesaic.checkpoint.reader import Checkpoint
@@ -151,9 +152,8 @@ def guess_source(folder: Path, anatomy: Anatomy) -> Source:
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     element = _FP32 if dtype == "float32" else 2
     tied = bool(config.get("tie_word_embeddings", False))
-    heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
-    head_dim = int(config.get("head_dim") or d_model // heads)
-    attention = 2 * d_model * head_dim * (heads + int(config.get("num_key_value_heads") or heads))
+    queries = heads(anatomy)
+    attention = 2 * d_model * head_dim(anatomy) * (queries + int(config.get("num_key_value_heads") or queries))
     ffn = sum(site.d_ff for site in anatomy.sites) * (3 if anatomy.gated else 2) * d_model
     tables = (1 if tied else 2) * int(config.get("vocab_size") or 0) * d_model
     counted = element * (anatomy.num_layers * (attention + 2 * d_model) + ffn + tables)

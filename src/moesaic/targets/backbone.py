@@ -4,22 +4,11 @@ torch here."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from moesaic.anatomy.base import Anatomy
+from moesaic.anatomy.attention import head_dim
+from moesaic.anatomy.base import MULTIPLIERS, Anatomy, QKNorm
 from moesaic.errors import UnsupportedModelError
-
-QKNorm = Literal["none", "head", "full"]
-
-_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite"})
-_QK_NORM: dict[str, QKNorm] = {"qwen3": "head", "olmo2": "full"}
-_NO_STOCK = {
-    "gemma": "GELU experts in more engines than transformers, and norms with 1 + w,",
-    "gemma2": "GELU experts, norms on both sides of the FFN, and soft-capped logits",
-    "gemma3_text": "GELU experts, norms on both sides of the FFN, and two RoPE bases",
-    "smollm3": "layers without rotary position",
-}
-_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
 
 
 @dataclass(frozen=True)
@@ -70,14 +59,14 @@ class Backbone:
 
 def no_backbone(anatomy: Anatomy) -> str | None:
     """Why no stock MoE architecture has this family's backbone or FFN, or None."""
-    model_type = anatomy.config["model_type"]
-    if anatomy.family.moe is not None:
+    family, model_type = anatomy.family, anatomy.family.model_type
+    if family.moe is not None:
         return f"{model_type} is a MoE whose experts were split: stock architectures have no experts inside experts"
     if not anatomy.gated:
         return f"the FFNs of {model_type} have no gate path: experts of stock architectures are gated"
-    if model_type in _NO_STOCK:
-        return f"no stock MoE architecture has {_NO_STOCK[model_type]} as {model_type} has"
-    if model_type not in _FAMILIES:
+    if family.beyond_stock is not None:
+        return f"no stock MoE architecture has {family.beyond_stock} as {model_type} has"
+    if family.attention is None:
         return f"no stock MoE architecture is known to have the attention and norms of {model_type}"
     if anatomy.activation not in ("silu", "swish"):
         return f"activation {anatomy.activation}: engines compute the experts of stock architectures with SiLU"
@@ -89,39 +78,43 @@ def read_backbone(anatomy: Anatomy) -> Backbone:
 
     Raises UnsupportedModelError for a config that transformers rejects.
     """
-    config = _with_defaults(anatomy)
-    model_type = config.model_type
-    bias = bool(getattr(config, "attention_bias", False))
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    family, attention = anatomy.family, anatomy.family.attention
+    assert attention is not None
+    config, width = _with_defaults(anatomy), head_dim(anatomy)
     rope = {key: value for key, value in config.rope_parameters.items() if key != "partial_rotary_factor"}
     window, everywhere = _window(config)
-    plain = _plain(head_dim)
+    plain = _plain(width)
     return Backbone(
         config=config,
-        head_dim=head_dim,
-        qkv_bias=bias or model_type == "qwen2",
-        o_bias=bias,
-        qk_norm=_QK_NORM.get(model_type, "none"),
-        post_norm=model_type == "olmo2",
+        head_dim=width,
+        qkv_bias=_stated(attention.qkv_bias, config),
+        o_bias=_stated(attention.o_bias, config),
+        qk_norm=attention.qk_norm,
+        post_norm=family.norms == "after",
         rope=rope,
         partial_rotary=float(config.rope_parameters.get("partial_rotary_factor") or 1.0),
         window=window,
         window_everywhere=everywhere,
-        multipliers={key: float(getattr(config, key, plain[key])) for key in _MULTIPLIERS},
-        ffn_bias=bool(getattr(config, "mlp_bias", False)),
-        fused=model_type == "phi3",
+        multipliers={key: float(getattr(config, key)) for key in plain} if family.multipliers else plain,
+        ffn_bias=_stated(family.ffn_bias, config),
+        fused=attention.fused,
         tied=bool(config.tie_word_embeddings),
     )
 
 
-def _plain(head_dim: int) -> dict[str, float]:
-    return dict.fromkeys(_MULTIPLIERS, 1.0) | {"attention_multiplier": head_dim**-0.5}
+def _stated(fact: bool | str, config: Any) -> bool:
+    """A fact of the family, or what the key of the config that it names says."""
+    return bool(getattr(config, fact)) if isinstance(fact, str) else fact
+
+
+def _plain(width: int) -> dict[str, float]:
+    return dict.fromkeys(MULTIPLIERS, 1.0) | {"attention_multiplier": width**-0.5}
 
 
 def _with_defaults(anatomy: Anatomy) -> Any:
     from transformers import CONFIG_MAPPING
 
-    model_type = anatomy.config["model_type"]
+    model_type = anatomy.family.model_type
     try:
         return CONFIG_MAPPING[model_type].from_dict(dict(anatomy.config))
     except Exception as error:  # transformers validates strictly and with many exception types

@@ -17,7 +17,7 @@ from moesaic.methods.tomoe.export import export, layer_plan
 from moesaic.methods.tomoe.hard import HardGates, expert_masks, hard_mask_model, value_mask
 from moesaic.methods.tomoe.task import ToMoETask
 from tests.ffns import random_ffn, random_inputs
-from tests.methods.tomoe.tiny import ATTENTION_FAMILIES, QK_NORM_FAMILIES, randomise_controller, tiny_task, tokens
+from tests.methods.tomoe.tiny import ATTENTION, randomise_controller, tiny_task, tokens
 from tests.tiny_models import FAMILIES
 
 
@@ -39,7 +39,7 @@ def hard_logits(task: ToMoETask, plan: ModelPlan) -> Tensor:
 @pytest.mark.parametrize("experts", [1, 4])
 def test_export_equals_the_hard_mask_model(family: str, experts: int) -> None:
     """O19: the converted model against masks on the dense one; every family, with what its attention allows."""
-    attention = "values" if family in QK_NORM_FAMILIES else "both" if family in ATTENTION_FAMILIES else "none"
+    attention = ATTENTION[family]
     task = trained(family, attention=attention, experts=experts)
     plan = export(task, tokens())
     expected = hard_logits(task, plan)

@@ -15,14 +15,13 @@ from moesaic.methods.tomoe.gates import Noise, SampledGates
 from moesaic.methods.tomoe.masking import Masker
 from moesaic.methods.tomoe.task import ToMoETask
 from tests.methods.tomoe.tiny import (
-    ATTENTION_FAMILIES,
-    QK_NORM_FAMILIES,
+    ATTENTION,
     randomise_controller,
     tiny_model,
     tiny_task,
     tokens,
 )
-from tests.tiny_models import FAMILIES
+from tests.tiny_models import FAMILIES, PRUNES_PAIRS, PRUNES_VALUES
 
 D_HEAD = 8
 
@@ -58,7 +57,7 @@ def dense(task: ToMoETask, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("bias", [40.0])
 def test_all_masks_on_is_the_dense_model_bit_for_bit(family: str, bias: float) -> None:
     """O6, O7: for any routing."""
-    attention = "values" if family in QK_NORM_FAMILIES else "both" if family in ATTENTION_FAMILIES else "none"
+    attention = ATTENTION[family]
     task = tiny_task(family, attention=attention, bias=bias, preset="paper", active=0.9)
     gates = gates_of(task)
     assert torch.equal(task.run(gates, tokens()), dense(task, tokens()))
@@ -230,7 +229,7 @@ def test_pruned_pairs_equal_masked_ones_at_the_original_scale(family: str, imple
     assert not torch.allclose(masked, other, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", [*ATTENTION_FAMILIES, "qwen3"])
+@pytest.mark.parametrize("family", [*PRUNES_PAIRS, "qwen3"])
 def test_a_value_dim_that_is_off_needs_neither_its_rows_nor_its_columns(family: str) -> None:
     """O12."""
     model, anatomy = tiny_model(family)
@@ -252,10 +251,10 @@ def test_a_value_dim_that_is_off_needs_neither_its_rows_nor_its_columns(family: 
 
 
 def test_families_whose_attention_cannot_be_masked_are_refused() -> None:
-    for family in ("gpt2", "phi3", "phi", "opt", "gpt_neox"):
+    for family in (name for name in FAMILIES if ATTENTION[name] == "none"):
         with pytest.raises(UnsupportedModelError):
             attention_sites(tiny_model(family)[1], range(2), "both")
-    for family in QK_NORM_FAMILIES:
+    for family in PRUNES_VALUES:
         anatomy = tiny_model(family)[1]
         assert [site.pairs for site in attention_sites(anatomy, range(2), "both")] == [0, 0]
         with pytest.raises(UnsupportedModelError, match="norms queries and keys"):

@@ -13,10 +13,10 @@ from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
 from moesaic.methods.tomoe.config import Config
 from moesaic.methods.tomoe.task import ToMoETask
-from tests.tiny_models import randomise, tiny_config
+from tests.tiny_models import TINY, randomise, tiny_config
 
-ATTENTION_FAMILIES = ["llama", "granite", "mistral", "qwen2", "gemma1", "gemma2", "smollm3", "llama_bias"]
-QK_NORM_FAMILIES = ["qwen3", "gemma3", "olmo2"]
+ATTENTION = {name: {"pairs": "both", "values": "values"}.get(tiny.prunes, "none") for name, tiny in TINY.items()}
+"""What can be masked of each tiny model's attention, in the words of ToMoE's option."""
 
 
 def tiny_model(family: str, **overrides: Any) -> tuple[nn.Module, Anatomy]:

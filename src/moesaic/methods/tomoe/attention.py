@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moesaic.anatomy.attention import attention_path, attention_support, head_dim
+from moesaic.anatomy.attention import attention_path, attention_support, head_dim, heads
 from moesaic.anatomy.base import Anatomy
 from moesaic.errors import UnsupportedModelError
 
@@ -49,13 +49,11 @@ def attention_sites(anatomy: Anatomy, layers: Sequence[int], wanted: str) -> lis
 
 def block(anatomy: Anatomy, layer: int) -> AttentionSite:
     """The sizes of one attention block, whether or not it can be masked."""
-    config = anatomy.config
-    heads = int(config.get("num_attention_heads") or config["n_head"])
-    width = head_dim(anatomy) if config.get("num_attention_heads") else anatomy.d_model // heads
+    count, width = heads(anatomy), head_dim(anatomy)
     return AttentionSite(
         path=attention_path(anatomy, layer),
-        heads=heads,
-        key_heads=int(config.get("num_key_value_heads") or heads),
+        heads=count,
+        key_heads=int(anatomy.config.get("num_key_value_heads") or count),
         head_dim=width,
         pairs=0 if pair_refusal(anatomy) else width // 2,
     )

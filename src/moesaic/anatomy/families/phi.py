@@ -3,9 +3,6 @@
 from moesaic.anatomy.base import Family, FFNNames
 
 FAMILY = Family(
-    name="phi",
-    model_types=("phi",),
-    layers="model.layers",
-    ffn="mlp",
+    model_type="phi",
     names=FFNNames(up="fc1", down="fc2"),
 )

@@ -3,11 +3,7 @@
 from moesaic.anatomy.base import GATED_PROJ, Family, MoENames
 
 FAMILY = Family(
-    name="olmoe",
-    model_types=("olmoe",),
-    layers="model.layers",
-    ffn="mlp",
-    names=GATED_PROJ,
+    model_type="olmoe",
     moe=MoENames(
         block="mlp",
         names=GATED_PROJ,

@@ -8,14 +8,13 @@ def _refuse(config: Config) -> str | None:
 
 
 FAMILY = Family(
-    name="gpt2",
-    model_types=("gpt2",),
+    model_type="gpt2",
     layers="transformer.h",
-    ffn="mlp",
     names=FFNNames(up="c_fc", down="c_proj", transposed=True),
     d_model="n_embd",
     d_ff="n_inner",
     num_layers="n_layer",
+    heads="n_head",
     activation="activation_function",
     d_ff_default=lambda config: 4 * config["n_embd"],
     prefix="transformer",

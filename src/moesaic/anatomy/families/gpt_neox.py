@@ -3,10 +3,8 @@
 from moesaic.anatomy.base import Family, FFNNames
 
 FAMILY = Family(
-    name="gpt_neox",
-    model_types=("gpt_neox",),
+    model_type="gpt_neox",
     layers="gpt_neox.layers",
-    ffn="mlp",
     names=FFNNames(up="dense_h_to_4h", down="dense_4h_to_h"),
     prefix="gpt_neox",
     renames=(("embed_out.", "lm_head."),),

@@ -3,11 +3,7 @@
 from moesaic.anatomy.base import GATED_PROJ, Family, MoENames
 
 FAMILY = Family(
-    name="qwen2_moe",
-    model_types=("qwen2_moe",),
-    layers="model.layers",
-    ffn="mlp",
-    names=GATED_PROJ,
+    model_type="qwen2_moe",
     moe=MoENames(
         block="mlp",
         names=GATED_PROJ,

@@ -3,11 +3,7 @@
 from moesaic.anatomy.base import GATED_PROJ, Family, MoENames
 
 FAMILY = Family(
-    name="qwen3_moe",
-    model_types=("qwen3_moe",),
-    layers="model.layers",
-    ffn="mlp",
-    names=GATED_PROJ,
+    model_type="qwen3_moe",
     moe=MoENames(
         block="mlp",
         names=GATED_PROJ,

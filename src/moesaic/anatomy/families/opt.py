@@ -3,8 +3,7 @@
 from moesaic.anatomy.base import Family, FFNNames
 
 FAMILY = Family(
-    name="opt",
-    model_types=("opt",),
+    model_type="opt",
     layers="model.decoder.layers",
     ffn="fc1",
     names=FFNNames(up="", down="../fc2"),

@@ -5,10 +5,7 @@ from moesaic.anatomy.base import Family, FFNNames, MoENames
 _EXPERT = FFNNames(gate="w1", up="w3", down="w2")
 
 FAMILY = Family(
-    name="mixtral",
-    model_types=("mixtral",),
-    layers="model.layers",
-    ffn="mlp",
+    model_type="mixtral",
     names=_EXPERT,
     renames=((".block_sparse_moe.", ".mlp."),),
     moe=MoENames(
