@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import moesaic
-from moesaic.adjust.allocation_config import MODE_OF_TARGET, MODES, AllocationConfig
+from moesaic.adjust.allocation_config import MODES, AllocationConfig
 from moesaic.errors import InputError
 from moesaic.jobs.allocate import with_allocation
 from moesaic.jobs.decide import decide
@@ -22,7 +22,7 @@ from moesaic.jobs.plan import plan
 from moesaic.jobs.request import check_request
 from moesaic.jobs.settings import ConvertSettings
 from moesaic.progress import Silent
-from moesaic.targets import TARGETS, choose_target, get_target
+from moesaic.targets import TARGETS, choose_target
 from moesaic.targets.write import read_split
 from tests.tiny_models import build_tiny
 
@@ -109,7 +109,7 @@ def test_by_default_a_stock_model_holds_it(planted: Planted) -> None:
     split = read_split(job.checkpoint, job.anatomy, made.sites)
     choice = choose_target(split)
     assert choice.name == "glm4_moe"
-    config = choice.module.config_json(split, {}, job.settings.target_options)
+    config = choice.target.config_json(split, {}, job.settings.target_options)
     assert config["first_k_dense_replace"] == made.config["allocation"]["neurons"].count(D_FF) > 0
 
 
@@ -203,11 +203,17 @@ def test_experts_of_a_moe_are_refused(tmp_path: Path) -> None:
         prepare(check_request(folder, settings))
 
 
-def test_modes_are_what_the_targets_hold() -> None:
-    for name in TARGETS:
-        limits = getattr(get_target(name), "LIMITS", None)
-        if limits is not None:
-            held = {"none": None, "leading": "leading", "any": "any"}[limits.dense_layers]
-            assert MODE_OF_TARGET.get(name) == held, name
-    assert MODE_OF_TARGET["moesaic"] == "widths"
+@pytest.mark.parametrize("name", TARGETS)
+def test_modes_are_what_the_targets_hold(name: str) -> None:
+    held = TARGETS[name].freedom
+    for mode in ("leading", "any", "widths"):
+        config = AllocationConfig.model_validate({"mode": mode})
+        if ["none", "leading", "any", "widths"].index(mode) <= ["none", "leading", "any", "widths"].index(held):
+            assert config.mode_for(name) == mode
+        else:
+            with pytest.raises(InputError, match=name):
+                config.mode_for(name)
+
+
+def test_modes_are_the_options() -> None:
     assert {AllocationConfig.model_validate({"mode": mode}).mode for mode in MODES} == set(MODES)

@@ -24,7 +24,8 @@ from moesaic.jobs.native import fitting_targets, verify_native
 from moesaic.materialise.apply import apply_blueprint
 from moesaic.progress import Silent
 from moesaic.staging.manifest import check_manifest
-from moesaic.targets import TARGETS, glm4_moe
+from moesaic.targets import TARGETS
+from moesaic.targets.glm4_moe import Glm4MoE
 
 CALIBRATION = {"tokens": 256, "window": 64}
 LAYOUT = {"layout": "S3A3E8"}
@@ -101,7 +102,7 @@ def test_interrupted_it_resumes_and_writes_the_same_bytes(
 ) -> None:
     decided: list[int] = []
     written: list[int] = []
-    decide_layer, layer_tensors = decide._decide_layer, glm4_moe.layer_tensors
+    decide_layer, layer_tensors = decide._decide_layer, Glm4MoE.layer_tensors
 
     def visit(done: list[int], layer: int, interrupt: bool) -> None:
         done.append(layer)
@@ -112,12 +113,12 @@ def test_interrupted_it_resumes_and_writes_the_same_bytes(
         visit(decided, layer, place == "deciding")
         return decide_layer(job, layer, *rest)
 
-    def writing(split: Any, layer: int, *rest: Any) -> Any:
+    def writing(self: Any, split: Any, layer: int, *rest: Any) -> Any:
         visit(written, layer, place == "writing")
-        return layer_tensors(split, layer, *rest)
+        return layer_tensors(self, split, layer, *rest)
 
     monkeypatch.setattr(decide, "_decide_layer", deciding)
-    monkeypatch.setattr(glm4_moe, "layer_tensors", writing)
+    monkeypatch.setattr(Glm4MoE, "layer_tensors", writing)
     with pytest.raises(KeyboardInterrupt):
         moesaic.convert(tiny("llama"), tmp_path / "out", **ORACLE)
     assert not (tmp_path / "out").exists()
@@ -134,7 +135,7 @@ def test_another_router_is_another_conversion(tiny: Tiny, tmp_path: Path, monkey
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(glm4_moe, "layer_tensors", interrupt)
+    monkeypatch.setattr(Glm4MoE, "layer_tensors", interrupt)
     with pytest.raises(KeyboardInterrupt):
         moesaic.convert(tiny("llama"), tmp_path / "out", **ORACLE)
     other: dict[str, Any] = ORACLE | {"router": "decisions"}

@@ -13,7 +13,7 @@ from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, VerificationError
 from moesaic.jobs.export import export
 from moesaic.staging.manifest import check_manifest
-from moesaic.targets import glm4_moe
+from moesaic.targets.glm4_moe import Glm4MoE
 from tests.targets.helpers import plans_for, write
 
 Tiny = Callable[[str], Path]
@@ -35,17 +35,17 @@ def test_an_interrupted_export_resumes_and_equals_a_direct_conversion(
 ) -> None:
     folder, out = converted(), tmp_path / "out"
     (folder / "results.json").write_text('{"conversion": {"method": "test"}}')
-    layer_tensors = glm4_moe.layer_tensors
+    layer_tensors = Glm4MoE.layer_tensors
     layers: list[int] = []
 
-    def interrupted(split: Any, layer: int, *rest: Any) -> Any:
+    def interrupted(self: Any, split: Any, layer: int, *rest: Any) -> Any:
         if layer == 1 and not layers.count(1):
             layers.append(1)
             raise KeyboardInterrupt
         layers.append(layer)
-        return layer_tensors(split, layer, *rest)
+        return layer_tensors(self, split, layer, *rest)
 
-    monkeypatch.setattr(glm4_moe, "layer_tensors", interrupted)
+    monkeypatch.setattr(Glm4MoE, "layer_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export(folder, out)
     assert not out.exists()
@@ -73,8 +73,8 @@ def test_an_interrupted_export_resumes_and_equals_a_direct_conversion(
 def test_an_output_that_computes_something_else_does_not_appear(
     converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config_json = glm4_moe.config_json
-    monkeypatch.setattr(glm4_moe, "config_json", lambda *args: config_json(*args) | {"routed_scaling_factor": 1.5})
+    config_json = Glm4MoE.config_json
+    monkeypatch.setattr(Glm4MoE, "config_json", lambda *args: config_json(*args) | {"routed_scaling_factor": 1.5})
     with pytest.raises(VerificationError, match="differs from its blueprint"):
         export(converted(), tmp_path / "out")
     assert not (tmp_path / "out").exists()

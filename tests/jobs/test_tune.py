@@ -23,7 +23,7 @@ from moesaic.jobs.tune import tune
 from moesaic.jobs.undo import undo
 from moesaic.jobs.verify import verify_output
 from moesaic.staging.manifest import check_manifest
-from moesaic.targets import glm4_moe
+from moesaic.targets.glm4_moe import Glm4MoE
 from tests.tiny_models import build_tiny
 from tests.train.processes import FSDP, two_processes
 from tests.train.tasks import Kill
@@ -246,8 +246,8 @@ def test_an_output_that_computes_something_else_does_not_appear(
     made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     converted = made(target="glm4_moe")
-    config_json = glm4_moe.config_json
-    monkeypatch.setattr(glm4_moe, "config_json", lambda *args: config_json(*args) | {"routed_scaling_factor": 1.5})
+    config_json = Glm4MoE.config_json
+    monkeypatch.setattr(Glm4MoE, "config_json", lambda *args: config_json(*args) | {"routed_scaling_factor": 1.5})
     with pytest.raises(VerificationError, match="differs"):
         tune(converted.folder, tmp_path / "out", baseline=converted.dense.folder, config=settings(router_rate=1e-2))
     assert not (tmp_path / "out").exists()

@@ -70,7 +70,7 @@ def test_one_token_uses_what_was_asked_and_storage_is_within_its_bound(
     weights, x_TD = random_ffn(40, gated=gated, biases=biases), random_inputs(300)
     plan = plan_of(weights, x_TD, active=active, **options)
     assert abs(plan.active_neurons - active * 40) <= 0.5
-    stored = Config(active=active, **options).sizes(40).stored
+    stored = Config(active=active, **options).sizes(40).neurons
     assert len(plan.packed) <= stored if plan.union else len(plan.packed) == stored
     if plan.union:
         assert len(plan.packed) <= min(1.0, options.get("max_params", 1.0)) * 40
@@ -102,7 +102,7 @@ def test_sizes_add_up(d_ff: int, active: float, experts: int, split: Any, max_pa
     assert parts.shared >= 0
     assert abs(used - max(1, round(active * d_ff))) <= 0.5
     if parts.own and split == "overlapping":
-        assert parts.stored <= max_params * d_ff
+        assert parts.neurons <= max_params * d_ff
     elif parts.own:
         assert parts.shared + sum(parts.own) == d_ff
         assert 1 <= parts.top_k < experts
@@ -202,7 +202,7 @@ def test_padding_neurons_read_out_nothing() -> None:
 @pytest.mark.parametrize("d_ff", [1536, 4864])
 def test_disjoint_experts_of_default_number_need_no_padding(d_ff: int, active: float) -> None:
     parts = Config(split="disjoint", active=active).sizes(d_ff)
-    assert (parts.stored, parts.active) == (d_ff, active * d_ff)
+    assert (parts.neurons, parts.active) == (d_ff, active * d_ff)
     assert 48 <= len(parts.own) <= 128
 
 

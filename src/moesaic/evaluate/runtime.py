@@ -27,7 +27,7 @@ def round_experts(model: nn.Module, dtypes: Mapping[str, torch.dtype], factor: i
     Args:
         model: Holds our converted FFNs; changed in place.
         dtypes: Of the stored down projection, by module path of the FFN.
-        factor: See ``TargetModule.factor``.
+        factor: See ``Target.factor``.
     """
     for path, ffn in model.named_modules():
         if isinstance(ffn, MoEFeedForward) and ffn.experts:
@@ -40,7 +40,7 @@ class Runtime:
 
     Attributes:
         model: The model.
-        factor: What the other engine's weights are multiplied by to be ours: see ``TargetModule.factor``.
+        factor: What the other engine's weights are multiplied by to be ours: see ``Target.factor``.
         uniform: Whether all chosen experts have weight 1.
         routed: Which of its FFNs with experts choose among them, counted in their order.
         chosen: Of the last window, experts of each token per routed FFN, best first, [W, K].

@@ -87,7 +87,8 @@ def _norm_reasons(qk_norm: QKNorm, post_norm: bool, limits: Limits) -> Iterable[
     if post_norm != limits.post_norm:
         places = {True: "after", False: "before"}
         holders = _holders(lambda other: other.post_norm == post_norm)
-        yield f"norms stand {places[post_norm]} attention and FFN, its own {places[limits.post_norm]}: {holders} them so"
+        own = places[limits.post_norm]
+        yield f"norms stand {places[post_norm]} attention and FFN, its own {own}: {holders} them so"
 
 
 def _layer_reasons(split: Split, limits: Limits) -> Iterable[str]:
@@ -117,7 +118,7 @@ def _width_reason(shape: FFNShape, _limits: Limits) -> str | None:
 
 
 def _router_reason(shape: FFNShape, limits: Limits) -> str | None:
-    if shape.router == "gated" and not shape.all_on:
+    if shape.router == "gated":
         return "router of kind 'gated': only linear ones exist there; convert with --router oracle"
     if shape.router_bias and not shape.all_on:
         if not (limits.router_bias and shape.weighs_one):
