@@ -9,7 +9,7 @@ import torch
 from moesaic.blueprint.attention import AttentionPlan
 from moesaic.blueprint.layer import LayerPlan, Router, WeightFade
 from moesaic.blueprint.model import Blueprint
-from moesaic.errors import CheckpointError, InputError
+from moesaic.errors import CheckpointError, InputError, ResourceError
 
 
 def routed_plan(seed: int = 0) -> LayerPlan:
@@ -48,6 +48,13 @@ def test_save_and_load_round_trip_exactly(tmp_path: Path) -> None:
     plan = loaded.sites["model.layers.1.mlp.experts.3"]
     assert plan.fade == WeightFade((0.1, 0.2), "row")
     assert [len(expert) for expert in plan.experts] == [3, 1]
+
+
+def test_what_cannot_be_written_is_named_with_what_to_do(tmp_path: Path) -> None:
+    """A full disk comes as an error of the operating system or, from safetensors, as text; here the folder is gone."""
+    plan = LayerPlan(4, torch.arange(4))
+    with pytest.raises(ResourceError, match="cannot write .*gone.*No such file"):
+        Blueprint("llama", "source", "test", {}, {"model.layers.0.mlp": plan}).save(tmp_path / "gone")
 
 
 def test_digest_sees_every_change() -> None:

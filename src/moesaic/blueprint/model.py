@@ -74,12 +74,16 @@ class Blueprint:
         return sha.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write ``blueprint.json`` and ``blueprint.safetensors`` into an existing folder."""
-        from moesaic.durable import save_tensors
+        """Write ``blueprint.json`` and ``blueprint.safetensors`` into an existing folder.
+
+        Raises ResourceError when they cannot be written.
+        """
+        from moesaic.durable import disk_errors, save_tensors
 
         structure, tensors = _encode(self)
-        save_tensors(folder / TENSORS_NAME, tensors)
-        (folder / JSON_NAME).write_text(json.dumps(structure, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        with disk_errors(folder / TENSORS_NAME):
+            save_tensors(folder / TENSORS_NAME, tensors)
+            (folder / JSON_NAME).write_text(json.dumps(structure, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> Blueprint:

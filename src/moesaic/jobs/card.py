@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.checkpoint.mark import KEY, saved_again, tuned
 from moesaic.checkpoint.origin import CARD, is_hub_id
+from moesaic.durable import replace_text
 from moesaic.evaluate.comparison import Comparison
 from moesaic.staging.results import read_results
 
@@ -75,7 +76,7 @@ def finish(staged: StagedOutput, results: dict[str, Any], check: Callable[[Path]
 def write_card(folder: Path) -> None:
     """Write or renew the card of an output folder from its config.json and results.json."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / CARD).write_text(model_card(config, read_results(folder)), encoding="utf-8")
+    replace_text(folder / CARD, model_card(config, read_results(folder)))
 
 
 def _metadata(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
