@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from moesaic.errors import InputError
-from moesaic.targets import (
-    dense,
-    ernie4_5_moe,
-    flex_olmo,
-    glm4_moe,
-    granitemoeshared,
-    mixtral,
-    moesaic,
-    qwen2_moe,
-    qwen3_moe,
-)
 from moesaic.targets.base import Split, Target, TargetOptions
 
-_MODULES = (
-    glm4_moe,
-    granitemoeshared,
-    qwen2_moe,
-    qwen3_moe,
-    mixtral,
-    flex_olmo,
-    ernie4_5_moe,
-    dense,
-    moesaic,
+_NAMES = (
+    "glm4_moe",
+    "granitemoeshared",
+    "qwen2_moe",
+    "qwen3_moe",
+    "mixtral",
+    "flex_olmo",
+    "ernie4_5_moe",
+    "dense",
+    "moesaic",
 )
-TARGETS: dict[str, Target] = {module.TARGET.name: module.TARGET for module in _MODULES}
+TARGETS: dict[str, Target] = {name: importlib.import_module(f"{__name__}.{name}").TARGET for name in _NAMES}
 """By name; the stock ones in the order in which ``auto`` tries them."""
 AUTO = "auto"
-OWN = moesaic.TARGET.name
+OWN = "moesaic"
 """The target that holds everything."""
 
 
@@ -125,7 +115,7 @@ def _auto_order(split: Split) -> list[Target]:
     others = [target for target in TARGETS.values() if target.stock]
     if not any(shape.shared for shape in split.shapes.values()):
         others.sort(key=lambda target: not target.replicates)
-    return [dense.TARGET, *others]
+    return [TARGETS["dense"], *others]
 
 
 def _too_costly(split: Split) -> list[str]:
