@@ -53,7 +53,7 @@ def test_save_and_load_round_trip_exactly(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_named_with_what_to_do(tmp_path: Path) -> None:
     """A full disk comes as an error of the operating system or, from safetensors, as text; here the folder is gone."""
     plan = LayerPlan(4, torch.arange(4))
-    with pytest.raises(ResourceError, match="cannot write .*gone.*No such file"):
+    with pytest.raises(ResourceError, match=r"cannot write .*gone.*No such file"):
         Blueprint("llama", "source", "test", {}, {"model.layers.0.mlp": plan}).save(tmp_path / "gone")
 
 
