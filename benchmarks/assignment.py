@@ -1,6 +1,6 @@
 """Balanced assignment: min-cost flow against LAPJV on repeated columns. Time, memory, and whether the optima agree.
 
-    python benchmarks/assignment.py [--rows 12544] [--columns 14] [--lapjv-rows 2016]
+    python -m benchmarks.assignment [--rows 12544] [--columns 14] [--lapjv-rows 2016]
 
 Costs are L1 distances between marker columns, as CMoE has them (integers), and the same with noise (reals). Each solve
 runs in a process of its own; memory is the growth of its peak resident set. LAPJV needs rows^2 floats and, where many

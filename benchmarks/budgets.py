@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.compare.__main__ import RESULTS, machine, replace_file
+from benchmarks.compare.__main__ import RESULTS, machine
 from benchmarks.compare.measure import TEXTS, Protocol, converted_share, evaluated, of_whole_model
 from benchmarks.compare.table import Record, perplexity_of
+from benchmarks.rows import write_rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,6 +33,7 @@ from moesaic.adjust.budget import check_budget
 from moesaic.blueprint.model import Blueprint
 from moesaic.calibration.samples import evaluation_text, sample_text
 from moesaic.cli.console import fail, quiet_libraries, say
+from moesaic.durable import replace_text
 from moesaic.errors import InputError, MoesaicError
 from moesaic.evaluate.activity import counting
 from moesaic.evaluate.comparison import Comparison, compare
@@ -190,9 +192,8 @@ def _write(bench: Bench, rows: list[dict[str, Any]], results: Path) -> None:
         f"|{'---|' * len(head)}",
         *(f"| {' | '.join(_cells(row))} |" for row in rows),
     ]
-    results.mkdir(parents=True, exist_ok=True)
-    replace_file(results / f"budgets_{name}.json", json.dumps({"rows": rows}, indent=1) + "\n")
-    replace_file(results / f"budgets_{name}.md", "\n".join(lines) + "\n")
+    write_rows(results / f"budgets_{name}.json", {"rows": rows})
+    replace_text(results / f"budgets_{name}.md", "\n".join(lines) + "\n")
 
 
 def _arguments() -> argparse.Namespace:

@@ -2,19 +2,19 @@
 
 Side by side, the same weights and batch, interleaved repetitions, medians. A step is forward, backward and Adam. The
 dense step computes all m logits and all m neurons and zeroes what was not chosen. Run as
-``python benchmarks/distill_step.py --threads 1 [--json FILE]``.
+``python -m benchmarks.distill_step --threads 1 [--json FILE]``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from benchmarks.rows import write_rows
 from torch import Tensor
 
 from moesaic.distill.spec import StudentSpec, costs
@@ -94,7 +94,7 @@ def main() -> None:
             flush=True,
         )
     if args.json is not None:
-        args.json.write_text(json.dumps({"settings": {**vars(args), "json": None}, "rows": rows}, indent=1) + "\n")
+        write_rows(args.json, {"settings": {**vars(args), "json": None}, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Several sweeps of `moesaic distill` as one page: what a mixture gains on real inputs and on their Gaussian twins.
 
-Run as ``python benchmarks/distill_table.py SWEEP... [--probes SWEEP...] --report docs/results/distill``, each SWEEP the
+Run as ``python -m benchmarks.distill_table SWEEP... [--probes SWEEP...] --report docs/results/distill``, each SWEEP the
 output folder of ``moesaic distill``; of those after --probes only the dictionaries are shown.
 """
 
@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.rows import write_rows
 
 Sweep = dict[str, Any]
 
@@ -155,7 +157,7 @@ def main() -> None:
     text = page(sweeps, probes)
     arguments.report.with_suffix(".md").write_text(text, encoding="utf-8")
     kept = [*sweeps, *({**probe, "students": []} for probe in probes)]
-    arguments.report.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    write_rows(arguments.report.with_suffix(".json"), kept)
     print(text)
 
 

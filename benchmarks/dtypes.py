@@ -5,7 +5,8 @@
 Each model is copied to both dtypes in WORK. Every method converts both copies, `verify --baseline` judges the result,
 and perplexity is measured beside the dense model of the same dtype. Some methods choose other neurons where weights
 differ in the ninth bit, so the fp32 copy's decisions are applied to the bf16 copy as well (`--blueprint`). Results are
-appended to WORK/dtypes.jsonl as they come; a run that is started again goes on. It writes docs/results/dtypes.md.
+appended to WORK/dtypes.jsonl as they come; a run that is started again goes on. It writes docs/results/dtypes.json and
+dtypes.md.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.rows import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moesaic
@@ -183,7 +185,9 @@ def main() -> None:
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     run(given.work, given.models, given.tokens, given.windows)
-    given.page.write_text(page(known(given.work / "dtypes.jsonl")), encoding="utf-8")
+    results = known(given.work / "dtypes.jsonl")
+    write_rows(given.page.with_suffix(".json"), list(results.values()))
+    given.page.write_text(page(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

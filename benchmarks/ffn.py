@@ -1,6 +1,6 @@
 """How fast is one converted FFN beside the dense FFN and beside transformers' own expert implementations?
 
-    python benchmarks/ffn.py [--threads 2] [--layout S2A2E8] [--tokens 1 16 512] [--json out.json]
+    python -m benchmarks.ffn [--threads 2] [--layout S2A2E8] [--tokens 1 16 512] [--json out.json]
 
 Everything runs interleaved in one process: per round every contender computes the same new inputs once, in an order
 that is shuffled anew, so that load on the machine and leftovers in the caches hit all alike. Reported are the median
@@ -12,7 +12,6 @@ Axes: T tokens, D model width, F neurons.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import random
 import statistics
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from benchmarks.rows import write_rows
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2MoeConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
@@ -51,7 +51,7 @@ def main() -> None:
     }
     print(markdown(rows, conditions))
     if args.json is not None:
-        args.json.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        write_rows(args.json, {"conditions": conditions, "rows": rows})
 
 
 def measure(args: argparse.Namespace, dtype: str, tokens: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rows import write_rows
 from tests.dtypes import CALIBRATION, METHODS
 from tests.targets.test_matrix import CASES as BACKBONES
 from tests.tiny_models import FAMILIES, MOE_FAMILIES, MOE_VARIANTS, VARIANTS, build_tiny
@@ -73,7 +74,7 @@ def measure(file: Path, real: Path | None) -> dict[str, dict[str, str]]:
 
     def keep(name: str, made: dict[str, str]) -> None:
         found[name] = made
-        file.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in found.items()) + "\n}\n")
+        write_rows(file, found)
         print(name, made.get("refused", f"{len(made)} files"), flush=True)
 
     with tempfile.TemporaryDirectory() as work:

@@ -1,6 +1,6 @@
 """How fast are GGUF files in llama.cpp beside each other? Dense and converted, interleaved in one run.
 
-    python benchmarks/llama_cpp_speed.py dense-q8.gguf moe-q8.gguf [--threads 1] [--rounds 8] [--json out.json]
+    python -m benchmarks.llama_cpp_speed dense-q8.gguf moe-q8.gguf [--threads 1] [--rounds 8] [--json out.json]
 
 All files are loaded at once. Per round each computes the same new prompt and then decodes from it, in an order that is
 shuffled anew, so that load on the machine hits all alike; the attention cache is llama.cpp's default, f16. Reported are
@@ -10,13 +10,14 @@ medians over rounds, and ratios to the first file as medians of the ratios withi
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import random
 import statistics
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+
+from benchmarks.rows import write_rows
 
 from moesaic.calibration.samples import evaluation_text
 from moesaic.evaluate.llama_cpp import LlamaCpp
@@ -88,7 +89,7 @@ def main() -> None:
     if given.json:
         settings = {key: value for key, value in vars(given).items() if key not in ("files", "json")}
         machine = {"machine": platform.processor() or platform.machine(), "xllamacpp": version("xllamacpp")}
-        given.json.write_text(json.dumps({"settings": settings | machine, "rows": rows}, indent=2) + "\n")
+        write_rows(given.json, {"settings": settings | machine, "rows": rows})
 
 
 if __name__ == "__main__":

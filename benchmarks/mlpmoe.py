@@ -1,6 +1,6 @@
 """What MLPMoE's slicing, Fractal Fade and Compensated Pruning do to a real model: the table of its docs page.
 
-    python benchmarks/mlpmoe.py MODEL [--windows 8] [--window 1024] [--dtype float32] [--only fade slices]
+    python -m benchmarks.mlpmoe MODEL [--windows 8] [--window 1024] [--dtype float32] [--only fade slices]
 
 MODEL is a local folder. Prints a Markdown table: share of zeros in the FFNs, proxy perplexity and its change with a
 95 % interval, WikiText-2 perplexity.

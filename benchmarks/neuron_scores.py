@@ -1,6 +1,6 @@
 """Does the size of a neuron's weights tell what it writes? Per layer, on the proxy texts.
 
-    python benchmarks/neuron_scores.py MODEL
+    python -m benchmarks.neuron_scores MODEL
 
 MODEL is a local folder. Prints a Markdown table: Spearman correlation of the data-free score with the mean output
 energy, and the energy that the 12.5 % of neurons with the lowest score write.

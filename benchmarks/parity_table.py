@@ -1,6 +1,6 @@
 """Every family in every stock architecture, in every engine: one table of parity figures, or of reasons.
 
-    python benchmarks/parity_table.py [--cases llama qwen2] [--engines transformers vLLM] [--vllm-python PYTHON]
+    python -m benchmarks.parity_table [--cases llama qwen2] [--engines transformers vLLM] [--vllm-python PYTHON]
 
 Tiny random models of every family are split into random experts (S2A2E6) by ``convert``, written by ``export`` and
 ``export_gguf``, and compared by what these and ``moesaic verify --parity`` use: stock transformers in a fresh process
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.rows import write_rows
 from tests import tiny_models
 from tests.evaluate.test_vllm import for_vllm
 from tests.targets.test_matrix import CASES
@@ -147,7 +148,7 @@ def page(results: dict[str, Any], versions: dict[str, str]) -> str:
     lines = [
         "# Parity: families x targets x engines",
         "",
-        "`python benchmarks/parity_table.py`; versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
+        "`python -m benchmarks.parity_table`; versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
         "Rows of fp32 were measured with transformers 5.23.0.",
         "",
         INTRODUCTION,
@@ -192,8 +193,7 @@ def main() -> None:
             continue
         found = measure(case, dtype, given.engines, python, lambda text: print(text, flush=True))
         results[row] = {target: earlier.get(target, {}) | entry for target, entry in found.items()}
-        rows = ",\n".join(f"{json.dumps(row)}: {json.dumps(entry)}" for row, entry in results.items())
-        file.write_text(f'{{"versions": {json.dumps(versions)},\n"results": {{\n{rows}\n}}}}\n')
+        write_rows(file, {"versions": versions, "results": results})
         given.out.with_suffix(".md").write_text(page(results, versions))
 
 

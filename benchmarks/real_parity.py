@@ -1,6 +1,6 @@
 """Do converted real models compute the same in stock engines? Parity on real text, fp32.
 
-    python benchmarks/real_parity.py DENSE FOLDER... [--engines transformers llama.cpp vLLM] [--windows 16]
+    python -m benchmarks.real_parity DENSE FOLDER... [--engines transformers llama.cpp vLLM] [--windows 16]
 
 Each FOLDER is a stock folder that moesaic made from DENSE. The reference is our runtime under the folder's blueprint;
 engines are stock transformers in a fresh process without moesaic, llama.cpp on an f32 GGUF (FOLDER-f32.gguf beside the
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.rows import write_rows
 from torch import Tensor
 
 from moesaic.evaluate.differences import Differences, before_any
@@ -36,7 +37,7 @@ NEAR_TIES = (1e-6, 1e-5, 1e-4)
 """Margins, in standard deviations of the scores, up to which a choice counts as a near tie."""
 ENGINES = ("transformers", "llama.cpp", "vLLM")
 INTRODUCTION = """\
-`python benchmarks/real_parity.py DENSE FOLDER...`: WikiText-2 test, fp32, our runtime against the engine. transformers:
+`python -m benchmarks.real_parity DENSE FOLDER...`: WikiText-2 test, fp32, our runtime against the engine. transformers:
 logits over the vocabulary, in a fresh process without moesaic; llama.cpp: log-probabilities of its 100 likeliest
 tokens, f32 attention cache; vLLM: log-probabilities over the vocabulary. Bounds to meet: max 1e-3, top-1 99.9 %.
 
@@ -163,7 +164,7 @@ def main() -> None:
         file = given.out.with_suffix(".json")
         results = json.loads(file.read_text()) if file.exists() else {}
         results[folder.name] = results.get(folder.name, {}) | entry
-        file.write_text(json.dumps(results, indent=2) + "\n")
+        write_rows(file, results)
         given.out.with_suffix(".md").write_text(table(results))
 
 

@@ -1,6 +1,6 @@
 """How much of the perplexity that a conversion costs comes back by a little training: before, after, dense, one table.
 
-    python benchmarks/recovery.py MODEL WORK --data TEXT [--data TEXT ...] [--samples 2048] [--window 512]
+    python -m benchmarks.recovery MODEL WORK --data TEXT [--data TEXT ...] [--samples 2048] [--window 512]
 
 WORK keeps conversions and tuned folders, so that an interrupted run goes on where it was. --time N only measures N
 training steps and says how long the whole run would take.
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from benchmarks.rows import write_rows
 
 import moesaic
 from moesaic.checkpoint.reader import Checkpoint
@@ -123,7 +124,7 @@ def _perplexity(folder: Path, arguments: argparse.Namespace) -> Perplexity:
     kept = arguments.work / f"{folder.name}.{arguments.windows}.json"
     if not kept.exists():
         found = evaluate_model(folder, window=1024, limit=arguments.windows, fidelity=False, save=False)
-        kept.write_text(json.dumps(found["perplexity"]["model"]) + "\n", encoding="utf-8")
+        write_rows(kept, found["perplexity"]["model"])
     table = json.loads(kept.read_text(encoding="utf-8"))
     return Perplexity(**(table | {"window_nll": tuple(table["window_nll"])}))
 
@@ -165,8 +166,7 @@ def _write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
         "data": [Path(source).name for source in arguments.data],
         "evaluation": f"{TEXT}, {arguments.windows} windows of 1024 tokens",
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{arguments.results}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    write_rows(RESULTS / f"{arguments.results}.json", {"about": about, "rows": rows})
     lines = [
         "# Recovery",
         "",

@@ -1,7 +1,7 @@
 """Linear routers for CMoE partitions: agreement, energy kept and perplexity. Made the tables of docs/routers.md.
 
-    python benchmarks/router_fit.py MODEL --layers 2,12,25             one layer at a time, on inputs of the dense model
-    python benchmarks/router_fit.py MODEL --perplexity --layouts S3A3E8   whole model, layer after layer
+    python -m benchmarks.router_fit MODEL --layers 2,12,25             one layer at a time, on inputs of the dense model
+    python -m benchmarks.router_fit MODEL --perplexity --layouts S3A3E8   whole model, layer after layer
 
 Fits see --tokens of the calibration text, the last eighth of them held out; the table is of 8192 further ones.
 

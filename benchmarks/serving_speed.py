@@ -1,6 +1,6 @@
 """How fast is a converted model beside its dense one, where people serve them: in transformers and in llama.cpp?
 
-    python benchmarks/serving_speed.py WORK smollm2=MODEL.gguf qwen=FOLDER --prepare --report docs/results/serving_speed
+    python -m benchmarks.serving_speed WORK smollm2=MODEL.gguf qwen=FOLDER --prepare --report docs/results/serving_speed
 
 ``--prepare`` makes, in the folder WORK and for every model and layout, what is not there yet: a CMoE conversion with
 linear routers fitted to the oracle on 1024 tokens (speed hardly depends on which neurons went where, but it does on how
@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.llama_cpp_speed import measure as measure_llama_cpp
+from benchmarks.rows import write_rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import moesaic
-from llama_cpp_speed import measure as measure_llama_cpp
 from moesaic.calibration.samples import evaluation_text
 from moesaic.checkpoint.source import resolve_model
 from moesaic.evaluate.speed import Speed, measure_rounds, median_speed, ratio
@@ -257,7 +258,7 @@ def main() -> None:
             measured = in_llama_cpp if group.engine == "llama.cpp" else in_transformers
             found = measured(workshop, group, given.prompt, given.decode, given.rounds)
             kept["groups"][group.name] = rows_of(workshop, group, found)
-            path.write_text(json.dumps(kept, indent=1) + "\n")
+            write_rows(path, kept)
             given.report.with_suffix(".md").write_text(markdown(kept))
             print(json.dumps({group.name: kept["groups"][group.name]}), flush=True)
 

@@ -23,6 +23,7 @@ from typing import Any, cast
 
 import torch
 from benchmarks.compare.cases import RECIPES, InexpressibleError, Shape, percent, settings_of
+from benchmarks.rows import write_rows
 from benchmarks.stability_measures import partition_agreement, reconstruction_errors, usage_agreement, used_neurons
 from benchmarks.stability_page import LEFT_OUT, SECOND_HALF, SEED, draw, markdown
 from torch import Tensor
@@ -294,11 +295,10 @@ def _about(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
 
 def write_report(report: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """REPORT.json, .md and .png."""
-    report.parent.mkdir(parents=True, exist_ok=True)
     measured = {row["row"] for row in rows}
     left_out = LEFT_OUT | {RECIPES[name].label: "not measured in this run" for name in ROWS if name not in measured}
     everything = {"about": about, "rows": rows, "left_out": left_out}
-    report.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    write_rows(report.with_suffix(".json"), everything)
     plot = report.with_suffix(".png")
     draw(rows, about["domains"], plot)
     report.with_suffix(".md").write_text(markdown(about, rows, left_out, plot.name), encoding="utf-8")

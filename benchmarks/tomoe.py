@@ -1,6 +1,6 @@
 """ToMoE on a real model beside its controls: perplexity against active parameters, coverage, load.
 
-    python benchmarks/tomoe.py MODEL WORK [--runs tomoe-50 static-50 ...] [--steps 200] [--report docs/results/tomoe]
+    python -m benchmarks.tomoe MODEL WORK [--runs tomoe-50 static-50 ...] [--steps 200] [--report docs/results/tomoe]
 
 Every run is a `moesaic convert` into WORK/<run>: interrupted, the same command resumes; a finished run is not repeated.
 Runs: <kind>-<percent active>; kinds are the keys of KINDS. Training text: WikiText-2 validation, Wikipedia, stories and
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.rows import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moesaic  # noqa: F401 -- registers the architecture
@@ -95,7 +96,7 @@ def train(args: argparse.Namespace, run: str) -> None:
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     entry = {"run": run, "options": chosen, "threads": torch.get_num_threads(), "training": results["training"]}
     entry["perplexity"] = evaluate(output, args)
-    figures.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+    write_rows(figures, entry)
 
 
 def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def hard_parity(args: argparse.Namespace, run: str) -> dict[str, float]:
             found = made(input_ids=ids).logits
         same = [float((a == b).all(-1).float().mean()) for a, b in zip(routes, wanted, strict=True)]
         figures = {"delta": float((found - expected).abs().max()), "routing": min(same, default=1.0)}
-        kept.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+        write_rows(kept, figures)
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
@@ -145,7 +146,7 @@ def report(args: argparse.Namespace) -> None:
     """One table of all finished runs, one of their held-out curves; the dense model is evaluated once."""
     dense_file = args.work / "dense.json"
     if not dense_file.exists():
-        dense_file.write_text(json.dumps(evaluate(args.model, args)) + "\n", encoding="utf-8")
+        write_rows(dense_file, evaluate(args.model, args))
     dense = {name: _perplexity(table) for name, table in json.loads(dense_file.read_text(encoding="utf-8")).items()}
     entries = [json.loads(path.read_text(encoding="utf-8")) for path in args.work.glob("*-*.json")]
     entries.sort(key=lambda entry: (-entry["options"]["active"], list(KINDS).index(entry["run"].rpartition("-")[0])))
@@ -158,7 +159,7 @@ def report(args: argparse.Namespace) -> None:
         entry["text"] = [f"{Path(source['name']).name} x {source['weight']:g}" for source in sources]
         entry["held_out"] = {line["step"]: line["held_out"] for line in log if "held_out" in line}
         entry["hard_mask"] = hard_parity(args, entry["run"])
-    args.report.with_suffix(".json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    write_rows(args.report.with_suffix(".json"), entries)
     deltas = sorted((entry["hard_mask"]["delta"], entry["run"]) for entry in entries)
     routing = min(entry["hard_mask"]["routing"] for entry in entries)
     parity = (

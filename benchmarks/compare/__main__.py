@@ -26,12 +26,14 @@ from benchmarks.compare.measure import Protocol, in_child
 from benchmarks.compare.plot import draw
 from benchmarks.compare.table import MAIN, comparisons, markdown
 from benchmarks.compare.tasks import DATA_SETS, data_folder
+from benchmarks.rows import write_rows
 from transformers import AutoTokenizer
 
 from moesaic.anatomy import read_anatomy
 from moesaic.calibration.config import CalibrationConfig, check_sources
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.cli.console import fail, say
+from moesaic.durable import replace_text
 from moesaic.errors import InputError, MoesaicError
 from moesaic.evaluate.comparison import Comparison
 from moesaic.jobs.settings import build
@@ -74,7 +76,7 @@ def _main(arguments: argparse.Namespace, run: Runner) -> None:
         if not known or (protocol.tasks and "tasks" not in known):
             say(f"{number}/{len(wanted)}  {case.key} begins")
             record = run(case, protocol, arguments.work.resolve(), arguments.keep, known)
-            replace_file(file, json.dumps(record, indent=1) + "\n")
+            write_rows(file, record)
         rows = write_page(arguments.work, published, shape, arguments.results)
         row = next(row for row in rows if (row["case"], row["fraction"]) == (case.name, float(case.fraction)))
         print(f"{number}/{len(wanted)}  {case.key}: {_figures(row)}", flush=True)
@@ -91,10 +93,9 @@ def write_page(work: Path, protocol: Protocol, shape: Shape, results: Path) -> l
     about = protocol.to_dict() | {"model": name, "machine": machine()}
     about["calibration"] = calibration | {"sources": [Path(source).name for source in calibration["sources"]]}
     about["older"] = older_options(records, current)
-    results.mkdir(parents=True, exist_ok=True)
     everything = {"about": about, "rows": rows, "inexpressible": reasons}
-    replace_file(results / f"compare_{name}.json", json.dumps(everything, indent=1) + "\n")
-    replace_file(results / f"compare_{name}.md", markdown(about, rows, reasons))
+    write_rows(results / f"compare_{name}.json", everything)
+    replace_text(results / f"compare_{name}.md", markdown(about, rows, reasons))
     draw(rows, name, results / f"compare_{name}.png")
     return rows
 
@@ -194,16 +195,8 @@ def _check_work(work: Path, protocol: Protocol) -> Protocol:
         if not protocol.tasks:
             kept_tasks = {"tasks": tuple(kept["tasks"]), "limit": kept["limit"], "task_dtype": kept["task_dtype"]}
             protocol = replace(protocol, **kept_tasks)
-    work.mkdir(parents=True, exist_ok=True)
-    replace_file(file, json.dumps(protocol.to_dict(), indent=1) + "\n")
+    write_rows(file, protocol.to_dict())
     return protocol
-
-
-def replace_file(file: Path, text: str) -> None:
-    """Write all of it or nothing."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
 
 
 def machine() -> str:

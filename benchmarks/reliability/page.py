@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from benchmarks.rows import write_rows
 
 import moesaic
 from moesaic.cli.console import table as aligned
@@ -38,10 +39,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def write_page(report: Path, rows: Sequence[dict[str, Any]]) -> None:
     """REPORT.md and REPORT.json, one round a line."""
-    report.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(report.with_suffix(".json"), rows)
     report.with_suffix(".md").write_text(_markdown(rows), encoding="utf-8")
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    report.with_suffix(".json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def _markdown(rows: Sequence[dict[str, Any]]) -> str:

@@ -106,7 +106,7 @@ def test_the_log_survives_a_torn_line_and_becomes_a_page(tmp_path: Path) -> None
         {**kill, "faults": []},
         {"key": "malformed 0", "part": "malformed", "input": "dense", "seconds": 0.2, "faults": ["plan: crashed"]},
         {"key": "fuzz index 1", "part": "fuzz", "target": "index", "runs": 5000, "faults": []},
-        {"key": "full disk convert done", "part": "full disk", "verb": "convert", "faults": []},
+        {"key": "full disk convert done at 0.5", "part": "full disk", "verb": "convert", "faults": []},
     ]
     log = tmp_path / "log.jsonl"
     log.write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"key": "torn')
