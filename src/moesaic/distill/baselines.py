@@ -14,7 +14,6 @@ from torch import Tensor
 from moesaic.distill.data import Pairs
 from moesaic.distill.gaussian import moments
 from moesaic.distill.measure import fvu
-from moesaic.distill.theory import pca_floor
 from moesaic.nn.ffn import FFNWeights
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -67,6 +66,16 @@ class AffineFits:
 def output_spectrum(y_TO: Tensor) -> Tensor:
     """Eigenvalues of the outputs' covariance, descending, float64 [O]: what the PCA floor needs."""
     return torch.linalg.eigvalsh(moments(y_TO).cov_DD).clamp(min=0).flip(0)
+
+
+def pca_floor(spectrum_O: Tensor, rank: int) -> float:
+    """Least FVU of any student whose outputs lie in an affine space of ``rank`` dimensions (docs: T0).
+
+    Args:
+        spectrum_O: From :func:`output_spectrum`.
+        rank: Width of a dense student.
+    """
+    return float(spectrum_O[rank:].sum() / spectrum_O.sum())
 
 
 def top_k_oracle(teacher: FFNWeights, x_TD: Tensor, k: int) -> Tensor:

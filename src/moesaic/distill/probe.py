@@ -2,7 +2,7 @@
 
 x is approximated by b + sum over the k largest of relu(<e_i, x - b> + a_i) d_i. Where k atoms explain much more of real
 inputs than k principal directions do, and not of their Gaussian twin, the inputs are a union of low-dimensional
-subspaces: what an efficient mixture of experts needs (T2 of :mod:`moesaic.distill.theory`).
+subspaces: what an efficient mixture of experts needs (T2 of docs/methods/secret_moe.md).
 
 Axes: T tokens, D model width, M atoms, K active atoms.
 """

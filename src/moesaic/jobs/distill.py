@@ -16,13 +16,12 @@ from moesaic.calibration.text import build_windows
 from moesaic.checkpoint.ffn import load_ffn
 from moesaic.checkpoint.tokenizer import load_tokenizer
 from moesaic.distill.analyse import best_students, probe_rows
-from moesaic.distill.baselines import baselines, output_spectrum
+from moesaic.distill.baselines import baselines, output_spectrum, pca_floor
 from moesaic.distill.config import DistillConfig, trials
 from moesaic.distill.data import SPLITS, capture, read_about, read_pairs, write_data
 from moesaic.distill.page import page
 from moesaic.distill.plots import figures
 from moesaic.distill.sweep import sweep
-from moesaic.distill.theory import pca_floor
 from moesaic.errors import InputError, MoesaicError
 from moesaic.jobs.distill_request import KEY_NAME, DistillRequest, check_distill
 from moesaic.nn.ffn import FFNWeights
