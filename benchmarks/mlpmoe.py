@@ -30,7 +30,7 @@ from moesaic.jobs.job import prepare
 from moesaic.jobs.request import check_request
 from moesaic.jobs.settings import ConvertSettings
 from moesaic.materialise.apply import apply_blueprint
-from moesaic.methods.mlpmoe.method import describe
+from moesaic.materialise.pack import pack
 
 FADE = {"fade_max": 0.4}
 PRUNE = {"keep": 28}
@@ -104,11 +104,13 @@ def account(folder: Path, blueprint: Blueprint) -> tuple[float, float]:
     """Share of zeros in the FFNs of the whole model (removed neurons are zeros), and the mean c over layers."""
     checkpoint = Checkpoint(folder)
     anatomy = read_anatomy(checkpoint.config)
-    accounts = [
-        describe(blueprint.sites[site.path], load_ffn(checkpoint, site, anatomy.activation)) for site in anatomy.sites
-    ]
-    left, total = (sum(getattr(a, key) for a in accounts) for key in ("nonzeros", "parameters"))
-    return 1 - left / total, sum(a.scales[0] for a in accounts) / len(accounts)
+    left = total = 0
+    for site in anatomy.sites:
+        weights = load_ffn(checkpoint, site, anatomy.activation)
+        left += sum(int(tensor.count_nonzero()) for tensor in pack(weights, blueprint.sites[site.path]).values())
+        total += sum(tensor.numel() for tensor in weights.tensors().values())
+    scales = [plan.expert_scale for plan in blueprint.sites.values()]
+    return 1 - left / total, sum(1.0 if c_N is None else float(c_N[0].mean()) for c_N in scales) / len(scales)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,6 @@ if TYPE_CHECKING:
     from moesaic.nn.ffn import FFNWeights
 
 
-def stored_path(checkpoint: Checkpoint, site: FFNSite) -> str:
-    """The site's module path as the checkpoint spells it: ``disk_path``, or that without the base model's prefix.
-
-    GPT-2 is stored as ``h.0.mlp`` by some and as ``transformer.h.0.mlp`` by others. Raises CheckpointError when the
-    checkpoint holds neither.
-    """
-    return _stored_site(checkpoint, site).disk_path
-
-
 def ffn_tensor_names(stored: StoredNames, site: FFNSite) -> set[str]:
     """Names of all tensors in the checkpoint that make up this FFN. Raises CheckpointError when a matrix is missing."""
     names = set[str]()
@@ -88,6 +79,7 @@ def load_ffn(checkpoint: Checkpoint, site: FFNSite, activation: str) -> FFNWeigh
 
 
 def _stored_site(checkpoint: StoredNames, site: FFNSite) -> FFNSite:
+    """The site as the checkpoint spells it. GPT-2 is stored as ``h.0.mlp`` or as ``transformer.h.0.mlp``."""
     without_prefix = site.disk_path.partition(".")[2]
     candidates = [site, dataclasses.replace(site, disk_path=without_prefix)]
     for candidate in candidates:

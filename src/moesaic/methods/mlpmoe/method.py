@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -60,46 +60,6 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
             experts = _fade_neurons(slices, fractions, neuron_scores(*norms_F))
     plan = _static_plan(weights.d_ff, experts, fade)
     return _prune(weights, inputs, plan, slices, norms_F, config, seed) if prunes(config) else plan
-
-
-@dataclass(frozen=True)
-class Accounting:
-    """What a plan leaves of one FFN. Parameters are the entries of gate, up and down; biases are not counted.
-
-    Attributes:
-        branches: Number of branches.
-        widths: Neurons of each branch.
-        parameters: Entries of the dense matrices.
-        nonzeros: Entries that are left and not zero.
-        energies: Data-free energy e_i of each branch (before weight fade and c).
-        scales: c of each branch; for per-channel factors the mean over channels.
-    """
-
-    branches: int
-    widths: tuple[int, ...]
-    parameters: int
-    nonzeros: int
-    energies: tuple[float, ...]
-    scales: tuple[float, ...]
-
-    @property
-    def removed_fraction(self) -> float:
-        """Zeros / FFN parameters. Removed neurons and branches are zeros; so are the dense FFN's own zeros."""
-        return 1 - self.nonzeros / self.parameters
-
-
-def describe(plan: LayerPlan, weights: FFNWeights) -> Accounting:
-    """Count what ``plan``, made for ``weights``, keeps and removes."""
-    norms_F = neuron_norms(weights.gate_FD, weights.up_FD, weights.down_DF)
-    scales = torch.ones(len(plan.experts)) if plan.expert_scale is None else plan.expert_scale
-    return Accounting(
-        branches=len(plan.experts),
-        widths=tuple(len(expert) for expert in plan.experts),
-        parameters=sum(matrix.numel() for matrix in _matrices(weights)),
-        nonzeros=sum(int(m.count_nonzero()) for branch in _branches(weights, plan) for m in _matrices(branch)),
-        energies=tuple(branch_energies(*norms_F, plan.experts).tolist()),
-        scales=tuple((scales if scales.dim() == 1 else scales.mean(dim=1)).tolist()),
-    )
 
 
 def _reads_norms(config: Config) -> bool:
@@ -174,10 +134,6 @@ def _oracle_factor(weights: FFNWeights, inputs: SiteInputs | None, plan: LayerPl
         (dense(x_TD), torch.stack([branch(x_TD) for branch in branches]).sum(dim=0))
         for x_TD in inputs.batches(dtype=torch.float32)
     )
-
-
-def _matrices(weights: FFNWeights) -> list[Tensor]:
-    return [matrix for matrix in (weights.gate_FD, weights.up_FD, weights.down_DF) if matrix is not None]
 
 
 def _branches(weights: FFNWeights, plan: LayerPlan) -> Iterator[FFNWeights]:
