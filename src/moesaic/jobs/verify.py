@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+import moesaic
 from moesaic.anatomy.base import Anatomy, max_positions
 from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.converted import as_written, check_source, provenance, read_blueprint, read_dense_anatomy
 from moesaic.checkpoint.ffn import load_ffn
+from moesaic.checkpoint.loading import load_whole
 from moesaic.checkpoint.mark import tuned
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
@@ -117,8 +119,11 @@ def verify_output(folder: str | Path, *, baseline: str | Path | None = None) -> 
     own = output.config.get("model_type") == "moesaic"
     anatomy = _check_structure(output, blueprint) if own and blueprint is not None else None
     partition = blueprint is not None and _is_partition(blueprint)
-    expected_TV = _logits(_load(dense.folder), _prompt(output)) if own and dense is not None and partition else None
-    model = _load(folder)
+    moesaic.register()
+    expected_TV = (
+        _logits(load_whole(dense.folder), _prompt(output)) if own and dense is not None and partition else None
+    )
+    model = load_whole(folder)
     logits_TV = _logits(model, _prompt(output))
     if not bool(torch.isfinite(logits_TV).all()):
         raise VerificationError(f"{folder} gives NaN or infinite logits", "report it")
@@ -222,8 +227,6 @@ def check_tensors(output: Checkpoint) -> None:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    import moesaic
-
     moesaic.register()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(output.folder, trust_remote_code=False))
@@ -248,32 +251,6 @@ def _dense_checkpoint(baseline: str, output: Checkpoint) -> Checkpoint:
     dense = Checkpoint(resolve_model(baseline))
     check_source(dense, output)
     return dense
-
-
-def _load(folder: Path) -> PreTrainedModel:
-    """Load with transformers in fp32. Raises VerificationError when any tensor is missing, unused or misshapen."""
-    from transformers import AutoModelForCausalLM
-
-    import moesaic
-    from moesaic.checkpoint.loading import no_generation
-
-    moesaic.register()
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-            generation_config=no_generation(),
-        )
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise VerificationError(f"transformers cannot load {folder}: {reason}") from error
-    model, info = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            raise VerificationError(f"{folder}: {kind.replace('_keys', '')} tensor {min(map(str, info[kind]))}")
-    return model.eval()
 
 
 def _prompt(output: Checkpoint) -> Tensor:
