@@ -1,10 +1,10 @@
 """One conversion, several budgets: its experts at other prices, each set on text of the kind that is then read.
 
     python -m benchmarks.compare MODEL WORK --fractions 75 50 --only union-lead refit-lead --keep [...]
-    python -m benchmarks.budgets WORK [--cases union-lead@75 union-lead@50] [--active 75 62.5 50] [--tokens 8192]
+    python -m benchmarks.budgets WORK [--cases union-lead@75 union-lead@50] [--budgets 75 62.5 50] [--tokens 8192]
 
 WORK is the comparison's folder, with conversions whose experts have widths of their own. For each of the comparison's
-texts and each share of all FFN neurons, `moesaic convert --blueprint --active` gives them the price at which other text
+texts and each share of all FFN neurons, `moesaic convert --blueprint --budget` gives them the price at which other text
 of the same kind uses that share: what follows the evaluated windows in the same text. Text of the calibration would not
 do, as experts are cheapest for the tokens that built them. Beside it stands the refitted control with that share, where
 WORK has it.
@@ -79,12 +79,12 @@ def main() -> None:
 def _main(arguments: argparse.Namespace) -> None:
     quiet_libraries()
     bench = _bench(arguments.work.resolve(), arguments.tokens)
-    known = {case: _checked(bench, case, arguments.active) for case in arguments.cases}
+    known = {case: _checked(bench, case, arguments.budgets) for case in arguments.cases}
     rows: list[dict[str, Any]] = []
     for case, text in itertools.product(arguments.cases, TEXTS):
         planned = {"case": case, "text": text, "asked": None, "used": known[case]["active_on"][text]}
         rows.append(planned | _ratios(bench, known[case], text, None))
-        for percent in arguments.active:
+        for percent in arguments.budgets:
             rows.append(_at(bench, case, text, percent))
             say(_line(rows[-1]))
             _write(bench, rows, arguments.results)
@@ -123,13 +123,13 @@ def _share(bench: Bench, made: Blueprint, percent: float) -> float:
 
 def _at(bench: Bench, case: str, text: str, percent: float) -> dict[str, Any]:
     """Another budget of a conversion, measured on one text; ``percent`` of the whole model's FFNs."""
-    active = _share(bench, Blueprint.load(bench.work / case), percent)
+    budget = _share(bench, Blueprint.load(bench.work / case), percent)
     price = bench.work / "price.txt"
     price.write_text(_price_text(bench, text), encoding="utf-8")
     folder = bench.work / "budget"
     shutil.rmtree(folder, ignore_errors=True)
     calibration = {"sources": [str(price)], "tokens": bench.tokens}
-    settings = {"active": active, "calibration": calibration, "target": "moesaic"}
+    settings = {"budget": budget, "calibration": calibration, "target": "moesaic"}
     done = convert(bench.protocol.model, folder, blueprint=bench.work / case, settings=settings, restart=True)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=bench.protocol.dtype).eval()
     with counting(model) as activity:
@@ -181,7 +181,7 @@ def _write(bench: Bench, rows: list[dict[str, Any]], results: Path) -> None:
         f"# One conversion, several budgets: {name}",
         "",
         f"Conversions of the [comparison](compare_{name}.md) with their experts at other prices "
-        f"(`moesaic convert --blueprint --active`): router and readout stay, and one price per FFN is set on "
+        f"(`moesaic convert --blueprint --budget`): router and readout stay, and one price per FFN is set on "
         f"{bench.tokens} tokens of what follows the evaluated windows in the same text. Shares are of the neurons of "
         f"all FFNs. {protocol.windows} windows of WikiText-2 test, {protocol.c4_windows} of C4, {protocol.window} "
         "tokens each; ratios are paired over windows, with their 95 % interval.",
@@ -201,7 +201,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("work", type=Path, help="folder of the comparison")
     cases = ["union-lead@75", "union-lead@50"]
     parser.add_argument("--cases", nargs="+", default=cases, metavar="CASE", help="conversions in it that were kept")
-    parser.add_argument("--active", nargs="+", type=float, default=[75.0, 62.5, 50.0], help="percent of all FFNs")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[75.0, 62.5, 50.0], help="percent of all FFNs")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens that set a price")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the page")
     return parser.parse_args()

@@ -41,11 +41,12 @@ from moesaic.cli.console import fail, quiet_libraries, say
 from moesaic.errors import InputError, MoesaicError
 from moesaic.evaluate.fidelity import site_fidelity
 from moesaic.evaluate.perplexity import token_windows
-from moesaic.jobs.settings import ConvertSettings, build, method_config
+from moesaic.jobs.settings import ConvertSettings, method_config
 from moesaic.materialise.apply import build_ffn
 from moesaic.methods import get_method
 from moesaic.methods.base import MethodModule
 from moesaic.nn.ffn import FFNWeights
+from moesaic.options import build
 
 ROWS = [name for name, recipe in RECIPES.items() if not recipe.leading and recipe.method != "mlpmoe"]
 HELD_OUT = "held out"

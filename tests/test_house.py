@@ -13,6 +13,7 @@ import moesaic
 ROOT = Path(moesaic.__file__).parent
 ORDER = [
     "errors",
+    "options",
     "progress",
     "paths",
     "durable",

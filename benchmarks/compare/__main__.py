@@ -36,7 +36,7 @@ from moesaic.cli.console import fail, say
 from moesaic.durable import replace_text
 from moesaic.errors import InputError, MoesaicError
 from moesaic.evaluate.comparison import Comparison
-from moesaic.jobs.settings import build
+from moesaic.options import build
 
 FRACTIONS = ("87.5", "75", "62.5", "50", "25")
 RESULTS = Path(__file__).parents[2] / "docs" / "results"

@@ -53,7 +53,7 @@ def command(verb: str, inputs: Inputs, out: Path) -> list[str]:
     dense, converted, text = str(inputs.dense), str(inputs.converted), str(inputs.text)
     layout = ["--layout", "S2A2E7", "--target", "moesaic"]
     calibration = ["--calib", text, "--calib-tokens", "256", "--calib-window", "64"]
-    training = ["--steps", "6", "--batch", "2", "--data", text, "--tokens", "512", "--window", "32"]
+    training = ["--steps", "6", "--set", "train.batch=2", "--data", text, "--tokens", "512", "--window", "32"]
     often = ["--set", "train.held_out=2", "--set", "train.save_every=2", "--set", "train.eval_every=3"]
     rest = {
         "convert": [dense, str(out), *layout, *calibration],

@@ -98,7 +98,7 @@ def test_a_conversion_gets_another_budget_from_its_blueprint(tiny: Tiny, tmp_pat
     first = moesaic.convert(tiny("llama"), tmp_path / "first", settings=UNION)
     text = {"sources": ["code"], "tokens": 1024, "window": 32}
     made = moesaic.convert(
-        tiny("llama"), tmp_path / "less", blueprint=first.output, settings={"active": 0.5, "calibration": text}
+        tiny("llama"), tmp_path / "less", blueprint=first.output, settings={"budget": 0.5, "calibration": text}
     )
     assert made.results["parity"]["oracle"] < 1e-5
     assert made.blueprint.method == "token_clusters"
@@ -108,7 +108,7 @@ def test_a_conversion_gets_another_budget_from_its_blueprint(tiny: Tiny, tmp_pat
         assert 0.5 * plan.d_ff - 3 < plan.active_neurons <= 0.5 * plan.d_ff + 1e-4 < before.active_neurons
         assert torch.equal(plan.router.tensors["weight"], before.router.tensors["weight"])
     arguments = ["convert", str(tiny("llama")), str(tmp_path / "cli"), "--blueprint", str(first.output)]
-    arguments += ["--active", "0.5", "--calib", "code", "--calib-tokens", "1024", "--calib-window", "32", "--quiet"]
+    arguments += ["--budget", "0.5", "--calib", "code", "--calib-tokens", "1024", "--calib-window", "32", "--quiet"]
     ended = CliRunner().invoke(app, arguments)
     assert ended.exit_code == 0, ended.output
     assert Blueprint.load(tmp_path / "cli").digest() == made.blueprint.digest()
@@ -126,10 +126,10 @@ def test_a_blueprint_with_one_budget_is_refused(
 ) -> None:
     made = moesaic.convert(tiny("llama"), tmp_path / "made", settings={"calibration": CALIBRATION} | settings)
     with pytest.raises(InputError, match=message):
-        moesaic.convert(tiny("llama"), tmp_path / "out", blueprint=made.output, settings={"active": 0.4})
+        moesaic.convert(tiny("llama"), tmp_path / "out", blueprint=made.output, settings={"budget": 0.4})
     assert not (tmp_path / "out").exists()
 
 
 def test_a_budget_needs_a_blueprint(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="none is given"):
-        moesaic.convert(tiny("llama"), tmp_path / "out", settings=UNION | {"active": 0.5})
+        moesaic.convert(tiny("llama"), tmp_path / "out", settings=UNION | {"budget": 0.5})

@@ -49,7 +49,7 @@ def test_other_budgets_of_kept_conversions_are_measured(
             str(work),
             "--cases",
             *cases,
-            "--active",
+            "--budgets",
             "90",
             "60",
             "--tokens",
@@ -74,9 +74,12 @@ def test_other_budgets_of_kept_conversions_are_measured(
     assert not (work / "budget").exists()
     capsys.readouterr()
     refusals = (  # each before the first conversion
-        ([str(work), "--cases", "union-lead@75", "union-lead@10", "--active", "90"], "has no conversion union-lead@10"),
+        (
+            [str(work), "--cases", "union-lead@75", "union-lead@10", "--budgets", "90"],
+            "has no conversion union-lead@10",
+        ),
         ([str(work), "--cases", "refit-lead@75"], "routes nothing"),
-        ([str(work), "--cases", "union-lead@75", "--active", "90", "40"], "less than the dense layers"),
+        ([str(work), "--cases", "union-lead@75", "--budgets", "90", "40"], "less than the dense layers"),
         ([str(results)], "protocol.json is missing"),
     )
     for more, message in refusals:

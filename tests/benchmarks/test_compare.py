@@ -17,7 +17,8 @@ from benchmarks.compare.table import _active, accuracy_difference, comparisons, 
 
 from moesaic.calibration.samples import sample_text
 from moesaic.jobs.forecast import shape_of
-from moesaic.jobs.settings import ConvertSettings, build
+from moesaic.jobs.settings import ConvertSettings
+from moesaic.options import build
 from tests.tiny_models import build_tiny
 
 SMOLLM2, QWEN = Shape(30, 1536), Shape(24, 4864)

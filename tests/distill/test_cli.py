@@ -13,7 +13,8 @@ import pytest
 from moesaic.cli.main import main
 
 COMMAND = (
-    "distill {model} {out} --layer -1 --active 8,16 --experts 40 --routers product,full --rates 1e-2 --epochs 1 "
+    "distill {model} {out} --layer -1 --set pairs=[[4,4],[8,8]] --set experts=[40] --set routers=[product,full] "
+    "--set rates=[1e-2] --set epochs=1 "
     "--data tiny --tokens 1280 --window 64 --processes 1 --quiet --set batch=64 --set dense_widths='[4, 32]' "
     "--set probe=null"
 )
@@ -55,8 +56,8 @@ def test_the_verb_reports_every_student(
 def test_students_of_equal_active_size_have_a_line_each(
     tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = COMMAND.replace("--active 8,16 ", "").replace("product,full", "low_rank")
-    more = " --set pairs='[[8,8],[0,16]]' --set ranks='[4,8]' --set laws='[real]'"
+    command = COMMAND.replace("[[4,4],[8,8]]", "[[8,8],[0,16]]").replace("product,full", "low_rank")
+    more = " --set ranks='[4,8]' --set laws='[real]'"
     assert run(command.format(model=tiny("llama"), out=tmp_path / "out") + more, monkeypatch) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if "low_rank" in line]
     assert {(line[1], "".join(line[5:8])) for line in lines} == {
@@ -67,7 +68,7 @@ def test_students_of_equal_active_size_have_a_line_each(
 def test_active_counts_neurons_when_experts_have_several(
     tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = COMMAND.replace("--active 8,16", "--active 16").replace("product,full", "low_rank") + " --json"
+    command = COMMAND.replace("[[4,4],[8,8]]", "[[8,2]]").replace("product,full", "low_rank") + " --json"
     more = " --set width=4 --set laws='[real]'"
     assert run(command.format(model=tiny("llama"), out=tmp_path / "out") + more, monkeypatch) == 0
     routed = [row for row in json.loads(capsys.readouterr().out)["students"] if row["spec"]["experts"]]

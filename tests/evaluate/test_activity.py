@@ -74,10 +74,10 @@ def test_an_evaluation_says_what_its_text_used(tiny: Callable[[str], Path], tmp_
     assert (
         ("on this text (50.0% planned)" in render(results))
         == differs
-        == ("--blueprint OUT --active" in render(results))
+        == ("--blueprint OUT --budget" in render(results))
     )
     assert results["other_budgets"]
-    assert "--blueprint OUT --active" not in render(results | {"other_budgets": False})
+    assert "--blueprint OUT --budget" not in render(results | {"other_budgets": False})
     config = made.output / "config.json"
     block = json.loads(config.read_text())
     block["moesaic"]["tuned"] = {"steps": 1}  # as `tune` marks what it trained: its blueprint is refused

@@ -9,7 +9,8 @@ import pytest
 
 from moesaic.cli.options import make_settings
 from moesaic.errors import InputError
-from moesaic.jobs.settings import ConvertSettings, build, method_config
+from moesaic.jobs.settings import ConvertSettings, method_config
+from moesaic.options import build
 
 _NONE: dict[str, Any] = dict.fromkeys(
     (

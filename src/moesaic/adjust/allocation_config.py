@@ -1,4 +1,4 @@
-"""Options of the budget over layers: which layers stay dense, and where that is measured. No torch here."""
+"""Options of the allocation over layers: which layers stay dense, and where that is measured. No torch here."""
 
 from __future__ import annotations
 

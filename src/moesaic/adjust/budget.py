@@ -29,21 +29,21 @@ def check_budget(plans: Mapping[str, LayerPlan]) -> None:
     if fixed := [path for path, plan in routed.items() if plan.worth is None]:
         raise InputError(
             f"the blueprint's {fixed[0]} has one budget: its experts have no widths of their own",
-            "leave --active out, or make it by token_clusters with split=union and widths=free",
+            "leave --budget out, or make it by token_clusters with split=union and widths=free",
         )
     if not routed:
-        raise InputError("the blueprint routes nothing: all it keeps is always on", "leave --active out")
+        raise InputError("the blueprint routes nothing: all it keeps is always on", "leave --budget out")
 
 
 @torch.no_grad()
-def with_budget(plan: LayerPlan, weights: FFNWeights, inputs: SiteInputs, active: float) -> LayerPlan:
-    """The plan at the lowest price at which these inputs use at most ``active`` of the neurons in the mean.
+def with_budget(plan: LayerPlan, weights: FFNWeights, inputs: SiteInputs, budget: float) -> LayerPlan:
+    """The plan at the lowest price at which these inputs use at most ``budget`` of the neurons in the mean.
 
     Args:
         plan: Without :attr:`~moesaic.blueprint.layer.LayerPlan.worth` it stays as it is.
         weights: The dense FFN.
         inputs: From text of the kind that will be read; without tokens the plan stays as it is.
-        active: Fraction of F. Neurons that no expert of the plan has are not stored and do not come back.
+        budget: Fraction of F. Neurons that no expert of the plan has are not stored and do not come back.
     """
     if plan.worth is None or inputs.tokens == 0:
         return plan
@@ -52,7 +52,7 @@ def with_budget(plan: LayerPlan, weights: FFNWeights, inputs: SiteInputs, active
     stored_F[plan.union_neurons] = True
     worth_EF = plan.worth.float() * stored_F
     count_E = chosen_TE.sum(dim=0)
-    own_EF = worth_EF > lowest_price(worth_EF, count_E, max(1, round(active * plan.d_ff)))
+    own_EF = worth_EF > lowest_price(worth_EF, count_E, max(1, round(budget * plan.d_ff)))
     priced = replace(
         plan,
         experts=tuple(own_F.nonzero().flatten() for own_F in own_EF),

@@ -41,10 +41,10 @@ def run(
         Path | None,
         typer.Option(
             "--blueprint",
-            help="Apply the blueprint of another output, a folder, in place of a method. With --active: at another "
-            "budget, where its experts have widths of their own.",
+            help="Apply the blueprint of another output, a folder, in place of a method.",
         ),
     ] = None,
+    budget: opt.Budget = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away an unfinished run of another conversion.")
     ] = False,
@@ -52,12 +52,11 @@ def run(
     quiet: opt.Quiet = False,
 ) -> None:
     """Convert a dense checkpoint into a MoE checkpoint. Interrupted, the same command resumes."""
-    budget = active if blueprint is not None else None
     settings = opt.make_settings(
         config=config,
         method=method,
         layout=layout,
-        active=None if blueprint is not None else active,
+        active=active,
         options=options,
         calib=calib,
         calib_tokens=calib_tokens,
@@ -74,9 +73,10 @@ def run(
 
     if model.endswith(".gguf"):
         quiet_libraries()  # transformers dequantises it
-    own = {"--method": method, "--layout": layout, "--set": options}
+    own = {"--method": method, "--layout": layout, "--active": active, "--set": options}
     if blueprint is not None and (given := [name for name, value in own.items() if value is not None]):
-        raise InputError("a blueprint says already how every FFN is split", f"leave {' and '.join(given)} out")
+        instead = "; --budget changes what its experts may use" if active is not None else ""
+        raise InputError("a blueprint says already how every FFN is split", f"leave {' and '.join(given)} out{instead}")
     # A slip is answered before torch is imported.
     request = check_request(model, settings, out, blueprint=blueprint)
     quiet_libraries()
@@ -99,7 +99,7 @@ def run(
 def _findings(results: dict[str, Any]) -> Iterator[str]:
     if allocation := results.get("allocation"):
         yield (
-            f"budget {allocation['mode']}: {len(allocation['dense_layers'])} layers stay dense, "
+            f"allocation {allocation['mode']}: {len(allocation['dense_layers'])} layers stay dense, "
             f"{allocation['active']:.1%} active in all; loss expected of the layers {allocation['expected']:.3f} nats, "
             f"with equal layers {allocation['uniform']:.3f}"
         )

@@ -22,14 +22,6 @@ def run(
     model: opt.Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create; it appears when complete.")],
     layer: Annotated[int, typer.Option("--layer", help="Decoder layer, from 0; negative counts from the end.")],
-    active: Annotated[
-        str | None, typer.Option("--active", help="Active neurons, half shared and half routed, e.g. 16,64,256.")
-    ] = None,
-    experts: Annotated[str | None, typer.Option("--experts", help="Numbers of experts, e.g. 1000,10000.")] = None,
-    routers: Annotated[str | None, typer.Option("--routers", help="Of low_rank, full, product; comma between.")] = None,
-    inits: Annotated[str | None, typer.Option("--inits", help="Of active, fan_in; comma between.")] = None,
-    rates: Annotated[str | None, typer.Option("--rates", help="Learning rates, e.g. 3e-3,1e-2.")] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training tokens.")] = None,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", metavar="SOURCE", help="Text, as --calib of convert. Repeatable."),
@@ -40,7 +32,11 @@ def run(
     config: opt.Config = None,
     options: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. pairs='[[0,64]]', probe=null; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting, e.g. pairs='[[8,8],[32,32]]', epochs=4; repeatable. See docs/methods/secret_moe.md.",
+        ),
     ] = None,
     processes: Annotated[
         int | None, typer.Option("--processes", help="Students trained at a time. Default: one per processor.")
@@ -56,19 +52,13 @@ def run(
     """
     from moesaic.distill.config import DistillConfig
     from moesaic.jobs.distill_request import check_distill
-    from moesaic.jobs.settings import build, load_settings
+    from moesaic.jobs.settings import load_settings
+    from moesaic.options import build
 
     values = load_settings(config) if config is not None else {}
-    values |= opt.pairs(options)
-    if active is not None:
-        width = values.get("width", 1)  # of an expert; whether it is one is seen with the other settings
-        neurons = width if isinstance(width, int) and width > 0 else 1
-        values["pairs"] = [_halves(a, neurons) for a in _numbers(active, "--active", int)]
-    lists = {"experts": (experts, int), "routers": (routers, str), "inits": (inits, str), "rates": (rates, float)}
-    for key, (text, kind) in lists.items():
-        if text is not None:
-            values[key] = _numbers(text, f"--{key}", kind)
-    values |= {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
+    values = opt.with_pairs(values, options, DistillConfig, "distill", "config={} of moesaic.jobs.distill.distill")
+    if seed is not None:
+        values["seed"] = seed
     text = {"sources": data, "tokens": tokens, "window": window, "seed": seed}
     if given := {key: value for key, value in text.items() if value is not None}:
         section = values.get("data", {})
@@ -88,24 +78,6 @@ def run(
         return
     emit(_summary(done.results))
     emit(f"report: {done.output / 'report.html'}")
-
-
-def _numbers(text: str, option: str, kind: type[int] | type[float] | type[str]) -> list[Any]:
-    try:
-        found = [kind(part.strip()) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise InputError(f"cannot read {option} {text!r}", "write values with commas between") from error
-    if not found:
-        raise InputError(f"{option} is empty", "write values with commas between")
-    return found
-
-
-def _halves(active: int, width: int) -> list[int]:
-    """``[h_s, k]`` with h_s = k w = A / 2, for experts of ``width`` neurons."""
-    if active < 2 or active % (2 * width):
-        what = "even numbers" if width == 1 else f"multiples of {2 * width}, twice the width of an expert"
-        raise InputError(f"--active {active} has no two halves", f"give {what}, or --set pairs='[[0,16]]'")
-    return [active // 2, active // 2 // width]
 
 
 def _summary(results: dict[str, Any]) -> str:

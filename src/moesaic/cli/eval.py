@@ -35,9 +35,9 @@ def run(
     controls: Annotated[
         bool, typer.Option("--controls", help="Also static pruning and a random partition at the same active fraction.")
     ] = False,
-    fidelity: Annotated[
-        bool, typer.Option("--fidelity/--no-fidelity", help="Router fidelity on the first windows.")
-    ] = True,
+    no_fidelity: Annotated[
+        bool, typer.Option("--no-fidelity", help="Leave router fidelity on the first windows out.")
+    ] = False,
     speed: Annotated[bool, typer.Option("--speed", help="Prefill and decode speed beside the baseline.")] = False,
     proxy: Annotated[bool, typer.Option("--proxy", help="Also MLPMoE's proxy perplexity on eight texts.")] = False,
     as_json: opt.AsJson = False,
@@ -63,7 +63,7 @@ def run(
         window=window,
         limit=16 if quick and limit is None else limit,
         controls=controls,
-        fidelity=fidelity,
+        fidelity=not no_fidelity,
         speed=speed,
         proxy=proxy,
         progress=ConsoleProgress(quiet),
@@ -87,7 +87,7 @@ def render(results: dict[str, Any]) -> str:
         parts.append(f"\nactive FFN fraction {fraction}{on_text}, {results['parameters'] / 1e6:.1f} M parameters")
         if on_text and results.get("other_budgets"):
             parts.append(
-                "another budget for text like this: moesaic convert MODEL NEW --blueprint OUT --active A --calib TEXT"
+                "another budget for text like this: moesaic convert MODEL NEW --blueprint OUT --budget A --calib TEXT"
             )
     if summary := results.get("fidelity", {}).get("summary"):
         parts.append(

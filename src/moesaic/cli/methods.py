@@ -20,6 +20,7 @@ def run(
 ) -> None:
     """List the methods, or the options of one of them."""
     from moesaic.methods import METHODS, get_config
+    from moesaic.options import settable
 
     if name is None:
         if as_json:
@@ -27,12 +28,19 @@ def run(
         else:
             emit(table(["method", "what it does"], [[key, text] for key, text in METHODS.items()]))
         return
-    fields: dict[str, Any] = get_config(name).model_fields
+    config = get_config(name)
     if as_json:
-        emit_json(get_config(name).model_json_schema())
+        emit_json(config.model_json_schema())
         return
     emit(f"{name}: {METHODS[name]}")
     emit("")
-    for key, info in fields.items():
-        emit(f"  --set {key}={info.get_default(call_default_factory=True)!s}")
+    for key, info in settable(config):
+        emit(f"  --set {key}={_shown(config(), key)}")
         emit(f"        {info.description or ''}")
+
+
+def _shown(defaults: Any, key: str) -> str:
+    """The default of a dotted option, as ``--set`` reads it."""
+    for part in key.split("."):
+        defaults = getattr(defaults, part)
+    return "null" if defaults is None else str(defaults)

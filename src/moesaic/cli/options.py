@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +11,12 @@ import typer
 from moesaic.adjust.allocation_config import MODES
 from moesaic.blueprint.layout import Layout
 from moesaic.errors import InputError
+from moesaic.methods import get_config
+from moesaic.options import build, put, refuse_studies
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from moesaic.jobs.settings import ConvertSettings
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, .gguf file or hub id.")]
@@ -23,7 +28,9 @@ Method = Annotated[str | None, typer.Option("--method", "-m", help="Method, see 
 LayoutText = Annotated[
     str | None, typer.Option("--layout", help="SxAyEz: x shared, y active routed, z units in all. E.g. S3A3E8.")
 ]
-Active = Annotated[float | None, typer.Option("--active", help="Active FFN fraction in place of --layout, e.g. 0.75.")]
+Active = Annotated[
+    float | None, typer.Option("--active", help="Fraction of the FFN neurons that a token uses, in place of --layout.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable. See `moesaic methods NAME`."),
@@ -57,6 +64,14 @@ RouterText = Annotated[
         help="Linear router in place of the method's own: oracle (the experts that do most) or decisions (imitates).",
     ),
 ]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        "--budget",
+        help="With --blueprint: the fraction of the FFN neurons that text like --calib may use, where the experts have "
+        "widths of their own.",
+    ),
+]
 Target = Annotated[
     str | None, typer.Option("--target", help="Architecture to write, see `moesaic targets`. Default: auto.")
 ]
@@ -81,21 +96,24 @@ def make_settings(
     budget: float | None = None,
 ) -> ConvertSettings:
     """Flags over the YAML file over the defaults. Raises InputError for unknown keys and values that do not parse."""
-    from moesaic.jobs.settings import ConvertSettings, build, load_settings
+    from moesaic.jobs.settings import ConvertSettings, load_settings
 
     values = load_settings(config) if config is not None else {}
     if layout is not None and active is not None:
         raise InputError("both --layout and --active are given", "give one of them")
-    method_options = _section(values, "options") | pairs(options)
+    chosen = method or str(values.get("method") or ConvertSettings.model_fields["method"].default)
+    method_options = with_pairs(
+        _section(values, "options"), options, get_config(chosen), f"method {chosen}", "options={} of moesaic.convert"
+    )
     if layout is not None:
         method_options["layout"] = str(Layout.parse(layout))
     if active is not None:
-        method_options |= _active(method or values.get("method"), active)
+        method_options |= _active(chosen, active)
     calibration = _section(values, "calibration")
     given = {"sources": calib, "tokens": calib_tokens, "window": calib_window, "seed": seed}
     calibration |= {key: value for key, value in given.items() if value is not None}
     flags: dict[str, Any] = {"method": method, "hierarchical": hierarchical, "seed": seed, "target": target}
-    flags["active"] = budget
+    flags["budget"] = budget
     if router is not None:  # --router gives the mode, the file may give the rest
         settings = values.get("router")
         flags["router"] = (settings if isinstance(settings, dict) else {}) | {"mode": router}
@@ -107,18 +125,14 @@ def make_settings(
     return build(ConvertSettings, values | {"options": method_options, "calibration": calibration}, "settings")
 
 
-def _active(method: str | None, fraction: float) -> dict[str, Any]:
+def _active(method: str, fraction: float) -> dict[str, Any]:
     """The method's own option of that name, or the layout of eight units for one that has none."""
-    from moesaic.jobs.settings import ConvertSettings
-    from moesaic.methods import get_config
-
-    chosen = method or ConvertSettings.model_fields["method"].default
-    if get_config(chosen).has_active:
+    if get_config(method).has_active:
         return {"active": fraction}
     layout = Layout.from_active_fraction(fraction)
     if layout.active_fraction != fraction:
         raise InputError(
-            f"method {chosen} has units, and {fraction:g} is no number of eighths",
+            f"method {method} has units, and {fraction:g} is no number of eighths",
             f"the nearest layout of eight is {layout}; or give a --layout of more units",
         )
     return {"layout": str(layout)}
@@ -131,8 +145,23 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     return dict(section)
 
 
+def with_pairs(
+    values: dict[str, Any], options: list[str] | None, model: type[BaseModel], what: str, how: str
+) -> dict[str, Any]:
+    """What a settings file gives for ``model``, with ``--set`` over it; ``what`` and ``how`` as in refuse_studies."""
+    given = pairs(options)
+    nested: dict[str, Any] = {}
+    for name, value in given.items():
+        put(nested, name, value)
+    refuse_studies(model, nested, what, how)
+    merged = copy.deepcopy(values)
+    for name, value in given.items():
+        put(merged, name, value)
+    return merged
+
+
 def pairs(options: list[str] | None) -> dict[str, Any]:
-    """``["s_max=0.4"]`` -> ``{"s_max": 0.4}``; values are read as YAML scalars."""
+    """``["fade_max=0.4"]`` -> ``{"fade_max": 0.4}``; values are read as YAML."""
     import yaml
 
     found = {}

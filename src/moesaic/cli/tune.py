@@ -11,7 +11,7 @@ import typer
 
 from moesaic.cli import options as opt
 from moesaic.cli.console import ConsoleProgress, duration, emit, emit_json, native_line, quiet_libraries
-from moesaic.errors import InputError
+from moesaic.options import build, put
 from moesaic.tune.config import DEFAULT_PRESET, PRESETS, TuneConfig, preset
 
 
@@ -31,11 +31,9 @@ def run(
     config: opt.Config = None,
     options: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. lora.rank=16, loss.hidden=0.1; repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting, e.g. lora.rank=16, train.batch=2; repeatable."),
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps.")] = None,
-    batch: Annotated[int | None, typer.Option("--batch", help="Sequences per step, over all processes.")] = None,
-    rate: Annotated[float | None, typer.Option("--rate", help="Peak learning rate of the low-rank changes.")] = None,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", metavar="SOURCE", help="Training text, as --calib of convert. Repeatable."),
@@ -55,17 +53,16 @@ def run(
 
     Interrupted, the same command resumes. `accelerate launch -m moesaic tune ...` trains in several processes.
     """
-    from moesaic.jobs.settings import build, load_settings
+    from moesaic.jobs.settings import load_settings
 
     values = load_settings(config) if config is not None else {}
-    for key, value in opt.pairs(options).items():
-        _put(values, key, value)
+    values = opt.with_pairs(values, options, TuneConfig, "tune", "config={} of moesaic.jobs.tune.tune")
     text = {"sources": data, "tokens": tokens, "window": window, "seed": seed}
-    train = {"steps": steps, "batch": batch, "learning_rate": rate, "seed": seed}
+    train = {"steps": steps, "seed": seed}
     for section, given in {"train.data": text, "train": train}.items():
         for key, value in given.items():
             if value is not None:
-                _put(values, f"{section}.{key}", value)
+                put(values, f"{section}.{key}", value)
     settings = build(TuneConfig, preset(preset_name, values), "tune")
     from moesaic.jobs.tune_request import check_tune
     from moesaic.train.launch import is_worker
@@ -94,16 +91,6 @@ def run(
         emit(line)
     if baseline is not None:
         emit(f"next: {shlex.join(['moesaic', 'eval', str(done.output), '--baseline', str(baseline)])}")
-
-
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set ``a.b.c`` in nested mappings."""
-    *sections, last = key.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise InputError(f"cannot set {key}: {section} holds no mapping", "write e.g. --set lora.rank=16")
-    values[last] = value
 
 
 def _report(output: str, target: str, results: dict[str, Any]) -> list[str]:

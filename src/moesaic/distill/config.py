@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from moesaic.calibration.config import CalibrationConfig, Source
 from moesaic.distill.spec import Initialisation, RouterName, StudentSpec
 from moesaic.errors import InputError
+from moesaic.options import study
 
 Law = Literal["real", "gaussian"]
 
@@ -24,11 +25,11 @@ class ProbeConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    atoms: int = Field(default=4, ge=1, description="Dictionary atoms, in multiples of the model width.")
-    top_k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+    atoms: int = study(default=4, ge=1, description="Dictionary atoms, in multiples of the model width.")
+    top_k: tuple[Annotated[int, Field(ge=1)], ...] = study(
         default=(8, 32, 128), description="Active atoms per token, one fit each; more than there are atoms: left out."
     )
-    rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False, description="Peak learning rate.")
+    rate: float = study(default=1e-3, gt=0, allow_inf_nan=False, description="Peak learning rate.")
 
 
 class DistillConfig(BaseModel):
@@ -79,11 +80,14 @@ class DistillConfig(BaseModel):
         description="Leave out tokens whose input or output is longer than so many medians: a few of them would be "
         "nearly all of the variance. Null keeps all, as the paper does.",
     )
-    seed: int = Field(default=0, description="Seed of students, order and twin; the text has its own in data.")
+    seed: int = study(
+        instead="--seed", default=0, description="Seed of students, order and twin; the text has its own in data."
+    )
     probe: ProbeConfig | None = Field(
         default=ProbeConfig(), description="Sparsity of the inputs in a learned dictionary; null leaves it out."
     )
-    data: CalibrationConfig = Field(
+    data: CalibrationConfig = study(
+        instead="--data, --tokens and --window",
         default=_DATA,
         description="Text whose activations are captured: eight tenths to train on, one to select, one to report. What "
         "is not given is as here, not as in `convert`.",

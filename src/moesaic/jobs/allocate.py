@@ -1,4 +1,4 @@
-"""The budget over layers: measure them, share the active neurons out, and keep that for a run that is resumed."""
+"""Allocation over layers: measure them, share the active neurons out, and keep that for a run that is resumed."""
 
 from __future__ import annotations
 

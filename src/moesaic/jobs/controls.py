@@ -77,7 +77,7 @@ def control_job(
     anatomy = read_anatomy(dense_config, hierarchical=hierarchical)
     dense = {site.layer for site in anatomy.sites if site.path not in blueprint.sites}
     options = blueprint.config
-    # Where they have an active fraction, a width of experts or a budget over layers, their layout is not what was made.
+    # With an active fraction, a width of experts or an allocation over layers, their layout is not what was made.
     counts = all(options.get(name) is None for name in ("active", "expert_width", "allocation"))
     layout = options.get("layout") if counts else None
     settings = ConvertSettings(

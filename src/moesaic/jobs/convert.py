@@ -26,7 +26,8 @@ from moesaic.jobs.card import finish
 from moesaic.jobs.decide import Decisions, blueprint_of, decide_layers, train_beside, trains_whole_model
 from moesaic.jobs.job import Job, prepare
 from moesaic.jobs.request import Request, check_request
-from moesaic.jobs.settings import ConvertSettings, build
+from moesaic.jobs.settings import ConvertSettings
+from moesaic.options import build
 from moesaic.progress import Progress, Silent
 from moesaic.staging.placement import absolute, partial_of
 from moesaic.staging.writer import StagedOutput

@@ -46,7 +46,7 @@ MODEL_STEP = "model"
 @dataclass
 class Decisions:
     """Plans of the converted FFNs and attentions and reports of the router fits, by module path; reports of a training
-    and of the budget over layers."""
+    and of the allocation over layers."""
 
     plans: Plans = field(default_factory=dict)
     router_fits: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -131,11 +131,11 @@ def _plan_model(job: Job, folder: Path, progress: Progress) -> ModelPlan:
 def blueprint_of(job: Job, made: Decisions) -> Blueprint:
     """The blueprint that these decisions make; a given one keeps its provenance."""
     given = job.given
-    if given is not None and job.settings.router is None and job.settings.active is None:
+    if given is not None and job.settings.router is None and job.settings.budget is None:
         return given
     config = job.config.model_dump(mode="json")
     if given is not None:
-        config = given.config if job.settings.active is None else given.config | {"active": job.settings.active}
+        config = given.config if job.settings.budget is None else given.config | {"active": job.settings.budget}
     if made.allocation:  # `active` stays the total
         config["allocation"] = {name: made.allocation[name] for name in ("mode", "neurons")}
     return Blueprint(
@@ -202,9 +202,9 @@ def _decide_site(
 ) -> LayerPlan | None:
     if job.given is not None:
         plan = job.given.sites.get(site.path)
-        if plan is None or inputs is None or job.settings.active is None:
+        if plan is None or inputs is None or job.settings.budget is None:
             return plan
-        return with_budget(plan, weights, inputs, job.settings.active)
+        return with_budget(plan, weights, inputs, job.settings.budget)
     if inputs is not None and job.anatomy.family.moe is not None:
         needed = job.config.min_tokens_per_neuron * site.d_ff
         needed = max(needed, 1 if job.settings.router is None else _ROUTER_TOKENS)

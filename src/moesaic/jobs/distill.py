@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from moesaic.distill.sweep import sweep
 from moesaic.errors import InputError, MoesaicError
 from moesaic.jobs.distill_request import KEY_NAME, DistillRequest, check_distill
 from moesaic.nn.ffn import FFNWeights
+from moesaic.options import build
 from moesaic.progress import Progress, Silent
 
 RESULTS_NAME = "results.json"
@@ -44,7 +45,7 @@ def distill(
     layer: int,
     output: str | Path,
     *,
-    config: DistillConfig | None = None,
+    config: DistillConfig | Mapping[str, Any] | None = None,
     processes: int = 1,
     restart: bool = False,
     progress: Progress | None = None,
@@ -59,7 +60,7 @@ def distill(
         model: Local folder, .gguf file or hub id of a dense model.
         layer: Decoder layer, counted from 0; negative from the end.
         output: Folder to create.
-        config: The sweep.
+        config: The sweep, or its keys.
         processes: Students trained at a time.
         restart: Throw away an unfinished sweep.
         progress: Receives steps and notes.
@@ -68,7 +69,8 @@ def distill(
         InputError, UnsupportedModelError, CheckpointError: what cannot work, before anything is written.
         ResourceError: disk or memory.
     """
-    config = config or DistillConfig()
+    if not isinstance(config, DistillConfig):
+        config = build(DistillConfig, config or {}, "distill")
     progress = progress or Silent()
     request = check_distill(model, layer, config, output, processes, restart)
     windows = _windows(request)

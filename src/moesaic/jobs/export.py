@@ -22,7 +22,7 @@ from moesaic.errors import InputError
 from moesaic.jobs import forecast, native
 from moesaic.jobs.card import finish
 from moesaic.jobs.native import read_converted
-from moesaic.jobs.settings import build
+from moesaic.options import build
 from moesaic.progress import Progress, Silent
 from moesaic.staging.writer import StagedOutput
 from moesaic.targets import AUTO, OWN, Choice, choose_target, get_target

@@ -69,7 +69,7 @@ class Job(Request):
             "seed": self.settings.seed,
             "calibration": None if self.windows is None else self.windows.fingerprint,
             "compute_dtype": None if self.windows is None else str(self.settings.calibration.resolved_dtype()),
-            "active": self.settings.active,
+            "budget": self.settings.budget,
             "blueprint": None if self.given is None else self.given.digest(),
         }
 
@@ -89,7 +89,7 @@ def prepare(request: Request) -> Job:
         choose_target(request.split, settings.target)
     windows = None
     decides = given is None and request.config.needs_calibration()
-    if decides or any(value is not None for value in (settings.router, settings.allocation, settings.active)):
+    if decides or any(value is not None for value in (settings.router, settings.allocation, settings.budget)):
         tokenizer = load_tokenizer(checkpoint.folder)
         longest = max_positions(checkpoint.config)
         windows = build_windows(settings.calibration, tokenizer, longest, skeleton.vocabulary)
@@ -108,7 +108,7 @@ def _check_given(given: Blueprint, settings: ConvertSettings) -> None:
             "the blueprint's router counts what experts of different widths cost, another would not",
             "leave --router out",
         )
-    if settings.active is not None:
+    if settings.budget is not None:
         check_budget(given.sites)
 
 

@@ -22,7 +22,8 @@ from moesaic.checkpoint.source import check_file
 from moesaic.errors import InputError
 from moesaic.jobs import forecast
 from moesaic.jobs.request import Outline, active_neurons, check_headers, check_options, check_split, outline_of
-from moesaic.jobs.settings import ConvertSettings, build
+from moesaic.jobs.settings import ConvertSettings
+from moesaic.options import build
 from moesaic.paths import cache_folder
 from moesaic.targets import AUTO, OWN, TARGETS
 from moesaic.targets.backbone import no_backbone

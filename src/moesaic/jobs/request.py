@@ -60,7 +60,7 @@ class Outline:
         """Whether the conversion reads calibration text."""
         settings = self.settings
         decides = self.config.needs_calibration()
-        return decides or any(value is not None for value in (settings.router, settings.allocation, settings.active))
+        return decides or any(value is not None for value in (settings.router, settings.allocation, settings.budget))
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,11 @@ def check_request(
         ResourceError: no room for the dequantised copy of a .gguf.
     """
     given = None if blueprint is None else Path(blueprint).expanduser()
-    if settings.active is not None and given is None:
-        raise InputError("active changes the budget of a blueprint, and none is given", "set the method's own option")
+    if settings.budget is not None and given is None:
+        raise InputError(
+            "a budget is for the experts of a blueprint, and none is given",
+            "give --blueprint too, or --active: the fraction that a method plans",
+        )
     config = check_options(settings)
     if output is not None:  # before a model is fetched for it
         check_output(absolute(output), local_folder(model))
@@ -109,7 +112,7 @@ def check_options(settings: ConvertSettings) -> MethodConfig:
     """The method's own options. Refuses what the settings alone show: needs of the method, texts that are not there."""
     config = method_config(settings)
     _check_whole_model(settings, config)
-    wanted = (settings.router, settings.allocation, settings.active)
+    wanted = (settings.router, settings.allocation, settings.budget)
     if config.needs_calibration() or any(value is not None for value in wanted):
         check_sources(settings.calibration)
     return config
@@ -144,7 +147,7 @@ def check_headers(stored: StoredNames, anatomy: Anatomy) -> None:
 
 
 def check_split(outline: Outline) -> None:
-    """Refuse a router, a budget over layers or a target that the method's experts cannot have."""
+    """Refuse a router, an allocation over layers or a target that the method's experts cannot have."""
     settings, shape = outline.settings, outline.shape
     if settings.router is not None and shape.router == "static":
         raise InputError(f"method {settings.method} routes nothing: all it keeps is always on", "leave --router out")
@@ -171,19 +174,19 @@ def _remedy(outline: Outline) -> str:
 
 
 def check_allocation(outline: Outline) -> None:
-    """Refuse a budget over layers that the method or the target cannot follow."""
+    """Refuse an allocation over layers that the method or the target cannot follow."""
     settings, config, anatomy = outline.settings, outline.config, outline.anatomy
     if settings.allocation is None:
         return
     if config.whole_model:
-        raise InputError(f"method {settings.method} shares its budget out itself", "leave allocation out")
+        raise InputError(f"method {settings.method} shares its neurons out itself", "leave allocation out")
     if not config.has_active:
         raise InputError(
             f"method {settings.method} has no active fraction to lower where layers stay dense",
             "choose token_clusters or static, or name the dense layers",
         )
     if anatomy.family.moe is not None or {site.d_ff for site in anatomy.sites} != {anatomy.d_ff}:
-        raise InputError("a budget over layers is for dense models with one FFN width", "leave allocation out")
+        raise InputError("allocation over layers is for dense models with one FFN width", "leave allocation out")
     if active_neurons(config, anatomy.d_ff) >= anatomy.d_ff:
         raise InputError(
             "every neuron is active: there is nothing to share out", "lower active, or leave allocation out"

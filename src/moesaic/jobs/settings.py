@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moesaic.adjust.allocation_config import AllocationConfig
 from moesaic.adjust.router_config import RouterFitConfig
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.errors import InputError
+from moesaic.options import build
 from moesaic.targets import AUTO, TARGETS
 from moesaic.targets.base import TargetOptions
 
 if TYPE_CHECKING:
     from moesaic.anatomy.base import Anatomy
     from moesaic.methods.base import MethodConfig
-
-Model = TypeVar("Model", bound=BaseModel)
 
 
 class ConvertSettings(BaseModel):
@@ -56,13 +55,12 @@ class ConvertSettings(BaseModel):
         description="Share the active neurons out over the layers by what each loses, at the same total: `auto`, "
         "`leading`, `any`, `widths`, or {mode: any, tokens: 4096}. Null treats all layers alike.",
     )
-    active: float | None = Field(
+    budget: float | None = Field(
         default=None,
         gt=0,
         le=1,
         description="For a given blueprint whose experts have widths of their own: the fraction of each converted "
-        "FFN's neurons that the calibration text uses in the mean; other text than made the blueprint. A method has "
-        "its own options for that.",
+        "FFN's neurons that the calibration text may use in the mean; other text than made the blueprint.",
     )
     seed: int = Field(default=0, description="Seed of everything random in the method.")
 
@@ -100,31 +98,6 @@ def load_settings(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"settings file {path} holds no mapping", "write `key: value` lines")
     return data
-
-
-def build(model: type[Model], values: dict[str, Any], what: str) -> Model:
-    """Validate ``values`` as ``model``; pydantic's report becomes one line and a hint with the known keys."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or what
-        if first["type"] == "extra_forbidden":
-            known = _fields_at(model, first["loc"][:-1])
-            raise InputError(f"{what} has no option {where!r}", f"known: {', '.join(known)}") from error
-        raise InputError(f"{what}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
-
-
-def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """Names that the model nested at ``path`` knows; those of ``model`` where no model is found there."""
-    inner = model
-    for part in path:
-        field = inner.model_fields.get(str(part))
-        if field is None:
-            return list(inner.model_fields)
-        kinds = (field.annotation, *get_args(field.annotation))
-        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), inner)
-    return list(inner.model_fields)
 
 
 def method_config(settings: ConvertSettings) -> MethodConfig:

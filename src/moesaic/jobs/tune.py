@@ -30,11 +30,11 @@ from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.native_parity import parity_ids
 from moesaic.evaluate.parity import TOLERANCE, relative_difference
 from moesaic.jobs.card import finish
-from moesaic.jobs.settings import build
 from moesaic.jobs.training_record import write_record
 from moesaic.jobs.tune_request import TuneRequest, check_tune
 from moesaic.jobs.verify import check_tensors
 from moesaic.materialise.pack import TENSOR_NAMES
+from moesaic.options import build
 from moesaic.progress import Progress, Silent
 from moesaic.staging.placement import absolute, partial_of
 from moesaic.staging.writer import StagedOutput

@@ -3,7 +3,7 @@
 from typing import Literal
 
 AllocationMode = Literal["leading", "any", "widths"]
-"""How free a budget over layers is: which layers may stay dense, or layers of any width."""
+"""How free an allocation over layers is: which layers may stay dense, or layers of any width."""
 
 MIN_RIDGE = 1e-5
 """Smallest relative ridge: products are summed in fp32, and with fewer tokens than unknowns a matrix that is hardly

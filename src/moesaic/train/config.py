@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moesaic.calibration.config import CalibrationConfig, Source
 from moesaic.errors import InputError
+from moesaic.options import study
 
 if TYPE_CHECKING:
     import torch
@@ -27,27 +28,28 @@ class TrainConfig(BaseModel):
         default=1, gt=0, description="Parts that a process cuts its sequences of a step into, to save memory."
     )
     learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False, description="Peak learning rate of AdamW.")
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="AdamW's decoupled weight decay.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
+    weight_decay: float = study(default=0.0, ge=0, allow_inf_nan=False, description="AdamW's decoupled weight decay.")
+    betas: tuple[float, float] = study(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
+    schedule: Literal["constant", "linear", "cosine"] = study(
         default="cosine", description="Course of the learning rate after warm-up; linear and cosine end at 0."
     )
-    warmup: int = Field(default=0, ge=0, description="Steps of linear rise of the learning rate; at most half of all.")
-    clip: float | None = Field(default=1.0, gt=0, description="Largest norm of the gradient; null does not clip.")
+    warmup: int = study(default=0, ge=0, description="Steps of linear rise of the learning rate; at most half of all.")
+    clip: float | None = study(default=1.0, gt=0, description="Largest norm of the gradient; null does not clip.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
         description="Matrix products in bf16 (what is trained and its optimiser stay in fp32); auto is bf16 where the "
         "machine multiplies it natively.",
     )
-    seed: int = Field(default=0, description="Seed of the order of the data and of all noise.")
-    log_every: int = Field(default=1, gt=0, description="Steps between two lines of train.jsonl.")
+    seed: int = study(instead="--seed", default=0, description="Seed of the order of the data and of all noise.")
+    log_every: int = study(default=1, gt=0, description="Steps between two lines of train.jsonl.")
     eval_every: int = Field(default=50, gt=0, description="Steps between two evaluations on held-out text.")
     save_every: int = Field(default=50, gt=0, description="Steps between two saved states.")
     patience: int | None = Field(
         default=None, gt=0, description="Stop after so many evaluations without a better one; null never stops early."
     )
     held_out: int = Field(default=16, ge=0, description="Windows kept apart for evaluation; 0 for none.")
-    data: CalibrationConfig = Field(
+    data: CalibrationConfig = study(
+        instead="--data, --tokens and --window, or --calib to a conversion",
         default=CalibrationConfig(sources=(Source.parse("mix"),), tokens=131072, window=512),
         description="The text: sources, `tokens` of distinct training text (repeated where steps need more), window.",
     )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moesaic.errors import InputError
+from moesaic.options import study
 from moesaic.train.config import TrainConfig
 
 LoRATarget = Literal["experts", "attention"]
@@ -19,7 +20,7 @@ class LoRAOptions(BaseModel):
 
     rank: int = Field(default=8, gt=0, description="Rank r.")
     alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False, description="Scale alpha; the factor is alpha / r.")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on what A multiplies.")
+    dropout: float = study(default=0.0, ge=0, lt=1, description="Dropout on what A multiplies.")
     targets: tuple[LoRATarget, ...] = Field(
         default=("experts", "attention"),
         min_length=1,
@@ -71,7 +72,7 @@ class TuneConfig(BaseModel):
         "glm4_moe's own form, so that it is exported exactly; it takes linear routers. auto: that for folders of "
         "glm4_moe whose routers are linear and trained, else keep.",
     )
-    gate_spread: float = Field(
+    gate_spread: float = study(
         default=0.1,
         gt=0,
         le=1,

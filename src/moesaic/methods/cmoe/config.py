@@ -11,6 +11,7 @@ from moesaic.blueprint.shape import FFNShape, layout_shape
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText
+from moesaic.options import study
 
 
 class Config(MethodConfig):
@@ -35,13 +36,13 @@ class Config(MethodConfig):
         description="Updates of the selection bias b on calibration batches before use; 0 leaves b at zero. Ours: the "
         "paper balances only while training.",
     )
-    balance_rate: float = Field(
+    balance_rate: float = study(
         default=1e-3,
         gt=0,
         allow_inf_nan=False,
         description="First step of the selection bias (gamma); it shrinks to 0.",
     )
-    compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = study(
         default="auto",
         description="Precision of the first pass over the scores; near-ties are scored again in full precision, so it "
         "changes the speed, not the result. auto: bfloat16 where the CPU has it in hardware.",

@@ -11,6 +11,7 @@ from moesaic.blueprint.layout import Layout
 from moesaic.blueprint.shape import FFNShape, layout_shape
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText
+from moesaic.options import study
 
 
 class Config(MethodConfig):
@@ -39,10 +40,10 @@ class Config(MethodConfig):
         default="kaiming",
         description="Rows of W: Kaiming-uniform noise, or centroids of the FFN inputs (v2 Residual; reads text).",
     )
-    router_tokens: int = Field(
+    router_tokens: int = study(
         default=4096, ge=1, description="Calibration tokens to cluster for router=centroids, evenly spaced."
     )
-    rounds: int = Field(default=20, ge=1, description="Most k-means rounds for router=centroids (v2: 100).")
+    rounds: int = study(default=20, ge=1, description="Most k-means rounds for router=centroids (v2: 100).")
 
     def needs_calibration(self) -> bool:
         """Whether this config reads calibration inputs."""

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from moesaic.blueprint.shape import FFNShape
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
+from moesaic.options import study
 from moesaic.solvers.fade import Schedule, fade_fractions
 
 
@@ -21,23 +22,23 @@ class Config(MethodConfig):
         default="contiguous",
         description="Which neurons make a branch: storage order, neuron j to branch j mod N, or falling weight norm.",
     )
-    strict: bool = Field(default=False, description="Refuse when N does not divide the FFN width f.")
+    strict: bool = study(default=False, description="Refuse when N does not divide the FFN width f.")
     fade_max: float = Field(
         default=0.0, ge=0, lt=1, description="s_max of Fractal Fade; 0.4 (linear) removes about 20 %."
     )
-    fade_min: float = Field(
+    fade_min: float = study(
         default=0.0, ge=0, lt=1, description="s_min of Fractal Fade, the sparsity of the first branch."
     )
     fade_schedule: Schedule = Field(
         default="linear",
         description="s_i over the branches: linear, power (exponent gamma) or dyadic (doubling groups).",
     )
-    fade_gamma: float = Field(default=2.0, gt=0, description="gamma, the exponent of the power schedule.")
+    fade_gamma: float = study(default=2.0, gt=0, description="gamma, the exponent of the power schedule.")
     fade_unit: Literal["weight", "neuron"] = Field(
         default="weight",
         description="What Fractal Fade removes: single weights (zeros) or whole neurons (smaller shapes).",
     )
-    fade_scope: Literal["matrix", "row", "branch"] = Field(
+    fade_scope: Literal["matrix", "row", "branch"] = study(
         default="matrix",
         description="Weights that compete in unit=weight: a matrix slice, each row of it, or the branch.",
     )
@@ -53,7 +54,7 @@ class Config(MethodConfig):
         description="c: sqrt(N/K), energy sqrt(sum e / sum kept e), ratio N/K, none 1, per_channel c_j, or oracle "
         "(least squares on calibration inputs).",
     )
-    prune_clip: tuple[float, float] = Field(
+    prune_clip: tuple[float, float] = study(
         default=(1.0, 4.0), description="Lowest and highest c; oracle is not clipped."
     )
 

@@ -11,6 +11,7 @@ from moesaic.blueprint.layout import Layout
 from moesaic.blueprint.shape import FFNShape, layout_shape
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText
+from moesaic.options import study
 
 
 class Config(MethodConfig):
@@ -25,11 +26,11 @@ class Config(MethodConfig):
         ge=1,
         description="Neurons per expert (paper: 32). When given, E follows from it and layout only sets the fractions.",
     )
-    matrix: Literal["auto", "gate", "up"] = Field(
+    matrix: Literal["auto", "gate", "up"] = study(
         default="auto",
         description="Rows to cluster (W_1): gate, the activation's argument, or up. auto: gate where there is one.",
     )
-    rounds: int = Field(default=20, ge=1, description="Most rounds of balanced assignment and centre update.")
+    rounds: int = study(default=20, ge=1, description="Most rounds of balanced assignment and centre update.")
 
     @property
     def own_layout(self) -> Layout | None:

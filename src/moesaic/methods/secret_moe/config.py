@@ -11,6 +11,7 @@ from moesaic.blueprint.shape import FFNShape
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
 from moesaic.methods.token_clusters.config import Config as Clusters
+from moesaic.options import study
 
 
 class Config(MethodConfig):
@@ -39,7 +40,7 @@ class Config(MethodConfig):
     rank: int | None = Field(
         default=16, ge=1, description="Rank of the router (p), at most the number of experts; null: a full one."
     )
-    spread: float = Field(
+    spread: float = study(
         default=0.25,
         gt=0,
         allow_inf_nan=False,
@@ -50,14 +51,14 @@ class Config(MethodConfig):
     rate: float = Field(
         default=1e-3, gt=0, allow_inf_nan=False, description="Peak learning rate of neurons, cosine to zero."
     )
-    router_rate: float = Field(
+    router_rate: float = study(
         default=1e-3,
         ge=0,
         allow_inf_nan=False,
         description="Peak learning rate of the router; 0 leaves it as it is. overlapping: without effect, as a single "
         "chosen expert has weight 1 whatever its score.",
     )
-    held_out: float = Field(
+    held_out: float = study(
         default=0.1, gt=0, le=0.5, description="Share of the tokens on which the best state is chosen."
     )
 

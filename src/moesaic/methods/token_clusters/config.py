@@ -11,6 +11,7 @@ from pydantic import Field
 from moesaic.blueprint.shape import FFNShape
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
+from moesaic.options import study
 from moesaic.solvers.limits import MIN_RIDGE
 
 _OVERLAPPING = 16
@@ -55,21 +56,21 @@ class Config(MethodConfig):
     shared: float = Field(
         default=0.8, ge=0, lt=1, description="disjoint: fraction of the active neurons that every token uses."
     )
-    token_weight: Literal["equal", "stream"] = Field(
+    token_weight: Literal["equal", "stream"] = study(
         default="stream",
         description="How much a calibration token counts. stream: by the size of its FFN output beside that of the "
         "residual stream it is added to; alike where a norm stands between them. equal: all alike.",
     )
-    rounds: int = Field(
+    rounds: int = study(
         default=10, ge=1, description="Most rounds of the alternation between experts and tokens (or of k-means)."
     )
-    router_ridge: float = Field(
+    router_ridge: float = study(
         default=1e-2,
         ge=MIN_RIDGE,
         allow_inf_nan=False,
         description="Ridge of the linear router, relative to the mean square of an input coordinate.",
     )
-    router_steps: int = Field(
+    router_steps: int = study(
         default=50,
         ge=0,
         description="overlapping and union: steps by which the router is refined for the energy that its choice keeps, "
@@ -80,13 +81,13 @@ class Config(MethodConfig):
         description="Least squares for the down projection. none: as it was. global: one for all experts. expert: "
         "from there, each overlapping expert its own.",
     )
-    global_ridge: float = Field(
+    global_ridge: float = study(
         default=0.1,
         ge=MIN_RIDGE,
         allow_inf_nan=False,
         description="Shrinkage of the global refit to the dense projection, relative to the mean square activation.",
     )
-    expert_ridge: float = Field(
+    expert_ridge: float = study(
         default=1.0,
         ge=MIN_RIDGE,
         allow_inf_nan=False,
@@ -138,8 +139,8 @@ def _parts(config: Config, d_ff: int) -> FFNShape:
         return _disjoint(config, d_ff, active, experts)
     if config.max_params is None:
         return FFNShape(d_ff, 0, (active,) * experts, 1)
-    budget = math.floor(config.max_params * d_ff)
-    own = min(active, (budget - active) // (experts - 1))
+    stored = math.floor(config.max_params * d_ff)
+    own = min(active, (stored - active) // (experts - 1))
     if own < 1:
         raise InputError(
             f"max_params {config.max_params:g} leaves {experts} experts no neuron of their own at {config.active:g} "

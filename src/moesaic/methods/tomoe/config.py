@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from moesaic.blueprint.shape import FFNShape
 from moesaic.errors import InputError
 from moesaic.methods.base import MethodConfig
+from moesaic.options import study
 from moesaic.train.config import TrainConfig
 
 _LONG = {"learning_rate": 1e-3, "weight_decay": 0.05, "betas": (0.9, 0.999), "schedule": "constant", "clip": None}
@@ -95,7 +96,7 @@ class Config(MethodConfig):
         "dims of values and output, per token. both: the paper. dynamic: both per token, a study for training from "
         "Python, which no conversion writes. Anything but none needs the moesaic architecture.",
     )
-    masks: Literal["learned", "random"] = Field(
+    masks: Literal["learned", "random"] = study(
         default="learned", description="random: the control, masks drawn once and kept; only the router is trained."
     )
     start: Literal["noise", "clusters"] | str = Field(
@@ -104,52 +105,52 @@ class Config(MethodConfig):
         "clusters and the neurons of largest energy on each. Else the folder of a "
         "blueprint whose FFNs have as many experts.",
     )
-    start_margin: float = Field(
+    start_margin: float = study(
         default=1.5,
         gt=0,
         description="How far from the threshold a start that is not noise puts the logits.",
     )
-    temperature: float = Field(default=0.4, gt=0, description="Temperature of both relaxations (tau).")
-    bias: float = Field(default=3.0, description="Added to every mask logit (b): masks start on.")
-    embedding: int = Field(default=128, ge=8, multiple_of=4, description="Width of an expert embedding (d_e).")
-    train_noise: bool = Field(
+    temperature: float = study(default=0.4, gt=0, description="Temperature of both relaxations (tau).")
+    bias: float = study(default=3.0, description="Added to every mask logit (b): masks start on.")
+    embedding: int = study(default=128, ge=8, multiple_of=4, description="Width of an expert embedding (d_e).")
+    train_noise: bool = study(
         default=False, description="Whether the hypernetwork's random input (Z) is trained; the reference's code does."
     )
-    offset: bool = Field(
+    offset: bool = study(
         default=True,
         description="Add a trained logit per expert and neuron to the decoded one. Ours: learns much faster.",
     )
-    offset_rate: float = Field(default=0.05, gt=0, description="Learning rate of these logits.")
-    router_rate: float | None = Field(
+    offset_rate: float = study(default=0.05, gt=0, description="Learning rate of these logits.")
+    router_rate: float | None = study(
         default=None, gt=0, description="Learning rate of the routers; null takes that of the rest."
     )
-    attention_rate: float | None = Field(
+    attention_rate: float | None = study(
         default=None, gt=0, description="Learning rate of the attention heads; null takes that of the rest."
     )
-    kd_weight: float = Field(default=1.0, ge=0, description="Weight of the distillation loss, KL(dense || masked).")
-    budget_weight: float = Field(default=8.0, ge=0, description="Weight of the budget loss R_P (alpha).")
-    union_weight: float = Field(default=2.0, ge=0, description="Weight of the union coverage loss R_U (beta).")
-    balance_weight: float = Field(default=0.5, ge=0, description="Weight of the load balance loss R_L (gamma).")
-    budget_control: Literal["penalty", "exact"] = Field(
+    kd_weight: float = study(default=1.0, ge=0, description="Weight of the distillation loss, KL(dense || masked).")
+    budget_weight: float = study(default=8.0, ge=0, description="Weight of the budget loss R_P (alpha).")
+    union_weight: float = study(default=2.0, ge=0, description="Weight of the union coverage loss R_U (beta).")
+    balance_weight: float = study(default=0.5, ge=0, description="Weight of the load balance loss R_L (gamma).")
+    budget_control: Literal["penalty", "exact"] = study(
         default="exact",
         description="penalty: R_P alone pulls the widths, as in the paper. exact: every step a common shift of the "
         "mask logits holds the expected widths at the budget, and the gradient along it is taken out; ours.",
     )
-    descent: float = Field(
+    descent: float = study(
         default=0.4,
         ge=0,
         lt=1,
         description="Share of the steps over which the exact budget falls from 1 to `active`; 0 starts at the budget.",
     )
-    width: Literal["max", "mean"] = Field(
+    width: Literal["max", "mean"] = study(
         default="max", description="Width of an FFN in R_P: of its widest expert (the paper) or the mean; tokens alike."
     )
-    reference: bool = Field(
+    reference: bool = study(
         default=False,
         description="Reproduce the reference code: masks of neurons and values drawn anew per token, applied to both "
         "branches, values masked without the output, regularisers on a second sample, cross-entropy in place of KL.",
     )
-    rule: Literal["median", "expected"] = Field(
+    rule: Literal["median", "expected"] = study(
         default="median",
         description="Which neurons an expert keeps, before all are shifted to the budget. median: those more often on "
         "than off. expected: as many as are on in the mean.",
@@ -159,12 +160,12 @@ class Config(MethodConfig):
         description="free: every expert its own width, the widest of each FFN counts. layer: equal within an FFN. "
         "equal: the same in all FFNs, which wastes no padding in stock architectures.",
     )
-    cap: Literal["budget", "quantile"] = Field(
+    cap: Literal["budget", "quantile"] = study(
         default="quantile",
         description="Most value dims that a token may use (K). budget: `active` of a head. quantile: `cap_quantile` of "
         "what held-out training text asks for.",
     )
-    cap_quantile: float = Field(
+    cap_quantile: float = study(
         default=0.99, gt=0, le=1, description="Which quantile; 1 is the largest number asked for, as in the reference."
     )
     union: bool = Field(
