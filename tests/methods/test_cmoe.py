@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from moesaic.blueprint.layer import LayerPlan
-from moesaic.blueprint.layout import Layout
 from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
 from moesaic.methods.cmoe.config import Config
@@ -55,18 +54,6 @@ def assert_same(a: LayerPlan, b: LayerPlan) -> None:
     assert torch.equal(a.packed, b.packed)
     assert torch.equal(a.selection_bias, b.selection_bias)  # type: ignore[arg-type]
     assert all(torch.equal(a.router.tensors[name], b.router.tensors[name]) for name in b.router.tensors)
-
-
-@pytest.mark.parametrize("layout", ["S3A3E8", "S2A2E16", "S0A2E5", "S1A1E2", "S36A1E37"])
-@pytest.mark.parametrize(("gated", "biases"), [(True, False), (True, True), (False, True)])
-def test_split_is_a_balanced_partition(layout: str, gated: bool, biases: bool) -> None:
-    weights = random_ffn(37, gated=gated, biases=biases, dtype=F32)
-    plan, expected = plan_of(weights, random_inputs(60, dtype=F32), layout=layout), Layout.parse(layout)
-    assert plan.is_partition
-    assert len(plan.shared) == expected.shared_size(37)
-    assert [int((expert >= 0).sum()) for expert in plan.experts] == expected.expert_sizes(37)
-    assert plan.expert_width == max(expected.expert_sizes(37))
-    assert plan.top_k == expected.active
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (F32, 1e-5)])
@@ -258,14 +245,8 @@ def test_everything_shared_needs_no_text() -> None:
 
 def test_bad_input_is_refused_by_name() -> None:
     weights, x_TD = random_ffn(37, dtype=F32), random_inputs(dtype=F32)
-    with pytest.raises(InputError, match="no calibration tokens"):
-        plan_of(weights, x_TD[:0])
-    with pytest.raises(InputError, match="no calibration tokens"):
-        plan_site(weights, None, Config(), 0)
     with pytest.raises(InputError, match="NaN or Inf"):
         plan_of(weights, x_TD / 0)
-    with pytest.raises(InputError, match="64 units but the FFN has only 37"):
-        Config(layout="S1A1E64").check(37)
     with pytest.raises(InputError, match="markers_per_token 40 is more than the FFN's 37"):
         Config(markers_per_token=40).check(37)
     with pytest.raises(InputError, match="top-k 6 is larger"):

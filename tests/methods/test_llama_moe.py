@@ -13,40 +13,17 @@ from moesaic.materialise.pack import pack
 from moesaic.methods.llama_moe.config import Config
 from moesaic.methods.llama_moe.method import plan_site
 from moesaic.nn.ffn import FFNWeights
-from tests.ffns import random_ffn, random_inputs, relative_error, sum_of_parts
+from tests.ffns import random_ffn, random_inputs
 
 
 def plan_of(weights: FFNWeights, inputs: Tensor | None = None, seed: int = 0, **options: Any) -> LayerPlan:
     return plan_site(weights, None if inputs is None else SiteInputs(inputs), Config(**options), seed)
 
 
-@pytest.mark.parametrize("layout", ["S0A6E8", "S0A8E8", "S1A1E8", "S8A0E8", "S0A2E16"])
-@pytest.mark.parametrize("split", ["random", "contiguous"])
-@pytest.mark.parametrize(("gated", "biases"), [(True, False), (False, True)])
-def test_split_is_balanced_and_exact_with_all_experts_on(layout: str, split: str, gated: bool, biases: bool) -> None:
-    weights = random_ffn(37, gated=gated, biases=biases)
-    x_TD = random_inputs()
-    plan = plan_of(weights, layout=layout, split=split)
-    assert plan.is_partition
-    sizes = [int((expert >= 0).sum()) for expert in plan.experts]
-    assert max(sizes, default=0) - min(sizes, default=0) <= 1
-    assert relative_error(sum_of_parts(weights, plan, x_TD), weights(x_TD)) < 1e-12
-
-
 def test_contiguous_experts_are_slices_in_storage_order_shared_first() -> None:
     plan = plan_of(random_ffn(40), layout="S1A1E8", split="contiguous")
     assert torch.equal(plan.packed, torch.arange(40))
     assert plan.shared.tolist() == [0, 1, 2, 3, 4]
-
-
-def test_random_experts_depend_on_the_seed_only() -> None:
-    weights = random_ffn(40)
-    state = torch.get_rng_state()
-    a, b, c = (plan_of(weights, seed=s) for s in (1, 1, 2))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(a.packed, b.packed)
-    assert torch.equal(a.router.tensors["weight"], b.router.tensors["weight"])
-    assert not torch.equal(a.packed, c.packed)
 
 
 def test_kaiming_rows_are_uniform_within_the_bound_of_a_linear_layer() -> None:
@@ -83,11 +60,8 @@ def test_centroids_use_a_bounded_number_of_tokens_from_the_whole_text() -> None:
 
 
 def test_centroids_need_tokens() -> None:
-    assert Config(router="centroids").needs_calibration()
-    assert not Config().needs_calibration()
-    for inputs in (None, random_inputs(7)):
-        with pytest.raises(InputError, match="at least one token per expert"):
-            plan_of(random_ffn(40), inputs, router="centroids")
+    with pytest.raises(InputError, match="at least one token per expert"):
+        plan_of(random_ffn(40), random_inputs(7), router="centroids")
 
 
 def test_score_scale_is_the_factor_on_weights_that_sum_to_one() -> None:
@@ -106,8 +80,3 @@ def test_scale_e_with_all_experts_on_is_dense() -> None:
     plan = plan_of(random_ffn(40), layout="S0A8E8", score_scale=8.0)
     assert plan.expert_scale is None
     assert plan.top_k == 8
-
-
-def test_more_units_than_neurons_are_refused() -> None:
-    with pytest.raises(InputError, match="only 7 neurons"):
-        Config().check(7)

@@ -344,31 +344,6 @@ def test_fade_and_prune_combine_branch_by_branch(unit: str) -> None:
     assert removed_fraction(weights, both) > 5 / 8
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"order": "norm-sorted"},
-        {"fade_max": 0.4, "fade_schedule": "dyadic", "fade_scope": "row"},
-        {"fade_max": 0.4, "fade_unit": "neuron", "keep": 5, "prune_factor": "per_channel"},
-        {"keep": 5, "prune_which": "random"},
-    ],
-)
-def test_two_conversions_are_identical_and_use_no_global_randomness(options: dict[str, Any], tmp_path: Any) -> None:
-    weights = random_ffn(dtype=torch.bfloat16)
-    state = torch.get_rng_state()
-
-    def blueprint(seed: int) -> Blueprint:
-        plan = plan_of(weights, seed=seed, branches=8, **options)
-        return Blueprint("llama", "source", "mlpmoe", {}, {"model.layers.0.mlp": plan})
-
-    first, second, other = blueprint(3), blueprint(3), blueprint(11)
-    assert first.digest() == second.digest()
-    assert (first.digest() == other.digest()) == (options.get("prune_which") != "random")
-    assert torch.equal(torch.get_rng_state(), state)
-    first.save(tmp_path)
-    assert Blueprint.load(tmp_path).digest() == first.digest()
-
-
 # --- the published figure
 
 

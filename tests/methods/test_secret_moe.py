@@ -114,19 +114,14 @@ def test_parts_have_the_sizes_asked_for(d_ff: int, active: float, shared: float,
     assert parts.shared + sum(parts.own) == d_ff
 
 
-def test_equal_seeds_give_equal_plans_and_nothing_trained_keeps_the_neurons() -> None:
+def test_nothing_trained_keeps_the_neurons() -> None:
     weights, x_TD = grouped(300)
-    one, two = (plan_of(weights, x_TD, steps=5) for _ in range(2))
-    assert all(torch.equal(one.projections[name], two.projections[name]) for name in one.projections)
     untouched = plan_of(weights, x_TD, steps=0)
     assert torch.equal(untouched.projections["up_FD"], weights.take(untouched.packed).up_FD)
 
 
 def test_refusals() -> None:
-    assert Config().needs_calibration()
     weights, x_TD = grouped(10)
-    with pytest.raises(InputError, match="needs calibration inputs"):
-        plan_site(weights, None, Config(), 0)
     with pytest.raises(InputError, match="needs calibration inputs"):
         plan_site(weights, SiteInputs(x_TD[:1]), Config(), 0)
     with pytest.raises(InputError, match="experts of 1 neurons"):

@@ -206,12 +206,6 @@ def test_contradictions_are_refused(options: dict[str, Any]) -> None:
         Config.model_validate(options)
 
 
-def test_small_ffns_and_calibration() -> None:
-    assert Config().needs_calibration()
-    with pytest.raises(InputError, match="no neuron"):
-        Config(active=0.1).check(5)
-
-
 def test_attention_starts_at_what_carries_most_energy(tmp_path: Path) -> None:
     """The pairs and value dims that the weights were made to favour are the ones that start on."""
     here = context(tmp_path, "granite")

@@ -123,7 +123,7 @@ def _prune(
 
 
 def _oracle_factor(weights: FFNWeights, inputs: SiteInputs | None, plan: LayerPlan) -> float:
-    if inputs is None:
+    if inputs is None or inputs.tokens == 0:
         raise InputError(
             "prune_factor=oracle needs calibration inputs", "give calibration text, or use prune_factor=sqrt"
         )

@@ -80,7 +80,11 @@ class Config(MethodConfig):
 
     def sizes(self, d_ff: int) -> FFNShape:
         """Neurons of the parts. Raises InputError when they do not fit."""
-        return replace(self.start(d_ff).sizes(d_ff), rewritten=3)
+        start = replace(self.start(d_ff).sizes(d_ff), rewritten=3)
+        if not start.own:
+            return start
+        low_rank = self.rank is not None and self.rank < start.experts
+        return replace(start, router="low_rank" if low_rank else "linear", gate="softmax_topk")
 
     def operations(self, d_ff: int, d_model: int, tokens: int) -> float:
         """What deciding one gated FFN takes: its start, then steps of three passes."""
