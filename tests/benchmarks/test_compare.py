@@ -16,8 +16,7 @@ from benchmarks.compare.cases import RECIPES, Case, InexpressibleError, Shape, c
 from benchmarks.compare.table import _active, accuracy_difference, comparisons, markdown
 
 from moesaic.calibration.samples import sample_text
-from moesaic.jobs.forecast import shape_of
-from moesaic.jobs.settings import ConvertSettings
+from moesaic.jobs.settings import ConvertSettings, method_config
 from moesaic.options import build
 from tests.tiny_models import build_tiny
 
@@ -33,7 +32,7 @@ def test_settings_are_valid_and_meet_the_budget(shape: Shape) -> None:
     for case in found[1:]:
         assert case.settings is not None
         settings = build(ConvertSettings, case.settings, case.key)
-        parts = shape_of(settings, shape.d_ff)
+        parts = method_config(settings).sizes(shape.d_ff)
         # The widths of the one are known only when it has run; of the others, below.
         if case.name in (FADE, COUNTED, "counted-equal-lead"):
             continue
@@ -53,7 +52,7 @@ def test_a_union_whose_router_is_counted_keeps_both_budgets(shape: Shape) -> Non
     for text in ("75", "50"):
         fraction = Fraction(text) / 100
         settings = settings_of(RECIPES[COUNTED], fraction, shape, 3)
-        parts = shape_of(build(ConvertSettings, settings, text), shape.d_ff)
+        parts = method_config(build(ConvertSettings, settings, text)).sizes(shape.d_ff)
         router = parts.experts / matrices  # E D numbers, in neurons
         assert shape.d_ff - 1 < parts.neurons + router <= shape.d_ff
         active = 3 * shape.d_ff + (shape.layers - 3) * (parts.width + router)
@@ -67,7 +66,7 @@ def test_disjoint_experts_store_no_more_than_the_dense_model(shape: Shape) -> No
     for text in FRACTIONS:
         for name in ("disjoint", "disjoint-lead"):
             settings = settings_of(RECIPES[name], Fraction(text) / 100, shape, 3)
-            parts = shape_of(build(ConvertSettings, settings, name), shape.d_ff)
+            parts = method_config(build(ConvertSettings, settings, name)).sizes(shape.d_ff)
             assert parts.neurons <= 1.003 * shape.d_ff
 
 
