@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from moesaic.cli.main import main
-from tests.cli import bad_evaluation, bad_folders, bad_inputs, bad_splits, bad_training
+from tests.cli import bad_evaluation, bad_folders, bad_inputs, bad_options, bad_splits, bad_training
 from tests.cli.bad_inputs import Bad
 from tests.tiny_models import build_tiny
 
-TABLE = [*bad_inputs.TABLE, *bad_folders.TABLE, *bad_splits.TABLE, *bad_evaluation.TABLE, *bad_training.TABLE]
+TABLES = (bad_inputs, bad_options, bad_folders, bad_splits, bad_evaluation, bad_training)
+TABLE = [bad for table in TABLES for bad in table.TABLE]
 SECONDS = 1.0
 LONGEST_LINE = 200
 USAGE = "Error: "  # how typer begins the last line of a usage error
