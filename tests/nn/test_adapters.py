@@ -25,7 +25,7 @@ from tests.nn.plans import random_plan
 from tests.nn.test_union import as_union, plan_of, random_members
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-PATHS = ("_masked", "_sorted")
+PATHS = ("masked", "sorted")
 
 
 class LowRank(nn.Module):
@@ -64,7 +64,7 @@ def plans() -> tuple[LayerPlan, LayerPlan]:
 def test_parametrised_projections_count_and_are_computed_once(kind: int, path: str) -> None:
     weights, plan, x_TD = random_ffn(37), plans()[kind], random_inputs(30)
     module = build_ffn(weights, plan)
-    module._prefers_sort = lambda x_TD: path == "_sorted"  # type: ignore[method-assign]
+    module.asked = (path, "every")
     before_TD = module(x_TD).detach()
     adapters = adapted(module)
     for adapter in adapters.values():

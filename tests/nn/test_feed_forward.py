@@ -18,17 +18,18 @@ from moesaic.blueprint.layer import LayerPlan, Router
 from moesaic.materialise.apply import build_ffn
 from moesaic.materialise.pack import pack
 from moesaic.nn.ffn import FFNWeights
-from moesaic.nn.moesaic_ffn import GAP_ROWS, MoEFeedForward
+from moesaic.nn.moesaic_ffn import MoEFeedForward
+from moesaic.nn.moesaic_slices import GAP_ROWS
 from moesaic.nn.reference import choose, reference_ffn, reference_scores
 from tests.ffns import random_ffn, random_inputs, relative_error
 from tests.nn.plans import EXTRAS, ROUTERS, random_plan
 
 GATES = ("uniform", "scaled", "softmax_topk", "sigmoid")
-PATHS = ("_masked", "_sorted")
+PATHS = ("masked", "sorted")
 
 
 def force_path(module: MoEFeedForward, path: str) -> MoEFeedForward:
-    module._prefers_sort = lambda x_TD: path == "_sorted"  # type: ignore[method-assign]
+    module.asked = (path, "every")
     return module
 
 
@@ -228,7 +229,7 @@ def test_idle_experts_are_not_touched() -> None:
             idle = slice((2 + e) * width, (3 + e) * width)
             module.up_proj.weight[idle] = torch.nan
             module.down_proj.weight[:, idle] = torch.nan
-    for count, path in ((1, "_masked"), (2, "_masked"), (80, "_sorted")):
+    for count, path in ((1, "masked"), (2, "masked"), (80, "sorted")):
         y_TD = force_path(module, path)(random_inputs(80, dtype=torch.float32)[:count])
         assert relative_error(y_TD.detach(), clean_TD[:count]) < 1e-5
 

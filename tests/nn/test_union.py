@@ -32,7 +32,7 @@ from moesaic.nn.reference import choose, reference_ffn
 from moesaic.targets.parts import cut
 from tests.ffns import random_ffn, random_inputs, relative_error
 
-PATHS = ("_masked", "_sorted")
+PATHS = ("masked", "sorted")
 
 
 def plan_of(member_EF: Tensor, shared: Tensor | None = None, top_k: int = 1, **fields: Any) -> LayerPlan:
@@ -97,7 +97,7 @@ def test_a_union_computes_what_copies_compute(
     expected_TD = reference_ffn(weights, plan, x_TD)
     scale = expected_TD.abs().max().clamp(min=1.0)
     for path in PATHS:
-        module._prefers_sort = lambda x_TD, path=path: path == "_sorted"  # type: ignore[method-assign]
+        module.asked = (path, "every")
         with torch.no_grad():
             assert (module(x_TD) - expected_TD).abs().max() <= 1e-6 * scale
         assert (module(x_TD) - expected_TD).abs().max() <= 1e-6 * scale  # with gradients: other operations
@@ -137,7 +137,7 @@ def test_gradients_are_those_of_the_packed_form() -> None:
     for path in PATHS:
         gradients = []
         for module in (packed, union):
-            module._prefers_sort = lambda x_TD, path=path: path == "_sorted"  # type: ignore[method-assign]
+            module.asked = (path, "every")
             module.requires_grad_(True).zero_grad()
             module(x_TD).square().sum().backward()
             gradients.append(module.up_proj.weight.grad)

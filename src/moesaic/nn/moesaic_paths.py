@@ -1,0 +1,112 @@
+"""The `moesaic` architecture: the ways of computing an FFN, and which is taken (see `modeling_moesaic.py`).
+
+A path is an object with a name. All paths of a layout compute the same function. :data:`PATHS` is the only table of
+them, :func:`choose` the only place that decides.
+
+Axes: T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .moesaic_path_packed import Every, Masked
+from .moesaic_path_sorted import Sorted
+from .moesaic_path_union import UnionEvery, UnionMasked
+
+if TYPE_CHECKING:
+    from .moesaic_ffn import MoEFeedForward
+
+
+class Path(Protocol):
+    """One way of computing an FFN.
+
+    Attributes:
+        name: What a user asks for. Paths of different layouts may share one.
+        layout: How the experts it knows are stored: ``packed``, or ``union`` (:class:`UnionFeedForward`).
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def layout(self) -> str: ...
+
+    def supports(self, x_TD: Tensor, ffn: MoEFeedForward) -> bool:
+        """Whether it can compute this input: device, dtype, meta, compiling, routed or not. The layout is its own."""
+        ...
+
+    def run(self, ffn: Any, x_TD: Tensor) -> Tensor:
+        """y_TD without the output bias. ``ffn`` has :meth:`choice` of experts and :meth:`matrices`."""
+        ...
+
+
+Span = tuple[int, int | None]
+Where = tuple[str | None, torch.dtype | None]
+
+
+class Row(NamedTuple):
+    """A path and when it is taken.
+
+    Attributes:
+        path: The path.
+        fastest: Device and dtype -> numbers of tokens [from, below) at which it was measured to be the fastest. None
+            stands for all devices, dtypes or numbers. Without an entry that fits, it runs only when asked for.
+        per_expert: The numbers are tokens per routed expert.
+    """
+
+    path: Path
+    fastest: Mapping[Where, Span]
+    per_expert: bool = False
+
+    def takes(self, x_TD: Tensor, ffn: MoEFeedForward) -> bool:
+        """Whether it is the fastest for this input, among those that follow it in a table."""
+        dtype = x_TD.dtype
+        for where in ((x_TD.device.type, dtype), (None, dtype), ANY):
+            if where in self.fastest:
+                begin, end = self.fastest[where]
+                tokens, times = x_TD.shape[0], ffn.experts if self.per_expert else 1
+                return begin * times <= tokens and (end is None or tokens < end * times)
+        return False
+
+
+ANY: Where = (None, None)
+FP32: Where = (None, torch.float32)
+
+# From the top, the first that supports an input and is the fastest for it. Numbers: benchmarks/ffn.py on a Zen 4 CPU
+# (MKL for fp32, oneDNN for bf16), torch 2.13; those of unions on one thread at 896 x 4864, eight top-1 experts of about
+# half the neurons. Other devices take the same until they are measured.
+PATHS: tuple[Row, ...] = (
+    # oneDNN repacks its right operand, so that few tokens per expert gain little in bf16.
+    Row(Sorted("packed"), {FP32: (5, None), ANY: (64, None)}),
+    Row(Masked(), {ANY: (0, None)}),
+    Row(Every(), {ANY: (0, None)}),
+    # Below, copying rows per expert costs more than masking, which is dense at most.
+    Row(Sorted("union"), {ANY: (64, None)}, per_expert=True),
+    Row(UnionMasked(), {ANY: (0, None)}),
+    Row(UnionEvery(), {ANY: (0, None)}),
+)
+
+
+def choose(x_TD: Tensor, ffn: MoEFeedForward) -> Path:
+    """The path for an input: the first of ``ffn.asked`` that supports it, or the fastest known.
+
+    Raises:
+        ValueError: none of the paths that were asked for supports it.
+    """
+    able = [row for row in ffn.table if row.path.layout == ffn.layout and row.path.supports(x_TD, ffn)]
+    for name in ffn.asked:
+        for row in able:
+            if row.path.name == name:
+                return row.path
+    if ffn.asked:
+        kind = f"{'routed' if ffn.routed else 'unrouted'} {ffn.layout} experts in {x_TD.dtype} on {x_TD.device.type}"
+        others = ", ".join(row.path.name for row in able)
+        raise ValueError(f"path {' or '.join(ffn.asked)} cannot compute {kind}; these can: {others}")
+    for row in able:
+        if row.takes(x_TD, ffn):
+            return row.path
+    raise AssertionError(f"the table of {type(ffn).__name__} lacks a path for everything")
