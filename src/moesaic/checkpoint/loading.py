@@ -35,6 +35,9 @@ def load_model(folder: Path, dtype: torch.dtype | str) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    from moesaic.nn.register import register
+
+    register()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, generation_config=no_generation()

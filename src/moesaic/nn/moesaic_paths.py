@@ -97,16 +97,15 @@ def choose(x_TD: Tensor, ffn: MoEFeedForward) -> Path:
     Raises:
         ValueError: none of the paths that were asked for supports it.
     """
-    able = [row for row in ffn.table if row.path.layout == ffn.layout and row.path.supports(x_TD, ffn)]
-    for name in ffn.asked:
-        for row in able:
-            if row.path.name == name:
+    if not ffn.asked:
+        for row in ffn.table:
+            if row.path.layout == ffn.layout and row.path.supports(x_TD, ffn) and row.takes(x_TD, ffn):
                 return row.path
-    if ffn.asked:
-        kind = f"{'routed' if ffn.routed else 'unrouted'} {ffn.layout} experts in {x_TD.dtype} on {x_TD.device.type}"
-        others = ", ".join(row.path.name for row in able)
-        raise ValueError(f"path {' or '.join(ffn.asked)} cannot compute {kind}; these can: {others}")
-    for row in able:
-        if row.takes(x_TD, ffn):
-            return row.path
-    raise AssertionError(f"the table of {type(ffn).__name__} lacks a path for everything")
+    able = [row.path for row in ffn.table if row.path.layout == ffn.layout and row.path.supports(x_TD, ffn)]
+    for name in ffn.asked:
+        for path in able:
+            if path.name == name:
+                return path
+    wanted = f"path {' or '.join(ffn.asked)}" if ffn.asked else f"the fastest path of {type(ffn).__name__}"
+    kind = f"{'routed' if ffn.routed else 'unrouted'} {ffn.layout} experts in {x_TD.dtype} on {x_TD.device.type}"
+    raise ValueError(f"{wanted} cannot compute {kind}; these can: {', '.join(path.name for path in able) or 'none'}")

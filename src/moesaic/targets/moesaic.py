@@ -1,5 +1,5 @@
-"""The ``moesaic`` architecture: every blueprint fits; transformers loads it after ``import moesaic`` or with
-``trust_remote_code``.
+"""The ``moesaic`` architecture: every blueprint fits; transformers loads it after ``moesaic.register()`` or
+with ``trust_remote_code``.
 
 The folder holds the dense family's tensors under their own names, the FFNs packed as [shared; expert 0; ...] with their
 routers, pruned attention with its masks, and modelling files that need nothing but torch and transformers.
