@@ -12,15 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import CONFIG_MAPPING
+from transformers.dynamic_module_utils import get_relative_imports
 
 from moesaic.blueprint.layer import Router
 from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.tokenizer import load_tokenizer
 from moesaic.jobs.verify import check_tensors
+from moesaic.nn import modeling_moesaic
+from moesaic.targets.moesaic import MODELLING_FILES
 from tests.nn.attention import attention_plans
 from tests.nn.folders import convert_by_hand
-from tests.nn.test_union import plan_of, random_members
+from tests.nn.plans import plan_of, random_members
 from tests.targets.helpers import write
 
 LOAD = "model = AutoModelForCausalLM.from_pretrained({folder!r}{options}); print(type(model).__module__)"
@@ -83,6 +86,12 @@ def test_what_loads_a_folder_registers_by_itself(load: Callable[[Path], object],
     CONFIG_MAPPING._extra_content.pop("moesaic", None)
     load(Path(folder))
     assert "moesaic" in CONFIG_MAPPING
+
+
+def test_the_modelling_file_names_every_file_of_the_architecture() -> None:
+    named = get_relative_imports(str(Path(modeling_moesaic.__file__)))
+    # transformers up to 5.6 copies only those for trust_remote_code, and not what they import in turn.
+    assert {f"{name}.py" for name in named} == set(MODELLING_FILES) - {"modeling_moesaic.py"}
 
 
 def test_without_moesaic_the_folder_loads_as_remote_code_and_can_be_saved(
