@@ -22,10 +22,10 @@ from moesaic.nn.moesaic_ffn import MoEFeedForward
 from tests.ffns import random_ffn, random_inputs, relative_error
 from tests.nn.folders import convert_by_hand
 from tests.nn.plans import as_union, plan_of, random_members, random_plan
-from tests.nn.test_paths import PATHS_KNOWN
+from tests.nn.test_paths import routed_paths
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-PATHS = [name for name, knows in PATHS_KNOWN.items() if {"packed", "union"} <= knows.routed and "cpu" in knows.devices]
+PATHS = [name for name in routed_paths("packed") if name in routed_paths("union")]
 
 
 class LowRank(nn.Module):

@@ -23,10 +23,10 @@ from moesaic.nn.moesaic_slices import GAP_ROWS
 from moesaic.nn.reference import choose, reference_ffn, reference_scores
 from tests.ffns import random_ffn, random_inputs, relative_error
 from tests.nn.plans import EXTRAS, ROUTERS, random_plan
-from tests.nn.test_paths import PATHS_KNOWN
+from tests.nn.test_paths import routed_paths
 
 GATES = ("uniform", "scaled", "softmax_topk", "sigmoid")
-ROUTED = [name for name, knows in PATHS_KNOWN.items() if "packed" in knows.routed and "cpu" in knows.devices]
+ROUTED = routed_paths("packed")
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -33,9 +33,9 @@ from moesaic.nn.reference import choose, reference_ffn
 from moesaic.targets.parts import cut
 from tests.ffns import random_ffn, random_inputs, relative_error
 from tests.nn.plans import as_union, plan_of, random_members, unpadded
-from tests.nn.test_paths import PATHS_KNOWN
+from tests.nn.test_paths import routed_paths
 
-PATHS = [name for name, knows in PATHS_KNOWN.items() if "union" in knows.routed and "cpu" in knows.devices]
+PATHS = routed_paths("union")
 
 
 def test_a_forward_in_inference_mode_does_not_hinder_training() -> None:
