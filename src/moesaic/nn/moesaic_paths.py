@@ -107,5 +107,6 @@ def choose(x_TD: Tensor, ffn: MoEFeedForward) -> Path:
             if path.name == name:
                 return path
     wanted = f"path {' or '.join(ffn.asked)}" if ffn.asked else f"the fastest path of {type(ffn).__name__}"
-    kind = f"{'routed' if ffn.routed else 'unrouted'} {ffn.layout} experts in {x_TD.dtype} on {x_TD.device.type}"
+    routed, gradients = "routed" if ffn.routed else "unrouted", " with gradients" if torch.is_grad_enabled() else ""
+    kind = f"{routed} {ffn.layout} experts of width {ffn.width} in {x_TD.dtype} on {x_TD.device.type}{gradients}"
     raise ValueError(f"{wanted} cannot compute {kind}; these can: {', '.join(path.name for path in able) or 'none'}")
