@@ -108,7 +108,8 @@ def build(args: argparse.Namespace, dtype: torch.dtype, tokens: int) -> dict[str
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.02)
         module.to(args.device)
-    return contenders | {name: ffn for label in LAYOUTS for name, ffn in _forced(args, label, contenders[label], dtype)}
+    x_TD, _ = _inputs(args, dtype, tokens)
+    return contenders | {name: ffn for label in LAYOUTS for name, ffn in _forced(label, contenders[label], x_TD)}
 
 
 def _ours(args: argparse.Namespace, *, overlapping: bool) -> MoEFeedForward:
@@ -138,16 +139,14 @@ def _ours(args: argparse.Namespace, *, overlapping: bool) -> MoEFeedForward:
     return ffn
 
 
-def _forced(
-    args: argparse.Namespace, label: str, ffn: MoEFeedForward, dtype: torch.dtype
-) -> Iterator[tuple[str, MoEFeedForward]]:
-    """A copy of a module for every path that supports it, which computes by that path alone."""
-    x_TD, _ = _inputs(args, dtype, 1)
-    for path in (row.path for row in PATHS):
-        if path.layout == ffn.layout and path.supports(x_TD, ffn):
-            copied = copy.deepcopy(ffn)
-            copied.asked = (path.name,)
-            yield f"{label}, {path.name}", copied
+def _forced(label: str, ffn: MoEFeedForward, x_TD: Tensor) -> Iterator[tuple[str, MoEFeedForward]]:
+    """A copy of a module for every path that supports the input, which computes by that path alone."""
+    with torch.no_grad():
+        able = [row.path.name for row in PATHS if row.path.layout == ffn.layout and row.path.supports(x_TD, ffn)]
+    for name in able:
+        copied = copy.deepcopy(ffn)
+        copied.asked = (name,)
+        yield f"{label}, {name}", copied
 
 
 def floor(args: argparse.Namespace, dtype: torch.dtype, x_TD: Tensor, ours: MoEFeedForward) -> dict[str, float]:
