@@ -62,15 +62,14 @@ class Row(NamedTuple):
     fastest: Mapping[Where, Span]
     per_expert: bool = False
 
-    def takes(self, x_TD: Tensor, ffn: MoEFeedForward) -> bool:
-        """Whether it is the fastest for this input, among those that follow it in a table."""
-        dtype = x_TD.dtype
-        for where in ((x_TD.device.type, dtype), (None, dtype), ANY):
+    def span(self, x_TD: Tensor, ffn: MoEFeedForward) -> Span | None:
+        """Numbers of tokens [from, below) at which it is taken for inputs of this kind."""
+        for where in ((x_TD.device.type, x_TD.dtype), (None, x_TD.dtype), ANY):
             if where in self.fastest:
                 begin, end = self.fastest[where]
-                tokens, times = x_TD.shape[0], ffn.experts if self.per_expert else 1
-                return begin * times <= tokens and (end is None or tokens < end * times)
-        return False
+                times = ffn.experts if self.per_expert else 1
+                return begin * times, None if end is None else end * times
+        return None
 
 
 ANY: Where = (None, None)
@@ -99,7 +98,10 @@ def choose(x_TD: Tensor, ffn: MoEFeedForward) -> Path:
     """
     if not ffn.asked:
         for row in ffn.table:
-            if row.path.layout == ffn.layout and row.path.supports(x_TD, ffn) and row.takes(x_TD, ffn):
+            span = row.span(x_TD, ffn) if row.path.layout == ffn.layout else None
+            if span is None or not row.path.supports(x_TD, ffn):
+                continue
+            if span[0] <= x_TD.shape[0] and (span[1] is None or x_TD.shape[0] < span[1]):
                 return row.path
     able = [row.path for row in ffn.table if row.path.layout == ffn.layout and row.path.supports(x_TD, ffn)]
     for name in ffn.asked:
