@@ -27,11 +27,12 @@ from benchmarks.compare.measure import TEXTS, Protocol, converted_share, evaluat
 from benchmarks.compare.table import Record, perplexity_of
 from benchmarks.rows import write_rows
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from moesaic.adjust.budget import check_budget
 from moesaic.blueprint.model import Blueprint
 from moesaic.calibration.samples import evaluation_text, sample_text
+from moesaic.checkpoint.loading import load_model
 from moesaic.cli.console import fail, quiet_libraries, say
 from moesaic.durable import replace_text
 from moesaic.errors import InputError, MoesaicError
@@ -131,7 +132,7 @@ def _at(bench: Bench, case: str, text: str, percent: float) -> dict[str, Any]:
     calibration = {"sources": [str(price)], "tokens": bench.tokens}
     settings = {"budget": budget, "calibration": calibration, "target": "moesaic"}
     done = convert(bench.protocol.model, folder, blueprint=bench.work / case, settings=settings, restart=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=bench.protocol.dtype).eval()
+    model = load_model(folder, bench.protocol.dtype)
     with counting(model) as activity:
         value = perplexity(model, bench.windows[text], bench.name_of(text))
     used = of_whole_model(activity, done.blueprint, bench.protocol)

@@ -132,6 +132,7 @@ def in_transformers(workshop: Workshop, group: Group, prompt: int, decode: int, 
     torch.set_num_threads(group.threads)
     paths = workshop.contenders(group)
     dtype = getattr(torch, group.dtype)
+    moesaic.register()
     models = {label: AutoModelForCausalLM.from_pretrained(path, dtype=dtype) for label, path in paths.items()}
     ids_RW = prompts(AutoTokenizer.from_pretrained(paths[DENSE]), rounds + 1, prompt)
     found = measure_rounds(models, ids_RW, decode)

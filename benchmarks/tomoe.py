@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from benchmarks.rows import write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-import moesaic  # noqa: F401 -- registers the architecture
 from moesaic.anatomy import read_anatomy
 from moesaic.blueprint.model import Blueprint
 from moesaic.calibration.samples import evaluation_text, sample_text
+from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.evaluate.comparison import compare
 from moesaic.evaluate.perplexity import Perplexity, token_windows
@@ -118,10 +118,7 @@ def hard_parity(args: argparse.Namespace, run: str) -> dict[str, float]:
     if not kept.exists():
         blueprint = Blueprint.load(args.work / run)
         plan = ModelPlan(blueprint.sites, blueprint.attention)
-        dense, made = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-            for folder in (args.model, args.work / run)
-        )
+        dense, made = (load_model(folder, torch.float32) for folder in (args.model, args.work / run))
         ids = token_windows(AutoTokenizer.from_pretrained(args.model), evaluation_text(), 512, 1)
         anatomy = read_anatomy(Checkpoint(args.model).config)
         routes: list[torch.Tensor] = []

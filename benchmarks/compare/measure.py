@@ -19,11 +19,12 @@ import torch
 from benchmarks.compare.cases import Case
 from benchmarks.compare.tasks import task_accuracy
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from moesaic.anatomy import read_anatomy
 from moesaic.blueprint.model import Blueprint
 from moesaic.calibration.samples import evaluation_text, sample_text
+from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.cli.console import quiet_libraries
 from moesaic.evaluate.activity import Activity, counting
@@ -89,7 +90,7 @@ def measure(
     record.setdefault("seconds", {})
     if "perplexity" not in record:
         started = time.monotonic()
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=protocol.dtype).eval()
+        model = load_model(folder, protocol.dtype)
         record["size"] = _size(model, folder, dense, converted=case.settings is not None)
         blueprint = None if case.settings is None else Blueprint.load(folder)
         record |= _texts(model, tokenizer, protocol, blueprint)
@@ -98,7 +99,7 @@ def measure(
         record["seconds"]["texts"] = round(time.monotonic() - started, 1)
     if protocol.tasks and "tasks" not in record:
         started = time.monotonic()
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=protocol.task_dtype).eval()
+        model = load_model(folder, protocol.task_dtype)
         with counting(model) as activity:
             record["tasks"] = task_accuracy(model, tokenizer, list(protocol.tasks), protocol.limit, work)
         if case.settings is not None:
@@ -211,7 +212,7 @@ def converted_share(blueprint: Blueprint, protocol: Protocol) -> float:
 @torch.inference_mode()
 def _distance(model: Any, dense: Path, dtype: str, ids_NW: Tensor) -> dict[str, Any]:
     """KL divergence from the dense model's next-token distributions, and how often the likeliest token is the same."""
-    reference = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).eval()
+    reference = load_model(dense, dtype)
     parts = []
     for ids_W in ids_NW:
         expected, actual = (m(input_ids=ids_W[None], use_cache=False).logits[0] for m in (reference, model))

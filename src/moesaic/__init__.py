@@ -67,6 +67,6 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
-from moesaic.nn.register import register_on_import  # noqa: E402  (standard library only; needs the names above)
+from moesaic.nn.register import register_if_imported  # noqa: E402  (standard library only; needs the names above)
 
-register_on_import()
+register_if_imported()

@@ -50,6 +50,7 @@ def test_tokens_of_tasks_are_counted_without_padding_and_a_context_once(tmp_path
     calibration = {"tokens": 512, "window": 64}
     dense = build_tiny("llama", tmp_path / "tiny", d_ff=64)
     made = moesaic.convert(dense, tmp_path / "out", method="token_clusters", options=options, calibration=calibration)
+    moesaic.register()
     model = AutoModelForCausalLM.from_pretrained(made.output).eval()
     context, choices = [7, 3, 9], [[5], [6, 2, 8, 4, 1], [5, 1]]
     with counting(model) as together:

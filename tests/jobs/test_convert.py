@@ -32,6 +32,7 @@ Tiny = Callable[[str], Path]
 
 @torch.inference_mode()
 def logits(folder: Path, **options: object) -> torch.Tensor:
+    moesaic.register()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
     ids = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
     return model(input_ids=ids, use_cache=False).logits

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moesaic.nn.register import register
 from tests.targets.helpers import plans_for, write
 
 Tiny = Callable[[str], Path]
@@ -63,6 +64,7 @@ def test_a_folder_generates_without_moesaic(target: str, trust: bool, kind: str,
     assert done.returncode == 0, done.stderr[-2000:]
     name, _, ids = done.stdout.strip().splitlines()[-1].partition(" ")
     assert name == kind
+    register()
     model = AutoModelForCausalLM.from_pretrained(folder)
     prompt = AutoTokenizer.from_pretrained(folder)("The expert that reads", return_tensors="pt")
     here = model.generate(**prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)

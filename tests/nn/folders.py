@@ -13,7 +13,7 @@ from moesaic.anatomy import read_anatomy
 from moesaic.checkpoint.ffn import ffn_tensor_names, load_ffn
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.materialise.pack import pack, site_spec
-from moesaic.targets import moesaic as target
+from moesaic.targets.moesaic import TARGET
 from tests.nn.plans import random_plan
 from tests.tiny_models import MOE_FAMILIES, MOE_VARIANTS
 
@@ -50,7 +50,7 @@ def convert_by_hand(family: str, dense: Path, out: Path, *, layers: set[int] | N
         "moesaic": {"method": "by hand"},
     }
     (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    for name, text in target.files().items():
+    for name, text in TARGET.files().items():
         (out / name).write_text(text, encoding="utf-8")
     for side in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         if (dense / side).exists():

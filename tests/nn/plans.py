@@ -5,8 +5,12 @@ Axes: D model width, F neurons, E experts.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moesaic.blueprint.layer import LayerPlan, Router, WeightFade
 from moesaic.blueprint.layout import Layout
@@ -80,3 +84,30 @@ def random_plan(
         bias=torch.randn(d_model, generator=generator) if changed else None,
         projections=projections,
     )
+
+
+def plan_of(member_EF: Tensor, shared: Tensor | None = None, top_k: int = 1, **fields: Any) -> LayerPlan:
+    """A plan whose experts are the rows of a table, padded to one width, with a random linear router."""
+    experts = [row_F.nonzero().flatten() for row_F in member_EF]
+    width = max(1, *(len(expert) for expert in experts))
+    padded = tuple(F.pad(expert, (0, width - len(expert)), value=-1) for expert in experts)
+    generator = torch.Generator().manual_seed(0)
+    router = Router("linear", {"weight": torch.randn(len(experts), 16, generator=generator)})
+    shared = torch.arange(0) if shared is None else shared
+    return LayerPlan(member_EF.shape[1], shared, padded, top_k, router, **fields)
+
+
+def random_members(experts: int, neurons: int, share: float, seed: int = 0) -> Tensor:
+    """A table of memberships, each neuron in each expert with probability ``share``."""
+    return torch.rand(experts, neurons, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def as_union(plan: LayerPlan) -> LayerPlan:
+    """The same plan stored once."""
+    return replace(plan, union=True)
+
+
+def unpadded(plan: LayerPlan) -> LayerPlan:
+    """The union with experts of their own widths."""
+    experts = tuple(expert[expert >= 0] for expert in plan.experts)
+    return replace(plan, experts=experts, union=True)

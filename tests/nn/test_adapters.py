@@ -21,11 +21,11 @@ from moesaic.materialise.pack import pack
 from moesaic.nn.moesaic_ffn import MoEFeedForward
 from tests.ffns import random_ffn, random_inputs, relative_error
 from tests.nn.folders import convert_by_hand
-from tests.nn.plans import random_plan
-from tests.nn.test_union import as_union, plan_of, random_members
+from tests.nn.plans import as_union, plan_of, random_members, random_plan
+from tests.nn.test_paths import routed_paths
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-PATHS = ("_masked", "_sorted")
+PATHS = [name for name in routed_paths("packed") if name in routed_paths("union")]
 
 
 class LowRank(nn.Module):
@@ -64,7 +64,7 @@ def plans() -> tuple[LayerPlan, LayerPlan]:
 def test_parametrised_projections_count_and_are_computed_once(kind: int, path: str) -> None:
     weights, plan, x_TD = random_ffn(37), plans()[kind], random_inputs(30)
     module = build_ffn(weights, plan)
-    module._prefers_sort = lambda x_TD: path == "_sorted"  # type: ignore[method-assign]
+    module.asked = (path,)
     before_TD = module(x_TD).detach()
     adapters = adapted(module)
     for adapter in adapters.values():

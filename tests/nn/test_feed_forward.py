@@ -1,4 +1,4 @@
-"""The runtime's FFN against the oracle: every router, gate and path, odd widths, biases, dtypes, gradients.
+"""The runtime's FFN: routers and gates, gradients, what it is moved, cast, compiled and offloaded to.
 
 Axes: T tokens, D model width, E experts, K chosen experts.
 """
@@ -18,18 +18,15 @@ from moesaic.blueprint.layer import LayerPlan, Router
 from moesaic.materialise.apply import build_ffn
 from moesaic.materialise.pack import pack
 from moesaic.nn.ffn import FFNWeights
-from moesaic.nn.moesaic_ffn import GAP_ROWS, MoEFeedForward
+from moesaic.nn.moesaic_ffn import MoEFeedForward, use_path
+from moesaic.nn.moesaic_slices import GAP_ROWS
 from moesaic.nn.reference import choose, reference_ffn, reference_scores
 from tests.ffns import random_ffn, random_inputs, relative_error
 from tests.nn.plans import EXTRAS, ROUTERS, random_plan
+from tests.nn.test_paths import routed_paths
 
 GATES = ("uniform", "scaled", "softmax_topk", "sigmoid")
-PATHS = ("_masked", "_sorted")
-
-
-def force_path(module: MoEFeedForward, path: str) -> MoEFeedForward:
-    module._prefers_sort = lambda x_TD: path == "_sorted"  # type: ignore[method-assign]
-    return module
+ROUTED = routed_paths("packed")
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -43,30 +40,8 @@ def test_every_plan_computes_what_the_oracle_says(router: str, gate: str, extra:
     plan = random_plan(weights, "S2A2E7", router, gate, extra)
     x_TD = random_inputs(9)
     expected_TD = reference_ffn(weights, plan, x_TD)
-    module = build_ffn(weights, plan)
-    for path in PATHS:
-        for count in (1, 9):
-            with torch.no_grad():
-                actual_TD = force_path(module, path)(x_TD[:count])
-            assert relative_error(actual_TD, expected_TD[:count]) < 1e-6
-    # Without no_grad other, out-of-place operations run.
-    assert relative_error(module.requires_grad_(True)(x_TD).detach(), expected_TD) < 1e-6
-
-
-@pytest.mark.parametrize("layout", ["S0A1E2", "S0A3E3", "S1A1E2", "S3A3E8", "S4A0E4", "S1A3E16"])
-@pytest.mark.parametrize("d_ff", [16, 37])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layouts_widths_and_dtypes(layout: str, d_ff: int, dtype: torch.dtype) -> None:
-    weights = random_ffn(d_ff, 16, dtype=dtype)
-    plan = random_plan(weights, layout, "static" if "A0" in layout else "linear")
-    x_TD = random_inputs(70, dtype=dtype)
-    exact_TD = reference_ffn(weights.to(torch.float64), plan, x_TD.double())
-    module = build_ffn(weights, plan)
-    for path in PATHS:
-        with torch.no_grad():
-            actual_TD = force_path(module, path)(x_TD)
-        assert actual_TD.dtype == dtype
-        assert relative_error(actual_TD.double(), exact_TD) < (2e-6 if dtype == torch.float32 else 2e-2)
+    with torch.no_grad():
+        assert relative_error(build_ffn(weights, plan)(x_TD), expected_TD) < 1e-6
 
 
 def test_the_default_choice_of_path_agrees_at_every_number_of_tokens() -> None:
@@ -85,9 +60,9 @@ def test_leading_dimensions_are_kept(shape: tuple[int, ...]) -> None:
     for router in ("static", "linear"):
         module = build_ffn(weights, random_plan(weights, router=router))
         x = torch.randn(shape, dtype=torch.float64)
-        for path in PATHS:
-            with torch.no_grad():
-                y = force_path(module, path)(x)
+        for path in ROUTED:
+            with torch.no_grad(), use_path(module, path, "every"):
+                y = module(x)
             assert y.shape == x.shape
             assert y.is_contiguous()
             rows = x.reshape(-1, 16)
@@ -117,7 +92,7 @@ def test_all_experts_on_is_the_dense_network(gated: bool) -> None:
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ROUTED)
 def test_gradients_are_those_of_the_oracle(path: str, gate: str) -> None:
     weights = random_ffn(22, 8, biases=True)
     plan = random_plan(weights, "S1A2E5", "gated_biases", gate, "selection_bias")
@@ -129,9 +104,10 @@ def test_gradients_are_those_of_the_oracle(path: str, gate: str) -> None:
     live = dataclasses.replace(plan, router=dataclasses.replace(plan.router, tensors=routing), gate_scale=scale_E)
     reference_ffn(FFNWeights(activation="silu", **leaves), live, x_leaf_TD).square().sum().backward()
 
-    module = force_path(build_ffn(weights, plan).requires_grad_(True), path)
+    module = build_ffn(weights, plan).requires_grad_(True)
     x_ours_TD = x_TD.clone().requires_grad_()
-    module(x_ours_TD).square().sum().backward()
+    with use_path(module, path):
+        module(x_ours_TD).square().sum().backward()
 
     def close(actual: Tensor | None, expected: Tensor | None) -> None:
         assert actual is not None
@@ -228,8 +204,9 @@ def test_idle_experts_are_not_touched() -> None:
             idle = slice((2 + e) * width, (3 + e) * width)
             module.up_proj.weight[idle] = torch.nan
             module.down_proj.weight[:, idle] = torch.nan
-    for count, path in ((1, "_masked"), (2, "_masked"), (80, "_sorted")):
-        y_TD = force_path(module, path)(random_inputs(80, dtype=torch.float32)[:count])
+    for count, path in ((1, "masked"), (2, "masked"), (80, "sorted")):
+        with use_path(module, path):
+            y_TD = module(random_inputs(80, dtype=torch.float32)[:count])
         assert relative_error(y_TD.detach(), clean_TD[:count]) < 1e-5
 
 

@@ -27,37 +27,15 @@ from moesaic.errors import InputError
 from moesaic.materialise.apply import build_ffn
 from moesaic.materialise.pack import pack, site_spec, unpack
 from moesaic.nn.ffn import FFNWeights
+from moesaic.nn.moesaic_ffn import use_path
 from moesaic.nn.moesaic_union import UnionFeedForward, build_feed_forward
 from moesaic.nn.reference import choose, reference_ffn
 from moesaic.targets.parts import cut
 from tests.ffns import random_ffn, random_inputs, relative_error
+from tests.nn.plans import as_union, plan_of, random_members, unpadded
+from tests.nn.test_paths import routed_paths
 
-PATHS = ("_masked", "_sorted")
-
-
-def plan_of(member_EF: Tensor, shared: Tensor | None = None, top_k: int = 1, **fields: Any) -> LayerPlan:
-    """A plan whose experts are the rows of a table, padded to one width, with a random linear router."""
-    experts = [row_F.nonzero().flatten() for row_F in member_EF]
-    width = max(1, *(len(expert) for expert in experts))
-    padded = tuple(F.pad(expert, (0, width - len(expert)), value=-1) for expert in experts)
-    generator = torch.Generator().manual_seed(0)
-    router = Router("linear", {"weight": torch.randn(len(experts), 16, generator=generator)})
-    shared = torch.arange(0) if shared is None else shared
-    return LayerPlan(member_EF.shape[1], shared, padded, top_k, router, **fields)
-
-
-def random_members(experts: int, neurons: int, share: float, seed: int = 0) -> Tensor:
-    return torch.rand(experts, neurons, generator=torch.Generator().manual_seed(seed)) < share
-
-
-def as_union(plan: LayerPlan) -> LayerPlan:
-    return dataclasses.replace(plan, union=True)
-
-
-def unpadded(plan: LayerPlan) -> LayerPlan:
-    """The union with experts of their own widths."""
-    experts = tuple(expert[expert >= 0] for expert in plan.experts)
-    return dataclasses.replace(plan, experts=experts, union=True)
+PATHS = routed_paths("union")
 
 
 def test_a_forward_in_inference_mode_does_not_hinder_training() -> None:
@@ -97,10 +75,10 @@ def test_a_union_computes_what_copies_compute(
     expected_TD = reference_ffn(weights, plan, x_TD)
     scale = expected_TD.abs().max().clamp(min=1.0)
     for path in PATHS:
-        module._prefers_sort = lambda x_TD, path=path: path == "_sorted"  # type: ignore[method-assign]
-        with torch.no_grad():
-            assert (module(x_TD) - expected_TD).abs().max() <= 1e-6 * scale
-        assert (module(x_TD) - expected_TD).abs().max() <= 1e-6 * scale  # with gradients: other operations
+        with use_path(module, path):
+            with torch.no_grad():
+                assert (module(x_TD) - expected_TD).abs().max() <= 1e-6 * scale
+            assert (module(x_TD) - expected_TD).abs().max() <= 1e-6 * scale  # with gradients: other operations
     module.all_experts_on = True
     expected_TD = reference_ffn(weights, plan, x_TD, all_experts_on=True)
     assert (module(x_TD) - expected_TD).abs().max() <= 1e-6 * expected_TD.abs().max().clamp(min=1.0)
@@ -137,9 +115,9 @@ def test_gradients_are_those_of_the_packed_form() -> None:
     for path in PATHS:
         gradients = []
         for module in (packed, union):
-            module._prefers_sort = lambda x_TD, path=path: path == "_sorted"  # type: ignore[method-assign]
             module.requires_grad_(True).zero_grad()
-            module(x_TD).square().sum().backward()
+            with use_path(module, path):
+                module(x_TD).square().sum().backward()
             gradients.append(module.up_proj.weight.grad)
         dense = torch.zeros(37, 16, dtype=torch.float64)
         dense.index_add_(0, plan.packed.clamp(min=0), gradients[0] * (plan.packed >= 0)[:, None])

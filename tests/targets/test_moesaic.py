@@ -33,7 +33,7 @@ from moesaic.targets import TARGETS, choose_target, get_target
 from moesaic.targets.moesaic import MODELLING_FILES
 from tests.ffns import relative_error
 from tests.nn.attention import anatomy_of, attention_plans, hook_masks
-from tests.nn.test_union import as_union, plan_of, random_members
+from tests.nn.plans import as_union, plan_of, random_members
 from tests.targets.helpers import IDS, ReferenceFFN, run_stock, split_for, write
 from tests.targets.helpers import relative as relative_runs
 

@@ -61,6 +61,9 @@ def _loaded(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
     """The model, and which tensors did not fit."""
     from transformers import AutoModelForCausalLM
 
+    from moesaic.nn.register import register
+
+    register()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -22,6 +22,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise InputError(f"there is no tokenizer in {folder}", "copy tokenizer.json and tokenizer_config.json there")
     from transformers import AutoTokenizer
 
+    from moesaic.nn.register import register
+
+    register()  # where tokenizer_config.json names no class, transformers asks config.json
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.calibration.inputs import SiteInputs
-from moesaic.nn.moesaic_ffn import MoEFeedForward, down, hidden
+from moesaic.nn.moesaic_ffn import MoEFeedForward
+from moesaic.nn.moesaic_slices import down, hidden
 from moesaic.nn.moesaic_union import UnionFeedForward
 
 

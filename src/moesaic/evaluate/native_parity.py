@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moesaic.calibration.samples import evaluation_text
+from moesaic.checkpoint.tokenizer import load_tokenizer
 from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.differences import Differences, before_any, join, logit_differences
 from moesaic.evaluate.fresh_process import answers
@@ -272,11 +273,9 @@ def _rerouted(runtime: Runtime, stock: list[Tensor]) -> Tensor:
 
 def parity_ids(folder: Path, vocabulary: int, window: int, count: int = 1) -> Tensor:
     """ids_NW to compare on: the evaluation text by the folder's tokenizer, pseudo-random ids where it has none."""
-    from transformers import AutoTokenizer
-
     text = evaluation_text()[: _CHARACTERS * window * count]
     try:
-        ids_NW = token_windows(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), text, window, count)
+        ids_NW = token_windows(load_tokenizer(folder), text, window, count)
     except (OSError, ValueError, KeyError, InputError):
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, vocabulary, (count, window), generator=generator)

@@ -179,7 +179,7 @@ def _what(config: Mapping[str, Any], made: Mapping[str, Any]) -> str:
 def _loading(config: Mapping[str, Any]) -> str:
     native = config["model_type"] != "moesaic"
     load = "AutoModelForCausalLM.from_pretrained(folder" + (")" if native else ", trust_remote_code=True)")
-    remark = "" if native else "\n`import moesaic` before loading makes `trust_remote_code` unnecessary.\n"
+    remark = "" if native else "\n`moesaic.register()` before loading makes `trust_remote_code` unnecessary.\n"
     return f"```python\nfrom transformers import AutoModelForCausalLM\nmodel = {load}\n```\n{remark}"
 
 

@@ -120,7 +120,9 @@ def _converted(out: Path, dense_folder: Path, calibration: dict[str, int], progr
 
     from moesaic.blueprint.model import Blueprint
     from moesaic.jobs.convert import convert
+    from moesaic.nn.register import register
 
+    register()
     conversions: dict[str, tuple[str, dict[str, Any]]] = {
         f"cmoe {LAYOUT}": ("cmoe", {"layout": LAYOUT}),
         "mlpmoe, 32 slices": ("mlpmoe", {}),

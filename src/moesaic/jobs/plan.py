@@ -277,7 +277,7 @@ def _remarks(width: int, padding: int) -> tuple[str, ...]:
 def _target_remark(outline: Outline) -> str:
     """Which architecture the output will have, and what loads it, as far as the config shows it."""
     shape, asked = outline.shape, outline.settings.target
-    loads = "the moesaic architecture: transformers loads it after `import moesaic`, or with trust_remote_code=True"
+    loads = "the moesaic architecture: transformers loads it after `moesaic.register()`, or with trust_remote_code=True"
     if asked not in (AUTO, OWN):
         return f"written as {asked}, for {', '.join(TARGETS[asked].engines)}"
     if asked == OWN:

@@ -7,6 +7,7 @@ that `trust_remote_code=True` works where moesaic is not installed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,8 +16,15 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
+# All files of the architecture, used here or not: transformers up to 5.6 copies only those that this one names.
 from .moesaic_attention import swap_attention
-from .moesaic_ffn import MoEFeedForward, MoesaicExperts
+from .moesaic_ffn import MoEFeedForward, MoesaicExperts, use_path
+from .moesaic_path_packed import Masked  # noqa: F401
+from .moesaic_path_sorted import Sorted  # noqa: F401
+from .moesaic_path_union import UnionMasked  # noqa: F401
+from .moesaic_paths import PATHS  # noqa: F401
+from .moesaic_routing import Router  # noqa: F401
+from .moesaic_slices import Matrices  # noqa: F401
 from .moesaic_union import build_feed_forward
 
 
@@ -174,6 +182,10 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self._dense.set_output_embeddings(new_embeddings)
+
+    def use_path(self, *names: str) -> AbstractContextManager[None]:
+        """Within the block, FFNs compute by the first of these paths that supports the input; see `moesaic_ffn.py`."""
+        return use_path(self, *names)
 
     def all_experts_on(self, on: bool = True) -> None:
         """Switch routing off in every converted FFN (all experts, unit weights), or on again. For parity checks."""

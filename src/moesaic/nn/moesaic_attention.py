@@ -1,4 +1,4 @@
-"""The `moesaic` architecture, part 4: pruned attention (see `modeling_moesaic.py`).
+"""The `moesaic` architecture: pruned attention (see `modeling_moesaic.py`).
 
 Queries and keys keep some rotary pairs, for all tokens; values and the output projection's input use some coordinates
 of every head, which each token's own input decides. The KV cache holds the narrower keys.

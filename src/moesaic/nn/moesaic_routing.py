@@ -1,4 +1,4 @@
-"""The `moesaic` architecture, part 1: what decides in fp32 (see `modeling_moesaic.py`).
+"""The `moesaic` architecture: what decides in fp32 (see `modeling_moesaic.py`).
 
 Axes: T tokens, D model width, E routed experts.
 """

@@ -1,5 +1,5 @@
-"""The ``moesaic`` architecture: every blueprint fits; transformers loads it after ``import moesaic`` or with
-``trust_remote_code``.
+"""The ``moesaic`` architecture: every blueprint fits; transformers loads it after ``moesaic.register()`` or
+with ``trust_remote_code``.
 
 The folder holds the dense family's tensors under their own names, the FFNs packed as [shared; expert 0; ...] with their
 routers, pruned attention with its masks, and modelling files that need nothing but torch and transformers.
@@ -18,13 +18,8 @@ from moesaic.targets.base import Packed, Split, Target, TargetOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
-MODELLING_FILES = (
-    "modeling_moesaic.py",
-    "moesaic_attention.py",
-    "moesaic_ffn.py",
-    "moesaic_routing.py",
-    "moesaic_union.py",
-)
+_RUNTIME = Path(__file__).parent.parent / "nn"
+MODELLING_FILES = ("modeling_moesaic.py", *sorted(path.name for path in _RUNTIME.glob("moesaic_*.py")))
 _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
 
 
@@ -76,8 +71,7 @@ class Moesaic(Target):
 
     def files(self) -> dict[str, str]:
         """See :class:`Target`. The modelling files."""
-        folder = Path(__file__).parent.parent / "nn"
-        return {name: (folder / name).read_text(encoding="utf-8") for name in MODELLING_FILES}
+        return {name: (_RUNTIME / name).read_text(encoding="utf-8") for name in MODELLING_FILES}
 
 
 TARGET = Moesaic(

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moesaic.nn.modeling_moesaic import MoEFeedForward
+from moesaic.nn.moesaic_path_packed import Every
+from moesaic.nn.moesaic_path_sorted import Sorted, by_expert
+from moesaic.nn.moesaic_paths import ANY, Row
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,26 @@ class Projection:
         return y_TO
 
 
+class AdaptedSorted(Sorted):
+    """:class:`Sorted`, cast for autocast once, not for each matrix of each expert.
+
+    Rows are then also rounded up to what oneDNN has compiled.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("packed")
+
+    def supports(self, x_TD: Tensor, ffn: MoEFeedForward) -> bool:
+        return ffn.routed
+
+    def run(self, ffn: MoEFeedForward, x_TD: Tensor) -> Tensor:
+        matrices, (idx_TK, weight_TK) = ffn.matrices(), ffn.choice(x_TD)
+        device = x_TD.device.type
+        if torch.is_autocast_enabled(device):
+            x_TD = x_TD.to(torch.get_autocast_dtype(device))
+        return by_expert(ffn, matrices, x_TD, idx_TK, weight_TK)
+
+
 class AdaptedFeedForward(MoEFeedForward):
     """A :class:`MoEFeedForward` in training; made of one by :func:`adapt`.
 
@@ -60,30 +83,18 @@ class AdaptedFeedForward(MoEFeedForward):
             process's own loads with those of the first.
     """
 
+    table = (Row(AdaptedSorted(), {ANY: (0, None)}), Row(Every(), {ANY: (0, None)}))
     load_E: Tensor
 
     def matrices(self) -> Any:
         return self.gate_proj and _projection(self.gate_proj), _projection(self.up_proj), _projection(self.down_proj)
 
-    def _rows(self, matrices: Any, x_TD: Tensor, start: int, stop: int) -> Tensor:
+    def rows(self, matrices: Any, x_TD: Tensor, start: int, stop: int) -> Tensor:
         gate, up, down = matrices
         rows = slice(start, stop)
         h_TP = up.rows(x_TD, rows)
         h_TP = self.act(h_TP) if gate is None else self.act(gate.rows(x_TD, rows)) * h_TP
         return down.columns(h_TP, rows)
-
-    def _every(self, matrices: Any, x_TD: Tensor) -> Tensor:
-        return self._rows(matrices, x_TD, 0, matrices[1].weight_OI.shape[0])
-
-    def _prefers_sort(self, x_TD: Tensor) -> bool:
-        return True
-
-    def _sorted(self, matrices: Any, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
-        # Cast here once, not for each matrix of each expert; and rows are then rounded up to what oneDNN has compiled.
-        device = x_TD.device.type
-        if torch.is_autocast_enabled(device):
-            x_TD = x_TD.to(torch.get_autocast_dtype(device))
-        return super()._sorted(matrices, x_TD, idx_TK, weight_TK)
 
     def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         idx_TK, weight_TK = super()._route(x_TD)

@@ -1,0 +1,114 @@
+"""The `moesaic` architecture: the ways of computing an FFN, and which is taken (see `modeling_moesaic.py`).
+
+A path is an object with a name. All paths of a layout compute the same function. :data:`PATHS` is the only table of
+them, :func:`choose` the only place that decides.
+
+Axes: T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .moesaic_path_packed import Every, Masked
+from .moesaic_path_sorted import Sorted
+from .moesaic_path_union import UnionEvery, UnionMasked
+
+if TYPE_CHECKING:
+    from .moesaic_ffn import MoEFeedForward
+
+
+class Path(Protocol):
+    """One way of computing an FFN.
+
+    Attributes:
+        name: What a user asks for. Paths of different layouts may share one.
+        layout: How the experts it knows are stored: ``packed``, or ``union`` (:class:`UnionFeedForward`).
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def layout(self) -> str: ...
+
+    def supports(self, x_TD: Tensor, ffn: MoEFeedForward) -> bool:
+        """Whether it can compute this input: device, dtype, meta, compiling, routed or not. The layout is its own."""
+        ...
+
+    def run(self, ffn: Any, x_TD: Tensor) -> Tensor:
+        """y_TD without the output bias. ``ffn`` has :meth:`choice` of experts and :meth:`matrices`."""
+        ...
+
+
+Span = tuple[int, int | None]
+Where = tuple[str | None, torch.dtype | None]
+
+
+class Row(NamedTuple):
+    """A path and when it is taken.
+
+    Attributes:
+        path: The path.
+        fastest: Device and dtype -> numbers of tokens [from, below) at which it was measured to be the fastest. None
+            stands for all devices, dtypes or numbers. Without an entry that fits, it runs only when asked for.
+        per_expert: The numbers are tokens per routed expert.
+    """
+
+    path: Path
+    fastest: Mapping[Where, Span]
+    per_expert: bool = False
+
+    def span(self, x_TD: Tensor, ffn: MoEFeedForward) -> Span | None:
+        """Numbers of tokens [from, below) at which it is taken for inputs of this kind."""
+        for where in ((x_TD.device.type, x_TD.dtype), (None, x_TD.dtype), ANY):
+            if where in self.fastest:
+                begin, end = self.fastest[where]
+                times = ffn.experts if self.per_expert else 1
+                return begin * times, None if end is None else end * times
+        return None
+
+
+ANY: Where = (None, None)
+FP32: Where = (None, torch.float32)
+
+# From the top, the first that supports an input and is the fastest for it. Numbers: benchmarks/ffn.py on a Zen 4 CPU
+# (MKL for fp32, oneDNN for bf16), torch 2.13; those of unions on one thread at 896 x 4864, eight top-1 experts of about
+# half the neurons. Other devices take the same until they are measured.
+PATHS: tuple[Row, ...] = (
+    # oneDNN repacks its right operand, so that few tokens per expert gain little in bf16.
+    Row(Sorted("packed"), {FP32: (5, None), ANY: (64, None)}),
+    Row(Masked(), {ANY: (0, None)}),
+    Row(Every(), {ANY: (0, None)}),
+    # Below, copying rows per expert costs more than masking, which is dense at most.
+    Row(Sorted("union"), {ANY: (64, None)}, per_expert=True),
+    Row(UnionMasked(), {ANY: (0, None)}),
+    Row(UnionEvery(), {ANY: (0, None)}),
+)
+
+
+def choose(x_TD: Tensor, ffn: MoEFeedForward) -> Path:
+    """The path for an input: the first of ``ffn.asked`` that supports it, or the fastest known.
+
+    Raises:
+        ValueError: none of the paths that were asked for supports it.
+    """
+    if not ffn.asked:
+        for row in ffn.table:
+            span = row.span(x_TD, ffn) if row.path.layout == ffn.layout else None
+            if span is None or not row.path.supports(x_TD, ffn):
+                continue
+            if span[0] <= x_TD.shape[0] and (span[1] is None or x_TD.shape[0] < span[1]):
+                return row.path
+    able = [row.path for row in ffn.table if row.path.layout == ffn.layout and row.path.supports(x_TD, ffn)]
+    for name in ffn.asked:
+        for path in able:
+            if path.name == name:
+                return path
+    wanted = f"path {' or '.join(ffn.asked)}" if ffn.asked else f"the fastest path of {type(ffn).__name__}"
+    routed, gradients = "routed" if ffn.routed else "unrouted", " with gradients" if torch.is_grad_enabled() else ""
+    kind = f"{routed} {ffn.layout} experts of width {ffn.width} in {x_TD.dtype} on {x_TD.device.type}{gradients}"
+    raise ValueError(f"{wanted} cannot compute {kind}; these can: {', '.join(path.name for path in able) or 'none'}")

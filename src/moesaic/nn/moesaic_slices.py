@@ -1,0 +1,94 @@
+"""The `moesaic` architecture: runs of packed neurons, which paths are made of (see `modeling_moesaic.py`).
+
+Axes: T tokens, D model width, P packed neurons, M neurons of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Measured with benchmarks/ffn.py on a Zen 4 CPU (MKL for fp32, oneDNN for bf16), torch 2.13.
+GAP_ROWS = 128  # so many unused rows between two used runs cost less than a second run
+WEIGHT_FIRST_UNTIL_FP32 = 5  # tokens below which (W x^T)^T beats x W^T
+WEIGHT_FIRST_FROM_BF16 = 16  # the same, tokens from which
+
+Matmul = Callable[[Tensor, Tensor], Tensor]
+
+
+class Matrices(NamedTuple):
+    """An FFN's projections as one forward pass uses them: read once, however many slices it takes."""
+
+    gate_PD: Tensor | None
+    gate_bias_P: Tensor | None
+    up_PD: Tensor
+    up_bias_P: Tensor | None
+    down_DP: Tensor
+
+
+def effective_weight(linear: nn.Module) -> Tensor:
+    """The matrix that a linear layer stands for, as it is sliced here and never called.
+
+    Parametrised layers (`torch.nn.utils.parametrize`) compute it when `weight` is read. Of a layer that peft has
+    wrapped with LoRA it is W + s B A of the active adapters; dropout on their input is not applied.
+
+    Raises TypeError for wrappers whose effect on the matrix is not known.
+    """
+    if isinstance(linear, nn.Linear):
+        return linear.weight
+    wrapped: Any = linear
+    if not hasattr(wrapped, "lora_A") or not isinstance(wrapped.base_layer, nn.Linear):
+        raise TypeError(f"the experts' matrices are sliced: {type(linear).__name__} in place of nn.Linear is not known")
+    weight = wrapped.base_layer.weight
+    if wrapped.disable_adapters or wrapped.merged:
+        return weight
+    for adapter in wrapped.active_adapters:
+        if adapter in getattr(wrapped, "lora_variant", ()) or wrapped.lora_bias.get(adapter):
+            raise TypeError("the experts' matrices are sliced: only plain LoRA without bias has a matrix of its own")
+        if adapter in wrapped.lora_A:
+            weight = weight + wrapped.get_delta_weight(adapter).to(weight.dtype)
+    return weight
+
+
+def hidden(
+    matrices: Matrices, act: nn.Module, x_TD: Tensor, start: int, stop: int, matmul: Matmul = F.linear
+) -> Tensor:
+    """Activations h_TM of the packed neurons [start, stop)."""
+    rows = slice(start, stop)
+    up_TM = _project(x_TD, matrices.up_PD, matrices.up_bias_P, rows, matmul)
+    if matrices.gate_PD is None:
+        return act(up_TM)
+    gate_TM = act(_project(x_TD, matrices.gate_PD, matrices.gate_bias_P, rows, matmul))
+    return gate_TM * up_TM if torch.is_grad_enabled() else gate_TM.mul_(up_TM)
+
+
+def down(matrices: Matrices, h_TM: Tensor, start: int, stop: int, matmul: Matmul = F.linear) -> Tensor:
+    """What the packed neurons [start, stop) with activations h_TM add to the output, [T, D]."""
+    return matmul(h_TM, matrices.down_DP[:, start:stop])
+
+
+def _project(x_TD: Tensor, weight_PD: Tensor, bias_P: Tensor | None, rows: slice, matmul: Matmul) -> Tensor:
+    y_TM = matmul(x_TD, weight_PD[rows])
+    return y_TM if bias_P is None else y_TM + bias_P[rows]
+
+
+def _weight_first(x_TD: Tensor, w_MD: Tensor) -> Tensor:
+    """x W^T as (W x^T)^T: the library then packs the few tokens and not the weights."""
+    return (w_MD @ x_TD.t()).t()
+
+
+def _tokens_first(x_TD: Tensor, w_MD: Tensor) -> Tensor:
+    return F.linear(x_TD.contiguous(), w_MD)
+
+
+def matmuls(x_TD: Tensor) -> tuple[Matmul, Matmul]:
+    """Products up and down for all tokens and few runs, each in the operand order that is faster for so many tokens."""
+    if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.linear, F.linear
+    if x_TD.dtype == torch.float32:
+        return (_weight_first, _tokens_first) if x_TD.shape[0] < WEIGHT_FIRST_UNTIL_FP32 else (F.linear, F.linear)
+    return (_weight_first, _weight_first) if x_TD.shape[0] >= WEIGHT_FIRST_FROM_BF16 else (F.linear, F.linear)
