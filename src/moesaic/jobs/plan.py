@@ -294,4 +294,4 @@ def _target_remark(outline: Outline) -> str:
         return f"written in {loads}; a stock architecture that is named gets a copy per expert"
     if shape.router == "gated" or shape.normalised:
         return f"written in {loads}; --router oracle makes it one that stock engines load"
-    return "written as a stock architecture where one holds the split, see `moesaic targets MODEL`"
+    return f"written as {outline.target} where attention and norms fit, see `moesaic targets MODEL`"
