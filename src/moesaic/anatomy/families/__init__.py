@@ -1,6 +1,6 @@
 """The families: one file each, named as ``model_type`` in config.json, with a ``FAMILY``.
 
-docs/contributing-family.md shows how one is added.
+CONTRIBUTING.md shows how one is added.
 """
 
 from __future__ import annotations
