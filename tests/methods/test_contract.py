@@ -16,6 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+import moesaic
 from moesaic.blueprint.layer import LayerPlan
 from moesaic.blueprint.model import Blueprint
 from moesaic.calibration.inputs import SiteInputs
@@ -27,6 +28,7 @@ from moesaic.jobs.settings import ConvertSettings
 from moesaic.methods import METHODS, get_config, get_method
 from moesaic.methods.base import MethodConfig, MethodModule
 from moesaic.nn.ffn import FFNWeights
+from moesaic.options import build
 from tests.ffns import random_ffn, random_inputs, relative_error, sum_of_parts
 from tests.tiny_models import build_tiny
 
@@ -43,7 +45,7 @@ class Row:
             dense FFN. once: each stands once, and matrices are new. copies: experts may share them. some: not all stay,
             none stands twice.
         options: Its options.
-        refused: Options, and a number of neurons that they cannot split.
+        refused: Options, and a number of neurons that they cannot split, whether at all or of so few.
         random: Another seed makes another plan.
     """
 
@@ -55,9 +57,10 @@ class Row:
 
     def config(self, **changes: Any) -> MethodConfig:
         """The options as the method's own config."""
-        return get_config(self.method)(**(self.options | changes))
+        return build(get_config(self.method), self.options | changes, self.method)
 
 
+TEXT = {"sources": ["tiny"], "tokens": 256, "window": 32, "compute_dtype": "float32"}
 TRAIN = {"steps": 2, "batch": 1, "held_out": 1, "eval_every": 2, "save_every": 2, "precision": "fp32"}
 TOO_MANY = ({"split": "disjoint", "experts": 64}, 40)
 ROWS = {
@@ -123,7 +126,7 @@ def plan_site(row: Row, weights: FFNWeights, inputs: Tensor | None, seed: int = 
 
 @cache
 def dense(d_ff: int, folder: Path) -> Path:
-    return build_tiny("llama", folder / f"dense-{d_ff}", d_ff=d_ff)
+    return build_tiny("llama", folder / f"dense-{d_ff}", d_ff=d_ff, dtype="bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +139,7 @@ def plans_of(row: Row, folder: Path, d_ff: int = 40, seed: int = 0) -> dict[str,
     if not row.config().whole_model:
         weights = random_ffn(d_ff, dtype=torch.bfloat16)
         return {"ffn": plan_site(row, weights, text() if row.config().needs_calibration() else None, seed)}
-    calibration = {"sources": ["tiny"], "tokens": 256, "window": 32, "compute_dtype": "float32"}
-    settings = {"method": row.method, "options": row.options, "calibration": calibration, "seed": seed}
+    settings = {"method": row.method, "options": row.options, "calibration": TEXT, "seed": seed}
     return decide(prepare(check_request(dense(d_ff, folder), ConvertSettings.model_validate(settings)))).sites
 
 
@@ -183,6 +185,14 @@ def test_all_experts_on_equal_the_dense_ffn(row: Row, gated: bool, biases: bool)
     x_TD = text().double()
     plan = plan_site(row, weights, x_TD)
     assert relative_error(sum_of_parts(weights, plan, x_TD), weights(x_TD)) < 1e-12
+
+
+@over("row", {row.method: row for row in reversed(ROWS.values())}.values(), ids=lambda row: row.method)
+def test_a_tiny_model_is_converted_and_verified(row: Row, folder: Path, tmp_path: Path) -> None:
+    settings = {"method": row.method, "options": row.options, "calibration": TEXT, "target": "moesaic"}
+    made = moesaic.convert(dense(40, folder), tmp_path / "out", settings=settings)
+    assert len(made.blueprint.sites) == 2
+    assert made.results["parity"]["oracle"] < 1e-5
 
 
 def with_layouts() -> Iterator[Any]:
@@ -243,12 +253,12 @@ def test_it_reads_text_exactly_where_it_says_so(row: Row) -> None:
 @rows
 def test_what_cannot_be_split_is_refused_before_and_by_the_method_itself(row: Row) -> None:
     options, d_ff = row.refused
-    config = get_config(row.method)(**options)
+    refused = replace(row, options=options)
     with pytest.raises(InputError):
-        config.check(d_ff)
-    if not config.whole_model:
+        refused.config().check(d_ff)
+    if not row.config().whole_model:
         with pytest.raises(InputError):
-            plan_site(replace(row, options=options), random_ffn(d_ff, 4), text(4))
+            plan_site(refused, random_ffn(d_ff, 4), text(4))
 
 
 @rows
