@@ -68,7 +68,7 @@ REFUSED: dict[str, tuple[dict[str, Any], bool, str, str]] = {
     "adapter": ({"peft_type": "LORA", "base_model_name_or_path": "x"}, False, "PEFT adapter .LORA", "merge"),
     "no model_type": ({"hidden_size": 32}, False, "no model_type", "Hugging Face"),
     "odd model_type": ({"model_type": 7}, False, "no model_type", "Hugging Face"),
-    "gpt-j": ({"model_type": "gptj"}, False, "does not know the model type 'gptj'", "known: .*gpt_neox"),
+    "codegen": ({"model_type": "codegen"}, False, "does not know the model type 'codegen'", "known: .*gpt_neox"),
     "misspelt": ({"model_type": "qwen_2"}, False, "'qwen_2'", "did you mean qwen2"),
     "unknown MoE": ({"model_type": "deepseek_v3", "n_routed_experts": 256}, False, "already a Mixture", "mixtral"),
     "classifier": ({**LLAMA, "architectures": ["LlamaForSequenceClassification"]}, False, "no language-model head", ""),

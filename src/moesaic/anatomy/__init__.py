@@ -68,9 +68,9 @@ def _size(config: Config, key: str, model_type: str) -> int:
 def _d_ff(config: Config, family: Family, model_type: str) -> int:
     if family.moe is not None:
         return _size(config, family.moe.expert_width, model_type)
-    if config.get(family.d_ff) is None and family.d_ff_default is not None:
-        return family.d_ff_default(config)
-    return _size(config, family.d_ff, model_type)
+    if family.d_ff_of is None:
+        return _size(config, family.d_ff, model_type)
+    return _size({family.d_ff: family.d_ff_of(config)}, family.d_ff, model_type)
 
 
 def _activation(config: Config, family: Family, model_type: str) -> str:

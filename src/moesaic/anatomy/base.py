@@ -92,7 +92,7 @@ class Family:
         names: Projections, relative to ``ffn`` ("" when ``ffn`` itself is the up projection, as in OPT).
         bypass: Submodules of the decoder layer that become the identity because the FFN module takes over their work.
         d_model, d_ff, num_layers, heads, activation: Keys of config.json.
-        d_ff_default: Computes d_ff where config.json may leave it out (GPT-2: 4 x n_embd).
+        d_ff_of: Computes d_ff where the value of its key is not the whole story (GPT-2: 4 x n_embd without it).
         activation_of: Computes the activation where the value of its key is not the whole story (Gemma).
         prefix: Prefix of the base model's tensors; checkpoints without it are read as well.
         renames: Parts of tensor names that the checkpoint spells otherwise than the model: (on disk, in the model).
@@ -106,6 +106,7 @@ class Family:
             says nothing of what is added to the residual stream.
         ffn_bias: Whether the FFNs have biases: see :class:`Attention`. Only read for gated ones.
         multipliers: Whether it has the factors of Granite, under the keys in :data:`MULTIPLIERS`.
+        residual_of: Computes what the FFN's output is multiplied by where that is no such key (MiniCPM3).
         beyond_stock: What no stock MoE architecture has, beside what the other attributes say; None: nothing.
     """
 
@@ -120,7 +121,7 @@ class Family:
     num_layers: str = "num_hidden_layers"
     heads: str = "num_attention_heads"
     activation: str = "hidden_act"
-    d_ff_default: Callable[[Config], int] | None = None
+    d_ff_of: Callable[[Config], int] | None = None
     activation_of: Callable[[Config], str] | None = None
     prefix: str = "model"
     renames: tuple[tuple[str, str], ...] = ()
@@ -132,6 +133,7 @@ class Family:
     norms: Norms = "before"
     ffn_bias: bool | str = False
     multipliers: bool = False
+    residual_of: Callable[[Config], float] | None = None
     beyond_stock: str | None = None
 
     @property
@@ -210,7 +212,9 @@ class Anatomy:
 
     @property
     def residual_multiplier(self) -> float:
-        """What the FFN's output is multiplied by before it is added to the residual stream (Granite; else 1)."""
+        """What the FFN's output is multiplied by before it is added to the residual stream (mostly 1)."""
+        if self.family.residual_of is not None:
+            return self.family.residual_of(self.config)
         return float(self.config.get("residual_multiplier", 1.0)) if self.family.multipliers else 1.0
 
     def sites_of(self, layer: int) -> tuple[FFNSite, ...]:
