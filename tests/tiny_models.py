@@ -86,6 +86,7 @@ _LINEAR = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
+_LFM2 = {"layer_types": ["conv", "full_attention"], "block_multiple_of": 1, "block_ffn_dim_multiplier": 1.03}
 
 # Every bias that a family can have is on in one entry or in a variant.
 TINY: dict[str, Tiny] = {
@@ -135,6 +136,15 @@ TINY: dict[str, Tiny] = {
     "youtu": Tiny("youtu", _LATENT, zeroes_pad=True),
     "starcoder2": Tiny("starcoder2", {**_GATED, "sliding_window": 16}, "pairs"),
     "gptj": Tiny("gptj", {**_GPT2, "n_inner": D_FF, "rotary_dim": 4, "n_positions": 512}),
+    "arcee": Tiny("arcee", {**_GATED, "mlp_bias": True, "attention_bias": True}, "pairs"),
+    "nemotron": Tiny("nemotron", {**_GATED, "head_dim": 8, "mlp_bias": True}),
+    "vaultgemma": Tiny("vaultgemma", {**_GEMMA, "query_pre_attn_scalar": 8}, "pairs"),
+    "gemma4_text": Tiny(
+        "gemma4_text",
+        {**_GEMMA, "global_head_dim": 16, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+    ),
+    "lfm2": Tiny("lfm2", {**_COMMON, "num_key_value_heads": 2, "intermediate_size": 55, **_LFM2}),
+    "falcon": Tiny("falcon", {**_COMMON, "ffn_hidden_size": D_FF, "bias": True}),
     # Variants: the rarer switches of a family.
     "llama_bias": Tiny("llama", {**_GATED, "mlp_bias": True, "attention_bias": True}, "pairs"),
     "gpt2_default_width": Tiny("gpt2", _GPT2),
@@ -215,12 +225,17 @@ def tiny_config(family: str, *, d_ff: int | None = None, **config_overrides: Any
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Give every parameter random values: no zero bias, no norm weight of one, logits that tell tokens apart."""
+    """Give every parameter random values: no zero bias, no norm weight of one, logits that tell tokens apart.
+
+    Buffers that are stored as well (Gemma 4 scales its layers by one).
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
+    parameters = list(model.parameters())
     with torch.no_grad():
-        for parameter in model.parameters():
+        stored = {tensor.data_ptr() for tensor in model.state_dict().values()}
+        for parameter in [*parameters, *(buffer for buffer in model.buffers() if buffer.data_ptr() in stored)]:
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:  # norm weights and biases, around the value that the family starts from
                 parameter.add_(0.2 * noise)

@@ -118,6 +118,20 @@ def test_activation(family: str, overrides: dict, activation: str) -> None:
     assert read_anatomy({**config_of(family), **overrides}).activation == activation
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"block_auto_adjust_ff_dim": False},
+        {"intermediate_size": 100, "block_multiple_of": 16},
+        {"block_multiple_of": 64, "block_ffn_dim_multiplier": 1.5},
+    ],
+)
+def test_a_computed_width_is_the_model_s(keys: dict) -> None:
+    config = {**config_of("lfm2"), **keys}
+    width = model_of(config).state_dict()["model.layers.1.feed_forward.w1.weight"].shape[0]
+    assert read_anatomy(config).d_ff == width
+
+
 def test_known_activations_are_those_that_are_computed() -> None:
     assert ACTIVATIONS == COMPUTED
 
@@ -192,7 +206,7 @@ def test_what_the_table_says_of_norms_and_multipliers_is_what_the_model_computes
         ({"intermediate_size": None}, "intermediate_size"),
         ({"hidden_size": 0}, "hidden_size = 0"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers = '2'"),
-        ({"hidden_act": "relu2"}, "relu2"),
+        ({"hidden_act": "xielu"}, "xielu"),
         ({"hidden_act": None}, "hidden_act"),
     ],
 )

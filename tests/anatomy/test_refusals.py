@@ -77,6 +77,19 @@ REFUSED: dict[str, tuple[dict[str, Any], bool, str, str]] = {
     "countless layers": ({**LLAMA, "num_hidden_layers": 10**7}, False, "num_hidden_layers = 10000000", "at most"),
     "MoE": (MIXTRAL, False, "mixtral is already a Mixture of Experts", "--hierarchical"),
     "dense with --hierarchical": (LLAMA, True, "llama is a dense model", "leave out --hierarchical"),
+    "gemma 4 with embeddings per layer": (
+        {**LLAMA, "model_type": "gemma4_text", "hidden_activation": None},
+        False,
+        "each of its layers reads an embedding of its own",
+        "",
+    ),
+    "gemma 4 with shared keys": (
+        {**LLAMA, "model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 1},
+        False,
+        "keys and values of others",
+        "",
+    ),
+    "gemma 4 with experts": ({**LLAMA, "model_type": "gemma4_text", "enable_moe_block": True}, False, "experts", ""),
     "cross-attention": (
         {
             "model_type": "gpt2",

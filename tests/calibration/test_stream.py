@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from moesaic.anatomy import FAMILIES as FAMILIES_BY_TYPE
 from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
 from moesaic.calibration.stream import LayerStream
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import CheckpointError, InputError
-from tests.tiny_models import FAMILIES, MOE_FAMILIES, MOE_VARIANTS, VARIANTS, VOCAB, build_tiny
+from tests.tiny_models import FAMILIES, MOE_FAMILIES, MOE_VARIANTS, MORE_FAMILIES, VARIANTS, VOCAB, build_tiny
 
 Tiny = Callable[[str], Path]
 WINDOWS, TOKENS = 3, 40  # windows are longer than the tiny models' sliding window of 16
@@ -36,7 +37,7 @@ def some_ids() -> Tensor:
 
 def opened(folder: Path, **options: Any) -> LayerStream:
     checkpoint = Checkpoint(folder)
-    moe = any(key in checkpoint.config for key in ("num_experts", "num_local_experts"))
+    moe = FAMILIES_BY_TYPE[checkpoint.config["model_type"]].moe is not None
     return LayerStream(checkpoint, read_anatomy(checkpoint.config, hierarchical=moe), some_ids(), **options)
 
 
@@ -59,7 +60,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("family", [*DENSE, *MOE])
+@pytest.mark.parametrize("family", [*DENSE, *MORE_FAMILIES, *MOE])
 def test_streaming_gives_the_logits_of_the_whole_model(tiny: Tiny, family: str) -> None:
     folder = tiny(family)
     stream = opened(folder, batch_windows=2)
@@ -71,6 +72,8 @@ def test_streaming_gives_the_logits_of_the_whole_model(tiny: Tiny, family: str) 
     ("family", "overrides"),
     [
         ("mistral", {"sliding_window": 16}),
+        ("falcon", {"alibi": True}),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
         ("llama", {"tie_word_embeddings": False, "num_hidden_layers": 3}),
         (

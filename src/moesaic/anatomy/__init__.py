@@ -74,7 +74,10 @@ def _d_ff(config: Config, family: Family, model_type: str) -> int:
 
 
 def _activation(config: Config, family: Family, model_type: str) -> str:
-    name = family.activation_of(config) if family.activation_of else require(config, family.activation, model_type)
+    if family.activation_of is not None:
+        name = family.activation_of(config)
+    else:
+        name = require(config, family.activation or "hidden_act", model_type)
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise UnsupportedModelError(
             f"this {model_type} model uses the activation {name!r}", f"supported: {', '.join(sorted(ACTIVATIONS))}"

@@ -93,11 +93,13 @@ class Family:
         bypass: Submodules of the decoder layer that become the identity because the FFN module takes over their work.
         d_model, d_ff, num_layers, heads, activation: Keys of config.json.
         d_ff_of: Computes d_ff where the value of its key is not the whole story (GPT-2: 4 x n_embd without it).
-        activation_of: Computes the activation where the value of its key is not the whole story (Gemma).
+        activation_of: Computes the activation where the value of its key is not the whole story (Gemma), or where there
+            is no key (LFM2).
         prefix: Prefix of the base model's tensors; checkpoints without it are read as well.
         renames: Parts of tensor names that the checkpoint spells otherwise than the model: (on disk, in the model).
         buffers: Ends of names of tensors that old checkpoints hold and that are no weights (causal masks, rotary
             tables).
+        layers_return_tuples: Its decoder layers return more than the hidden states (Falcon).
         refuse: Returns the reason why a config of this family cannot be converted, or None.
         moe: Set for families that are MoE already.
         text_models: Model types of wrappers' text models that compute the same where there is only text.
@@ -120,12 +122,13 @@ class Family:
     d_ff: str = "intermediate_size"
     num_layers: str = "num_hidden_layers"
     heads: str = "num_attention_heads"
-    activation: str = "hidden_act"
+    activation: str | None = "hidden_act"
     d_ff_of: Callable[[Config], int] | None = None
     activation_of: Callable[[Config], str] | None = None
     prefix: str = "model"
     renames: tuple[tuple[str, str], ...] = ()
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    layers_return_tuples: bool = False
     refuse: Callable[[Config], str | None] | None = None
     moe: MoENames | None = None
     text_models: tuple[str, ...] = ()

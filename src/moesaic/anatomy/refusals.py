@@ -11,7 +11,7 @@ from moesaic.anatomy.base import Config, Family
 from moesaic.errors import UnsupportedModelError
 
 # Activations that moesaic computes; moesaic.nn.ffn holds the functions (a test keeps the two alike).
-ACTIVATIONS = frozenset({"silu", "swish", "relu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"})
+ACTIVATIONS = frozenset({"silu", "swish", "relu", "relu2", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"})
 
 # fmt: off
 _ENCODERS = frozenset({

@@ -37,14 +37,19 @@ class Passed:
 
 
 class LayerStandIn(nn.Module):
-    """In the place of a decoder layer: returns what ``seen`` makes of the hidden states, else the hidden states."""
+    """In the place of a decoder layer: returns what ``seen`` makes of the hidden states, else the hidden states.
 
-    def __init__(self) -> None:
+    ``in_tuple``: as the first of a tuple, as the family's own layers do.
+    """
+
+    def __init__(self, in_tuple: bool = False) -> None:
         super().__init__()
+        self.in_tuple = in_tuple
         self.seen: Callable[[Tensor, Passed], Tensor] | None = None
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states if self.seen is None else self.seen(hidden_states, Passed(args, kwargs))
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+        made = hidden_states if self.seen is None else self.seen(hidden_states, Passed(args, kwargs))
+        return (made, None) if self.in_tuple else made
 
 
 class FFNStandIn(nn.Module):
@@ -121,7 +126,7 @@ class Skeleton:
         self.model = _without_weights(checkpoint.folder, dtype)
         self.names = frozenset(self.model.state_dict())
         self._layers = list(self.model.get_submodule(anatomy.family.layers).children())
-        self.stand_ins = [LayerStandIn() for _ in self._layers]
+        self.stand_ins = [LayerStandIn(anatomy.family.layers_return_tuples) for _ in self._layers]
         self.model.set_submodule(anatomy.family.layers, nn.ModuleList(self.stand_ins))
 
     @property
@@ -197,6 +202,11 @@ class Skeleton:
                     "config.json and the weights belong to different models",
                 )
             _replace(module, name, nn.Parameter(tensor.to(self.dtype), requires_grad=False))
+        kept = module.state_dict().keys()
+        for name, buffer in list(module.named_buffers()):
+            stored = self._stored_name(f"{path}.{name}" if path else name)
+            if name in kept and stored is not None:  # Gemma 4's factors of whole layers
+                _replace(module, name, self.checkpoint.finite_tensor(stored).to(buffer.dtype))
 
     def _stored_name(self, name: str) -> str | None:
         """How the checkpoint calls a parameter of the model; None when it is not there."""

@@ -200,7 +200,8 @@ class LayerStream:
         for batch in self._batches:
             if attention is not None and self._attention_NWD is not None:
                 attention.replay = self._attention_NWD[batch]
-            self._hidden_NWD[batch] = module(self._hidden_NWD[batch], *passed.args, **passed.kwargs)
+            made = module(self._hidden_NWD[batch], *passed.args, **passed.kwargs)
+            self._hidden_NWD[batch] = made[0] if self.anatomy.family.layers_return_tuples else made
         self._leave(self.layer + 1)
 
     def state(self) -> dict[str, Tensor]:

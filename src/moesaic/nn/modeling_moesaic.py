@@ -36,6 +36,7 @@ class MoesaicConfig(PreTrainedConfig):
         ffn_sites: Module path of each converted FFN -> its spec (shapes and switches, see :class:`MoEFeedForward`).
         ffn_bypass: Siblings of a converted FFN that become the identity, as it does their work (OPT's `fc2`).
         attention_sites: Module path of each pruned attention -> its spec (see :class:`PrunedAttention`).
+        ffn_activation: The FFNs' activation where the dense model's config does not name it (LFM2).
     """
 
     model_type = "moesaic"
@@ -52,6 +53,7 @@ class MoesaicConfig(PreTrainedConfig):
         ffn_sites: dict[str, dict[str, Any]] | None = None,
         ffn_bypass: Sequence[str] = (),
         attention_sites: dict[str, dict[str, Any]] | None = None,
+        ffn_activation: str | None = None,
         **kwargs: Any,
     ) -> None:
         if text_config is None:
@@ -62,6 +64,7 @@ class MoesaicConfig(PreTrainedConfig):
         self.ffn_sites = dict(ffn_sites or {})
         self.ffn_bypass = list(ffn_bypass)
         self.attention_sites = dict(attention_sites or {})
+        self.ffn_activation = ffn_activation
         super().__init__(**kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -89,7 +92,7 @@ def swap_ffns(
 
 def activation_name(config: PreTrainedConfig) -> str:
     """Name of the FFN's activation in a dense model's config."""
-    for key in ("hidden_activation", "hidden_act", "activation_function"):
+    for key in ("hidden_activation", "hidden_act", "activation_function", "activation"):
         if (name := getattr(config, key, None)) is not None:
             return name
     raise ValueError(f"no activation in the config of {config.model_type}")
@@ -125,7 +128,8 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         text_config = config.get_text_config()
         dense: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
         dense = dense(text_config)
-        swap_ffns(dense, config.ffn_sites, config.ffn_bypass, config.hidden_size, activation_name(text_config))
+        activation = config.ffn_activation or activation_name(text_config)
+        swap_ffns(dense, config.ffn_sites, config.ffn_bypass, config.hidden_size, activation)
         swap_attention(dense, config.attention_sites)
         self.__dict__["_dense"] = dense
         self.__dict__["_modules"] = dense._modules

@@ -54,6 +54,7 @@ class Moesaic(Target):
             "ffn_sites": {path: dict(spec) for path, spec in split.specs.items()},
             "ffn_bypass": list(split.anatomy.family.bypass),
             **({"attention_sites": attention} if attention else {}),
+            **({"ffn_activation": split.anatomy.activation} if split.anatomy.family.activation is None else {}),
             "moesaic": dict(provenance),
         } | {key: dense[key] for key in _CARRIED if key in dense}
 

@@ -10,15 +10,18 @@ from importlib import import_module
 from moesaic.anatomy.base import Family
 
 _DENSE = (
+    "arcee",
     "cohere",
     "cohere2",
     "cwm",
     "diffllama",
     "ernie4_5",
     "exaone4",
+    "falcon",
     "gemma",
     "gemma2",
     "gemma3_text",
+    "gemma4_text",
     "glm",
     "glm4",
     "gpt2",
@@ -28,11 +31,13 @@ _DENSE = (
     "helium",
     "hunyuan_v1_dense",
     "hyperclovax",
+    "lfm2",
     "llama",
     "minicpm3",
     "ministral",
     "ministral3",
     "mistral",
+    "nemotron",
     "olmo",
     "olmo2",
     "olmo3",
@@ -46,6 +51,7 @@ _DENSE = (
     "smollm3",
     "stablelm",
     "starcoder2",
+    "vaultgemma",
     "youtu",
 )
 _MOE = (
