@@ -70,6 +70,7 @@ def one(
 ) -> dict[str, Any]:
     """Convert, verify and evaluate; the figures, or what was refused. ``keep``: where the blueprint is copied."""
     started = time.monotonic()
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
     try:
         calibration = {"tokens": tokens, "window": WINDOW}
         done = moesaic.convert(dense, out, calibration=calibration, restart=True, **case)
