@@ -86,7 +86,7 @@ def test_targets_are_listed_and_a_model_without_any_has_its_reason(run: Run, tin
     ("family", "options", "remark"),
     [
         ("llama", (), "--router oracle"),
-        ("llama", ("--router", "oracle"), "written as a stock architecture where one holds"),
+        ("llama", ("--router", "oracle"), "written as glm4_moe where attention and norms fit"),
         ("llama", ("--target", "glm4_moe", "--router", "decisions"), "written as glm4_moe, for transformers, vLLM"),
         ("gpt2", (), "no gate path"),
         ("gemma2", ("--target", "moesaic"), "trust_remote_code"),
