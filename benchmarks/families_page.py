@@ -2,7 +2,7 @@
 
     python -m benchmarks.families_page
 
-A model type that stands nowhere is an error: describe it (docs/contributing-family.md) or say in ``anatomy/others.py``
+A model type that stands nowhere is an error: describe it (CONTRIBUTING.md) or say in ``anatomy/others.py``
 why not.
 """
 
@@ -23,7 +23,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 _HEAD = """# Model families
 
 Every model type of which transformers {version} builds a causal language model. `python -m benchmarks.families_page`
-writes this page from the tables, and a test wants it current. [How to add a family](contributing-family.md).
+writes this page from the tables, and a test wants it current. [How to add a family](../CONTRIBUTING.md#add-a-family).
 """
 _DENSE = """
 ## Dense models that can be converted

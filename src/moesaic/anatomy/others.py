@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DECODERS = "moesaic converts decoder-only transformers"
-HOW_TO_ADD = "docs/contributing-family.md says how a family is added, docs/families.md lists all"
+HOW_TO_ADD = "CONTRIBUTING.md says how a family is added, docs/families.md lists all"
 
 
 @dataclass(frozen=True)
