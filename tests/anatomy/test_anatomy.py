@@ -154,6 +154,7 @@ def facts(config: dict) -> dict[str, Any]:
     return {
         "head_dim": attention.head_dim,
         "fused": "qkv_proj" in parts,
+        "adjacent": sys.modules[type(attention).__module__].rotate_half(torch.arange(4))[0].item() == -1,
         "qkv_bias": (parts.get("q_proj") or parts["qkv_proj"]).bias is not None,
         "o_bias": parts["o_proj"].bias is not None,
         "qk_norm": "none" if norm is None else "head" if norm.weight.numel() == attention.head_dim else "full",
@@ -177,6 +178,7 @@ def test_what_the_table_says_of_attention_is_what_the_model_has(family: str, bia
     assert facts(config) == {
         "head_dim": head_dim(read_anatomy(config)),
         "fused": table.attention.fused,
+        "adjacent": table.attention.adjacent,
         "qk_norm": table.attention.qk_norm,
         **{name: biases if isinstance(fact, str) else fact for name, fact in switches.items()},
     }

@@ -145,9 +145,11 @@ def unequal(paths: list[str]) -> dict[str, LayerPlan]:
     }
 
 
-@pytest.mark.parametrize("exact_weights", [False, True])
-def test_glm4_moe_holds_layers_that_differ_and_leading_dense_ones(exact_weights: bool, tmp_path: Path) -> None:
-    folder = build_tiny("qwen2", tmp_path / "dense", num_hidden_layers=5)
+@pytest.mark.parametrize(("family", "exact_weights"), [("qwen2", False), ("qwen2", True), ("glm", True)])
+def test_glm4_moe_holds_layers_that_differ_and_leading_dense_ones(
+    family: str, exact_weights: bool, tmp_path: Path
+) -> None:
+    folder = build_tiny(family, tmp_path / "dense", num_hidden_layers=5)
     plans = unequal([f"model.layers.{layer}.mlp" for layer in range(1, 5)])
     options = TargetOptions(exact_weights=exact_weights)
     run = run_stock(write(folder, plans, tmp_path / "out", "glm4_moe", options))

@@ -23,7 +23,7 @@ class AttentionSupport:
 def attention_support(anatomy: Anatomy) -> AttentionSupport:
     """What can be pruned in a model's attention: needs separate q_proj, k_proj, v_proj, o_proj and half-split RoPE."""
     model_type, attention = anatomy.family.model_type, anatomy.family.attention
-    if attention is None or attention.fused:
+    if attention is None or attention.fused or attention.adjacent:
         reason = f"the attention of {model_type} has not the four projections and the half-split RoPE that it takes"
         return AttentionSupport(reason, reason)
     rope = anatomy.config.get("rope_parameters") or anatomy.config.get("rope_scaling") or {}

@@ -64,13 +64,14 @@ MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling", 
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention as most families have it: q_proj, k_proj, v_proj and o_proj in ``self_attn``, with half-split RoPE.
+    """Attention as most families have it: q_proj, k_proj, v_proj and o_proj in ``self_attn``, with RoPE.
 
     Attributes:
         qkv_bias, o_bias: Whether these projections have biases: always, never, or as that key of config.json says.
         qk_norm: Norm of queries and keys: none, per head, or over all heads at once.
         head_dim: Width of a head where config.json does not say it; None: the model's width over the heads.
         fused: The first three are one matrix, ``qkv_proj`` (Phi-3).
+        adjacent: RoPE rotates neighbouring coordinates, 2 i and 2 i + 1 (GLM), and not i and i + half.
     """
 
     qkv_bias: bool | str = False
@@ -78,6 +79,7 @@ class Attention:
     qk_norm: QKNorm = "none"
     head_dim: int | None = None
     fused: bool = False
+    adjacent: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from moesaic.anatomy.base import Config, Family
+from moesaic.anatomy.others import DECODERS, HOW_TO_ADD, kind_of
 from moesaic.errors import UnsupportedModelError
 
 # Activations that moesaic computes; moesaic.nn.ffn holds the functions (a test keeps the two alike).
 ACTIVATIONS = frozenset({"silu", "swish", "relu", "relu2", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"})
 
-# fmt: off
-_ENCODERS = frozenset({
-    "albert", "bert", "big_bird", "camembert", "canine", "convbert", "deberta", "deberta-v2", "distilbert",
-    "electra", "ernie", "esm", "eurobert", "flaubert", "fnet", "funnel", "gte", "ibert", "layoutlm",
-    "longformer", "luke", "megatron-bert", "mobilebert", "modernbert", "mpnet", "mra", "nomic_bert",
-    "nystromformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert", "xlm",
-    "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso",
-})
-_ENCODER_DECODERS = frozenset({
-    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "encoder-decoder", "fsmt", "led", "longt5",
-    "m2m_100", "marian", "mbart", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet",
-    "seamless_m4t", "speech_to_text", "switch_transformers", "t5", "t5gemma", "udop", "umt5", "whisper",
-})
-_STATE_SPACE = frozenset({
-    "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "mamba", "mamba2", "nemotron_h",
-    "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
-})
-# fmt: on
 _HEADS = (
     "ForSequenceClassification",
     "ForTokenClassification",
@@ -54,7 +36,9 @@ def refuse_foreign(config: Config, families: Mapping[str, Family]) -> None:
     for check in (_moesaic, _quantised):
         check(config, model_type)
     _multimodal(config, model_type, families)
-    for check in (_other_kind, _head, _tuples, _token_ids, _numbers, _dtype):
+    if model_type not in families:
+        _other_kind(config, model_type)
+    for check in (_head, _tuples, _token_ids, _numbers, _dtype):
         check(config, model_type)
     if model_type not in families:
         _unknown(config, model_type, sorted(families))
@@ -157,15 +141,10 @@ def refuse_layers(config: Config, num_layers: int) -> None:
 
 
 def _other_kind(config: Config, model_type: str) -> None:
-    if model_type in _ENCODERS:
-        kind = "an encoder without a language-model head"
-    elif model_type in _ENCODER_DECODERS or config.get("is_encoder_decoder"):
-        kind = "an encoder-decoder"
-    elif model_type in _STATE_SPACE:
-        kind = "a state-space or recurrent model"
-    else:
-        return
-    raise UnsupportedModelError(f"{model_type} is {kind}", "moesaic converts decoder-only transformers")
+    if kind := kind_of(model_type):
+        raise UnsupportedModelError(f"{model_type} {kind.reason}", kind.hint)
+    if config.get("is_encoder_decoder"):
+        raise UnsupportedModelError(f"{model_type} is an encoder-decoder", DECODERS)
 
 
 def _head(config: Config, model_type: str) -> None:
@@ -182,11 +161,13 @@ def _head(config: Config, model_type: str) -> None:
 def _unknown(config: Config, model_type: str, known: list[str]) -> None:
     if any(isinstance(config.get(key), int) and config[key] > 1 for key in _EXPERT_KEYS):
         raise UnsupportedModelError(
-            f"{model_type} is already a Mixture of Experts, of a family that moesaic does not know",
-            f"known families: {', '.join(known)}",
+            f"{model_type} is already a Mixture of Experts, of a family that moesaic does not know", HOW_TO_ADD
         )
-    near = difflib.get_close_matches(model_type, known, n=1)
-    suggestion = f"did you mean {near[0]}? " if near else ""
-    raise UnsupportedModelError(
-        f"moesaic does not know the model type {model_type!r}", f"{suggestion}known: {', '.join(known)}"
-    )
+    # Only another spelling: a name that is merely near may be another family.
+    near = [name for name in known if _letters(name) == _letters(model_type)]
+    hint = f"did you mean {near[0]}?" if near else HOW_TO_ADD
+    raise UnsupportedModelError(f"moesaic does not know the model type {model_type!r}", hint)
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())

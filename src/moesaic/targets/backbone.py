@@ -27,7 +27,8 @@ class Backbone:
         window_everywhere: Whether all layers have it.
         multipliers: Granite's factors, all 1 (and 1/sqrt(head_dim)) in other families.
         ffn_bias: Whether the FFNs have biases.
-        fused: Whether q, k, v and gate, up are stored as one matrix each (Phi-3).
+        fused: Whether q, k, v are stored as one matrix (Phi-3).
+        adjacent: Whether RoPE rotates neighbouring coordinates.
         tied: Whether the head is the embedding matrix.
     """
 
@@ -44,6 +45,7 @@ class Backbone:
     multipliers: dict[str, float]
     ffn_bias: bool
     fused: bool
+    adjacent: bool
     tied: bool
 
     @property
@@ -98,6 +100,7 @@ def read_backbone(anatomy: Anatomy) -> Backbone:
         multipliers={key: float(getattr(config, key)) for key in plain} if family.multipliers else plain,
         ffn_bias=_stated(family.ffn_bias, config),
         fused=attention.fused,
+        adjacent=attention.adjacent,
         tied=bool(config.tie_word_embeddings),
     )
 

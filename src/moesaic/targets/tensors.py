@@ -32,7 +32,10 @@ class MoELayer:
 
 
 def kept_tensors(split: Split, layer: int, copied: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A decoder layer's tensors but for its FFN; fused query, key, value matrices are split (Phi-3)."""
+    """A decoder layer's tensors but for its FFN, with query, key and value as stock architectures have them.
+
+    Those that are one matrix are split (Phi-3), and rows are ordered for RoPE on the two halves of a head (GLM).
+    """
     backbone = read_backbone(split.anatomy)
     ffn = f"{split.path_of(layer)}."
     kept: dict[str, Tensor] = {}
@@ -43,9 +46,19 @@ def kept_tensors(split: Split, layer: int, copied: Mapping[str, Tensor]) -> dict
             rows = [backbone.head_dim * heads for heads in _heads(backbone)]
             for part, piece in zip(("q_proj", "k_proj", "v_proj"), tensor.split(rows), strict=True):
                 kept[name.replace("qkv_proj", part)] = piece.clone()
+        elif backbone.adjacent and (".q_proj." in name or ".k_proj." in name):
+            kept[name] = _in_halves(tensor, backbone)
         else:
             kept[name] = tensor
     return kept
+
+
+def _in_halves(rows: Tensor, backbone: Backbone) -> Tensor:
+    """The rows (or bias) of all heads, with the two coordinates of each rotated pair in the two halves."""
+    rotated = int(backbone.head_dim * backbone.partial_rotary)
+    heads = rows.reshape(-1, backbone.head_dim, *rows.shape[1:])
+    pairs = heads[:, :rotated].unflatten(1, (rotated // 2, 2)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([pairs, heads[:, rotated:]], dim=1).reshape(rows.shape).contiguous()
 
 
 def _heads(backbone: Backbone) -> tuple[int, int, int]:
@@ -58,7 +71,7 @@ def dense_ffn(split: Split, layer: int, copied: Mapping[str, Tensor], packed: Pa
     path = split.path_of(layer)
     if path in split.plans:
         branch, _ = cut(packed[path], split.plans[path])
-    elif read_backbone(split.anatomy).fused:
+    elif split.anatomy.family.names.fused:
         gate_MD, up_MD = copied[f"{path}.gate_up_proj.weight"].chunk(2)
         branch = Branch(gate_MD, up_MD, copied[f"{path}.down_proj.weight"])
     else:

@@ -1,0 +1,116 @@
+"""Model types that are no family of ours, by the reason. docs/families.md is made from it, refusals read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DECODERS = "moesaic converts decoder-only transformers"
+HOW_TO_ADD = "CONTRIBUTING.md says how a family is added, docs/families.md lists all"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Model types that are refused for one reason.
+
+    Attributes:
+        reason: Goes on after the name of the model type.
+        hint: What to do instead.
+        status: ``possible`` where nothing but a description is missing.
+        model_types: As in config.json.
+    """
+
+    reason: str
+    hint: str
+    status: Literal["refused", "possible"]
+    model_types: frozenset[str]
+
+
+def _kind(
+    reason: str, model_types: str, hint: str = DECODERS, status: Literal["refused", "possible"] = "refused"
+) -> Kind:
+    return Kind(reason, hint, status, frozenset(model_types.split()))
+
+
+KINDS: tuple[Kind, ...] = (
+    _kind(
+        "is a dense decoder that nobody has described yet",
+        "bert-generation biogpt bloom codegen cohere_compass_text cpmant ctrl doge exaone gemma4_unified_text gpt-sw3"
+        " gpt_bigcode gpt_neo gpt_neox_japanese granite_swa internlm3 iquestcoder jais2 lfm3 modernbert-decoder mpt"
+        " nanochat olmo_hybrid openai-gpt persimmon xglm",
+        HOW_TO_ADD,
+        "possible",
+    ),
+    _kind(
+        "is a Mixture of Experts that nobody has described yet",
+        "afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4"
+        " dots1 dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm_moe_dsa"
+        " hunyuan_v1_moe hy_v3 hy_v4 inkling2_loop_text inkling2_text inkling_text kimi_linear kolibri1 laguna"
+        " lara_mini lfm2_moe longcat_flash mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text phimoe"
+        " qwen3_5_moe_text qwen3_next qwen4_exp_text sarvam_mla sarvam_moe solar_open zaya",
+        HOW_TO_ADD,
+        "possible",
+    ),
+    _kind(
+        "is a Mixture of Experts whose checkpoints hold all experts of a layer in one tensor",
+        "dbrx granitemoe granitemoe_swa granitemoeshared jetmoe llama4_text",
+        "moesaic splits experts that have matrices of their own on disk; docs/families.md lists those families",
+    ),
+    _kind(
+        "is a Mixture of Experts whose experts clamp their neurons and hold gate and up interleaved",
+        "gpt_oss",
+        "moesaic splits experts of the form down(act(gate) * up); docs/families.md lists those families",
+    ),
+    _kind(
+        "has an activation with learned parameters, xIELU, for which experts have no place",
+        "apertus apertus1p5_text",
+        "docs/families.md lists the families that can be converted",
+    ),
+    _kind(
+        "multiplies gate and output of its FFN by factors of the config, for which experts have no place",
+        "falcon_h1",
+        "docs/families.md lists the families that can be converted",
+    ),
+    _kind(
+        "has a norm inside its FFN, over all neurons, so that they cannot be computed apart",
+        "bitnet dory",
+        "docs/families.md lists the families that can be converted",
+    ),
+    _kind(
+        "gives each layer an embedding of its own and keeps the largest neurons only",
+        "gemma3n_text",
+        "docs/families.md lists the families that can be converted",
+    ),
+    _kind(
+        "runs its layers several times, which calibration layer by layer does not",
+        "hrm_text",
+        "docs/families.md lists the families that can be converted",
+    ),
+    _kind("reads bytes with several transformers", "blt"),
+    _kind("generates speech or music", "moshi musicgen musicgen_melody"),
+    _kind("reads text off images", "git trocr"),
+    _kind("drafts tokens for another model", "gemma4_assistant"),
+    _kind("is no autoregressive decoder of the common form", "reformer xlnet"),
+    _kind(
+        "is an encoder without a language-model head",
+        "albert bert big_bird camembert canine convbert data2vec-text deberta deberta-v2 distilbert electra ernie esm"
+        " eurobert flaubert fnet funnel gte ibert layoutlm longformer luke megatron-bert mobilebert modernbert mpnet"
+        " mra nomic_bert nystromformer rembert roberta roberta-prelayernorm roc_bert roformer squeezebert xlm"
+        " xlm-roberta xlm-roberta-xl xmod yoso",
+    ),
+    _kind(
+        "is an encoder-decoder",
+        "bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder fsmt led longt5 m2m_100 marian mbart mt5 mvp"
+        " nllb-moe pegasus pegasus_x plbart prophetnet seamless_m4t speech_to_text switch_transformers t5 t5gemma udop"
+        " umt5 whisper",
+    ),
+    _kind(
+        "is a state-space or recurrent model",
+        "bamba falcon_mamba granitemoehybrid jamba mamba mamba2 nemotron_h recurrent_gemma rwkv xlstm zamba zamba2",
+    ),
+)
+
+
+def kind_of(model_type: str) -> Kind | None:
+    """Why a model type is no family; None where nothing is known of it."""
+    return next((kind for kind in KINDS if model_type in kind.model_types), None)
