@@ -37,16 +37,22 @@ REFUSED: dict[str, tuple[dict[str, Any], bool, str, str]] = {
     "gemma 3 multimodal": (
         {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}, "vision_config": {}},
         False,
-        "multimodal wrapper around gemma3_text",
-        "save its text model as a gemma3_text checkpoint",
+        "multimodal wrapper around gemma3_text, whose text model is converted",
+        "give its folder",
     ),
-    "llava": (
-        {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {}},
+    "another wrapper": (
+        {"model_type": "janus", "text_config": {"model_type": "llama"}, "vision_config": {}},
         False,
-        "llava is a multimodal wrapper around llama",
-        "text model",
+        "janus is a multimodal wrapper around llama, and moesaic does not know how it wraps it",
+        "converted: gemma3, .*qwen3_vl",
     ),
-    "flat multimodal": ({"model_type": "qwen2_vl", "vision_config": {}}, False, "around qwen2_vl_text", "a qwen2 ch"),
+    "cross-attention to images": ({"model_type": "mllama", "vision_config": {}}, False, "attend to the image", ""),
+    "wrapped MoE": (
+        {"model_type": "qwen3_vl_moe", "text_config": {"model_type": "qwen3_vl_moe_text", "num_experts": 8}},
+        False,
+        "around qwen3_vl_moe_text, which is already a Mixture of Experts",
+        "dense",
+    ),
     "multimodal around an unknown one": (
         {"model_type": "new", "text_config": {"model_type": "new_text"}},
         False,
