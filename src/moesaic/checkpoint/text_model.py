@@ -8,6 +8,7 @@ from typing import Any
 
 from moesaic.anatomy.base import Config
 from moesaic.anatomy.wrappers import CHANGES_LOGITS, LOGITS, PLAIN
+from moesaic.checkpoint.head import FLAG
 from moesaic.errors import CheckpointError, UnsupportedModelError
 
 _OF_ALL = ("quantization_config", "compression_config", "_name_or_path", "license")
@@ -33,30 +34,12 @@ def text_config(config: Config, *, own_head: bool | None = None) -> dict[str, An
         UnsupportedModelError: this version of transformers does not know the wrapper, or the wrapper does not compute
             what its text model computes.
     """
-    from transformers import CONFIG_MAPPING, PreTrainedConfig
+    from transformers import PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    wrapper = config["model_type"]
-    if wrapper not in CONFIG_MAPPING:
-        raise UnsupportedModelError(f"this version of transformers does not know {wrapper}", "upgrade transformers")
-    try:
-        text: Any = CONFIG_MAPPING[wrapper].from_dict(copy.deepcopy(dict(config))).get_text_config()
-        if text.model_type in PLAIN:
-            text = CONFIG_MAPPING[PLAIN[text.model_type]].from_dict(_without_images(text.to_dict()))
-        read = text.to_dict()
-    except Exception as error:  # what a bad value raises is up to each class
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"transformers cannot read the config.json of this {wrapper} model: {reason}", "is it complete?"
-        ) from error
-    changed = [key for key, usual in LOGITS.items() if read.get(key) not in (None, usual)]
-    if changed and wrapper not in CHANGES_LOGITS:
-        raise UnsupportedModelError(
-            f"{wrapper} computes logits without {changed[0]} = {read[changed[0]]} of its text model {text.model_type}",
-            f"set {changed[0]} in text_config to {json.dumps(LOGITS[changed[0]])}, which is what {wrapper} does",
-        )
-    left_out = {"transformers_version", "architectures", *_OF_ALL}
+    read = _read(config)
     usual = PreTrainedConfig().to_dict()
+    left_out = {"transformers_version", "architectures", *_OF_ALL}
     values = {key: read[key] for key in read if key not in left_out and (key not in usual or read[key] != usual[key])}
     own = config.get("text_config") or {}
     for key in _INHERITED:
@@ -64,12 +47,41 @@ def text_config(config: Config, *, own_head: bool | None = None) -> dict[str, An
         if (value := next((value for value in found if value is not None), None)) is not None:
             values[key] = value
     values |= {key: config[key] for key in _OF_ALL if key in config}
-    values["tie_word_embeddings"] = own_head is False or bool(
-        config.get("tie_word_embeddings", text.tie_word_embeddings)
-    )
-    if name := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type):
+    values[FLAG] = own_head is False or bool(config.get(FLAG, read.get(FLAG)))
+    if name := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(read["model_type"]):
         values["architectures"] = [name]
     return values
+
+
+def _read(config: Config) -> dict[str, Any]:
+    """All values of the text model's config, of the class that computes the same without images."""
+    from transformers import CONFIG_MAPPING
+    from transformers.utils import logging
+
+    wrapper = config["model_type"]
+    if wrapper not in CONFIG_MAPPING:
+        raise UnsupportedModelError(f"this version of transformers does not know {wrapper}", "upgrade transformers")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its advice on the config is not for the one who converts
+    try:
+        text: Any = CONFIG_MAPPING[wrapper].from_dict(copy.deepcopy(dict(config))).get_text_config()
+        if text.model_type in PLAIN:
+            text = CONFIG_MAPPING[PLAIN[text.model_type]].from_dict(_without_images(text.to_dict()))
+        read: dict[str, Any] = text.to_dict()
+    except Exception as error:  # what a bad value raises is up to each class
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"transformers cannot read the config.json of this {wrapper} model: {reason}", "is it complete?"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    changed = next((key for key in LOGITS if read.get(key) not in (None, LOGITS[key])), None)
+    if changed is not None and wrapper not in CHANGES_LOGITS:
+        raise UnsupportedModelError(
+            f"{wrapper} computes logits without {changed} = {read[changed]} of its text model {read['model_type']}",
+            f"set {changed} in text_config to {json.dumps(LOGITS[changed])}, which is what {wrapper} does",
+        )
+    return read
 
 
 def _without_images(values: dict[str, Any]) -> dict[str, Any]:
