@@ -83,16 +83,15 @@ def _multimodal(config: Config, model_type: str, families: Mapping[str, Family])
         why = "whose text model is converted"
         hint = "give its folder, or the config that moesaic.checkpoint.text_model.text_config makes of this one"
         raise UnsupportedModelError(f"{model_type} is a multimodal wrapper around {text_type}, {why}", hint)
-    known = f"wrappers whose text model is converted: {', '.join(WRAPPERS)}"
     if reason := CHANGED.get(model_type):
-        raise UnsupportedModelError(f"{model_type} is a multimodal wrapper, and {reason}", known)
-    if any(isinstance(text.get(key), int) and text[key] > 1 for key in _EXPERT_KEYS):
-        why, hint = "which is already a Mixture of Experts", "moesaic splits the text models of dense wrappers"
+        message = f"{model_type} is a multimodal wrapper, and {reason}"
+    elif any(isinstance(text.get(key), int) and text[key] > 1 for key in _EXPERT_KEYS):
+        message = f"{model_type} is a multimodal wrapper around {text_type}, which is already a Mixture of Experts"
     elif text_type in families:
-        why, hint = "and moesaic does not know how it wraps it", known
+        message = f"moesaic does not know the multimodal wrapper {model_type}, though its text model, {text_type}"
     else:
-        why, hint = "which moesaic does not know", f"text models that it knows: {', '.join(sorted(families))}"
-    raise UnsupportedModelError(f"{model_type} is a multimodal wrapper around {text_type}, {why}", hint)
+        message = f"{model_type} is a multimodal wrapper around {text_type}, which moesaic does not know"
+    raise UnsupportedModelError(message, f"{RECIPES} lists the wrappers whose text model is converted")
 
 
 def _tuples(config: Config, model_type: str) -> None:
