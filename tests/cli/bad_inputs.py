@@ -175,7 +175,7 @@ MODELS = [
     Bad(
         "no head", _CONVERT, "no language-model head", arrange=config(architectures=["LlamaForSequenceClassification"])
     ),
-    Bad("multimodal", _CONVERT, "multimodal wrapper around llama", arrange=config(text_config={"model_type": "llama"})),
+    Bad("multimodal", _CONVERT, "multimodal wrapper llama", arrange=config(text_config={"model_type": "llama"})),
     Bad(
         "quantised, by config",
         _CONVERT,

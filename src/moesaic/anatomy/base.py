@@ -104,7 +104,6 @@ class Family:
         layers_return_tuples: Its decoder layers return more than the hidden states (Falcon).
         refuse: Returns the reason why a config of this family cannot be converted, or None.
         moe: Set for families that are MoE already.
-        text_models: Model types of wrappers' text models that compute the same where there is only text.
         attention: None where it is of another form: it is then neither pruned nor written for a stock architecture.
         norms: Where norms stand: before attention and FFN, after them, or both. After: the size of the FFN's output
             says nothing of what is added to the residual stream.
@@ -133,7 +132,6 @@ class Family:
     layers_return_tuples: bool = False
     refuse: Callable[[Config], str | None] | None = None
     moe: MoENames | None = None
-    text_models: tuple[str, ...] = ()
     attention: Attention | None = None
     norms: Norms = "before"
     ffn_bias: bool | str = False

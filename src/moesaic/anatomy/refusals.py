@@ -8,6 +8,7 @@ from typing import Any
 
 from moesaic.anatomy.base import Config, Family
 from moesaic.anatomy.others import DECODERS, HOW_TO_ADD, kind_of
+from moesaic.anatomy.wrappers import CHANGED, WRAPPERS
 from moesaic.errors import UnsupportedModelError
 
 # Activations that moesaic computes; moesaic.nn.ffn holds the functions (a test keeps the two alike).
@@ -76,18 +77,21 @@ def _multimodal(config: Config, model_type: str, families: Mapping[str, Family])
     inner = config.get("text_config") or config.get("llm_config") or config.get("thinker_config")
     if not isinstance(inner, dict) and not any(key in config for key in ("vision_config", "audio_config")):
         return
-    text_type = inner.get("model_type") if isinstance(inner, dict) else None
-    text_type = text_type or f"{model_type}_text"  # files from before wrappers named it
-    plain = next((family.model_type for family in families.values() if text_type in family.text_models), text_type)
-    if plain in families:
-        raise UnsupportedModelError(
-            f"{model_type} is a multimodal wrapper around {text_type}",
-            f"save its text model as a {plain} checkpoint and convert that: {RECIPES} has the lines",
-        )
-    raise UnsupportedModelError(
-        f"{model_type} is a multimodal wrapper around {text_type}, which moesaic does not know",
-        f"text models that it knows: {', '.join(sorted(families))}",
-    )
+    text: Config = inner if isinstance(inner, dict) else {}
+    text_type = text.get("model_type") or f"{model_type}_text"  # files from before wrappers named it
+    if model_type in WRAPPERS:  # a folder is read as its text model; only a config by itself comes here
+        why = "whose text model is converted"
+        hint = "give its folder, or the config that moesaic.checkpoint.text_model.text_config makes of this one"
+        raise UnsupportedModelError(f"{model_type} is a multimodal wrapper around {text_type}, {why}", hint)
+    if reason := CHANGED.get(model_type):
+        message = f"{model_type} is a multimodal wrapper, and {reason}"
+    elif any(isinstance(text.get(key), int) and text[key] > 1 for key in _EXPERT_KEYS):
+        message = f"{model_type} is a multimodal wrapper around {text_type}, which is already a Mixture of Experts"
+    elif text_type in families:
+        message = f"moesaic does not know the multimodal wrapper {model_type}, though its text model, {text_type}"
+    else:
+        message = f"{model_type} is a multimodal wrapper around {text_type}, which moesaic does not know"
+    raise UnsupportedModelError(message, f"{RECIPES} lists the wrappers whose text model is converted")
 
 
 def _tuples(config: Config, model_type: str) -> None:

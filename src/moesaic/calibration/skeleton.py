@@ -11,14 +11,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moesaic.anatomy.base import Anatomy
+from moesaic.checkpoint.loading import model_config
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import CheckpointError
 
@@ -123,7 +123,7 @@ class Skeleton:
         self.checkpoint = checkpoint
         self.anatomy = anatomy
         self.dtype = dtype
-        self.model = _without_weights(checkpoint.folder, dtype)
+        self.model = _without_weights(checkpoint, dtype)
         self.names = frozenset(self.model.state_dict())
         self._layers = list(self.model.get_submodule(anatomy.family.layers).children())
         self.stand_ins = [LayerStandIn(anatomy.family.layers_return_tuples) for _ in self._layers]
@@ -215,17 +215,16 @@ class Skeleton:
         return next((candidate for candidate in candidates if candidate in self.checkpoint), None)
 
 
-def _without_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _without_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters on the "meta" device and buffers in memory. Raises CheckpointError for a bad config."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(model_config(checkpoint), dtype=dtype, trust_remote_code=False)
     except Exception as error:  # what a bad value raises is up to each model
         reason = " ".join(str(error).split())[:200]
         pad = "set pad_token_id in config.json to one of the model's own tokens, such as eos_token_id"
         raise CheckpointError(
-            f"{folder}: transformers cannot build this model: {reason}",
+            f"{checkpoint.folder}: transformers cannot build this model: {reason}",
             pad if "Padding_idx" in reason else "check config.json",
         ) from error
     for name, buffer in list(model.named_buffers()):

@@ -99,7 +99,7 @@ def _stored_site(checkpoint: StoredNames, site: FFNSite) -> FFNSite:
 
 
 def _under_another_prefix(checkpoint: StoredNames, wanted: str) -> str | None:
-    """The name of this tensor where a wrapper (compiled, parallel, multimodal) has put words before it or into it."""
+    """The name of this tensor where a wrapper (compiled, parallel) has put words before it or into it."""
     below = wanted.partition(".")[2]
     return next((name for name in checkpoint.names if name.endswith(f".{below}")), None)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.anatomy.wrappers import wrapper_of
+from moesaic.checkpoint.reader import CONFIG, Checkpoint, read_json
 from moesaic.errors import CheckpointError, VerificationError
 
 GENERATION = "generation_config.json"
@@ -13,7 +15,7 @@ _FAULTS = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeE
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedConfig
 
 
 def no_generation() -> GenerationConfig:
@@ -24,7 +26,9 @@ def no_generation() -> GenerationConfig:
 
 
 def load_model(folder: Path, dtype: torch.dtype | str) -> Any:
-    """The causal language model in ``folder``, in evaluation mode; code of its own is never run.
+    """The causal language model in ``folder``, in evaluation mode; of a multimodal wrapper the text model.
+
+    Code of its own is never run.
 
     Its generation settings are left unread: nothing that is measured depends on them, and some cannot be read.
 
@@ -64,14 +68,13 @@ def _loaded(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
     from moesaic.nn.register import register
 
     register()
+    shared = {"dtype": dtype, "output_loading_info": True, "generation_config": no_generation()}
+    wrapped = Checkpoint(folder) if (folder / CONFIG).is_file() and wrapper_of(read_json(folder / CONFIG)) else None
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            trust_remote_code=False,
-            output_loading_info=True,
-            generation_config=no_generation(),
-        )
+        if wrapped is not None:
+            loaded: Any = _text_model(wrapped, **shared)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **shared)
     except (
         OSError,
         RuntimeError,
@@ -87,6 +90,26 @@ def _loaded(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
             f"transformers cannot load {folder}: {reason}", "try AutoModelForCausalLM.from_pretrained on it"
         ) from error
     return loaded
+
+
+def _text_model(checkpoint: Checkpoint, **options: Any) -> Any:
+    """``from_pretrained`` of the text model in a wrapper, whose files have other names for its tensors."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = model_config(checkpoint)
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names}
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # Without a folder, transformers takes the tensors that it is given.
+    return kind.from_pretrained(None, config=config, state_dict=tensors, **options)
+
+
+def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """transformers' config of the checkpoint's model. Raises whatever transformers raises."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if checkpoint.wrapper is None:
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    return CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(checkpoint.config)
 
 
 def generation_fault(folder: Path) -> str | None:

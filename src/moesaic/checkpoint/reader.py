@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesaic.anatomy.refusals import MERGE_HINT
-from moesaic.checkpoint.side_files import side_files
+from moesaic.anatomy.refusals import MERGE_HINT, RECIPES
+from moesaic.anatomy.wrappers import HEAD, parts, text_names, wrapper_of
+from moesaic.checkpoint.side_files import PROCESSORS, side_files
+from moesaic.checkpoint.text_model import text_config
 from moesaic.errors import CheckpointError, InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -53,10 +55,17 @@ class TensorInfo:
 class StoredNames:
     """What a checkpoint folder is and which tensors it names: config.json, and the index or the header of the one file.
 
-    Needs neither torch nor numpy, and does not see all that :class:`Checkpoint` sees.
+    A multimodal wrapper is read as the checkpoint of its text model: config, names and tensors are that model's.
+    Needs neither torch nor numpy, but for a wrapper, and does not see all that :class:`Checkpoint` sees.
 
     Args:
         folder: As for :class:`Checkpoint`.
+
+    Attributes:
+        config: The content of config.json.
+        names: Of the tensors.
+        wrapper: ``model_type`` of the wrapper that the folder holds; None for all other models.
+        left_out: The wrapper's modules that are not read.
 
     Raises:
         As :class:`Checkpoint`, but for what is wrong in a shard.
@@ -68,20 +77,34 @@ class StoredNames:
         self.config: dict[str, Any] = read_json(self.folder / CONFIG)
         self._weight_map = self._read_weight_map()
         self._files = self._shards(self._weight_map)
-        self.names: tuple[str, ...] = tuple(self._weight_map or _names_in(self._files[0]))
+        self.wrapper = wrapper_of(self.config)
+        self.left_out: tuple[str, ...] = ()
+        self._read_names(self._weight_map or _names_in(self._files[0]))
+        if self.wrapper is not None:
+            self.config = text_config(self.config, own_head=HEAD in self)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._known
-
-    @functools.cached_property
-    def _known(self) -> frozenset[str]:
-        return frozenset(self.names)
+        return name in self._on_disk
 
     def require(self, name: str) -> None:
         """Raise CheckpointError for an unknown name."""
         if name not in self:
             near = difflib.get_close_matches(name, self.names, n=1)
             raise CheckpointError(f"{self.folder}: no tensor {name}", f"the nearest is {near[0]}" if near else "")
+
+    def _read_names(self, stored: Iterable[str]) -> None:
+        on_disk = {name: name for name in stored}
+        if self.wrapper is not None and on_disk:
+            text = text_names(on_disk)
+            if not text:
+                raise CheckpointError(
+                    f"{self.folder}: no tensor has a name of the text model in {self.wrapper}, but {min(on_disk)}",
+                    f"write them anew under its names: {RECIPES} has the lines",
+                )
+            self.left_out = parts(on_disk.keys() - text.values())
+            on_disk = text
+        self._on_disk = on_disk
+        self.names: tuple[str, ...] = tuple(on_disk)
 
     def _read_weight_map(self) -> dict[str, str] | None:
         # A single file goes before an index, as in transformers.
@@ -153,10 +176,8 @@ class Checkpoint(StoredNames):
                 )
         if not self._tensors:
             raise CheckpointError(f"{self.folder}: the weight files hold no tensors", "download the checkpoint again")
-        self.names = tuple(self._tensors)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        self._read_names(self._tensors)  # a shard can hold more than the index says
+        self._tensors = {name: self._tensors[on_disk] for name, on_disk in self._on_disk.items()}
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -187,7 +208,7 @@ class Checkpoint(StoredNames):
             handle = self._handles[file]
             if handle is None:
                 handle = self._handles[file] = safe_open(file, framework="pt")
-            return handle.get_tensor(name)
+            return handle.get_tensor(self._on_disk[name])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: cannot read tensor {name}: {error}", "has the file changed?") from error
 
@@ -228,7 +249,8 @@ class Checkpoint(StoredNames):
     def side_files(self) -> list[Path]:
         """What goes along with the weights (:mod:`moesaic.checkpoint.side_files`), some of it in folders of its own."""
         dense = self.config.get("text_config") if self.config.get("model_type") == "moesaic" else self.config
-        return side_files(self.folder, dense if isinstance(dense, dict) else {})
+        files = side_files(self.folder, dense if isinstance(dense, dict) else {})
+        return files if self.wrapper is None else [file for file in files if not file.match(PROCESSORS)]
 
     def _read_header(self, file: Path) -> None:
         from safetensors import SafetensorError, safe_open

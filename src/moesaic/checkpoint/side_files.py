@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+PROCESSORS = "*processor_config.json"
+"""How images and sound become inputs. A text model has no use for it."""
 SIDE_PATTERNS = (
     "tokenizer*",
     "*vocab*",
@@ -30,7 +32,7 @@ SIDE_PATTERNS = (
     "emoji.json",
     "byte_maps.json",
     "tekken.json",
-    "*processor_config.json",
+    PROCESSORS,
     "generation_config.json",
     "configuration.json",
     "*chat_template*",

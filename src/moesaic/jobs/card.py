@@ -164,6 +164,11 @@ def _what(config: Mapping[str, Any], made: Mapping[str, Any]) -> str:
         )
     elif config["model_type"] != "moesaic":
         text += f" It is a {config['model_type']} model: engines that load this architecture need no code of moesaic."
+    if inside := made.get("wrapper"):
+        text += (
+            f" It is the text model of a {inside['model_type']} checkpoint and reads only text. Left out are the other "
+            f"parts: {', '.join(f'`{part}`' for part in inside['left_out']) or 'none was there'}."
+        )
     if router := made.get("router"):
         text += f" Its routers are linear ones, fitted to {_FITTED_TO[router['mode']]}."
     if training := made.get(KEY):

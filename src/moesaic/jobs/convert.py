@@ -99,6 +99,9 @@ def convert_request(
         train_beside(job, partial_of(absolute(output)) / "training")
         return Conversion(output, "", blueprint_of(job, Decisions()), {})
     fault = generation_fault(job.checkpoint.folder)
+    if job.checkpoint.wrapper is not None:
+        parts = ", ".join(job.checkpoint.left_out) or "nothing"
+        progress.note(f"the text model of a {job.checkpoint.wrapper} checkpoint; left out: {parts}")
     for note in (*(() if job.windows is None else job.windows.notes), *([fault] if fault else [])):
         progress.note(note)
     with StagedOutput.open(

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
+from moesaic.anatomy.wrappers import wrapper_of
 from moesaic.checkpoint.reader import StoredNames, has_weights, missing_config, refuse_adapter
 from moesaic.checkpoint.source import check_file
+from moesaic.checkpoint.text_model import text_config
 from moesaic.errors import InputError
 from moesaic.jobs import forecast
 from moesaic.jobs.request import Outline, active_neurons, check_headers, check_options, check_split, outline_of
@@ -81,10 +83,11 @@ class PlanReport:
 
 @dataclass(frozen=True)
 class _Described:
-    """A model as ``plan`` sees it: its config.json, and the header of the GGUF that it is still in."""
+    """A model as ``plan`` sees it: its config.json, and the header of the GGUF or the kind of wrapper that it is in."""
 
     config: dict[str, Any]
     gguf: GGUFModel | None = None
+    wrapper: str | None = None
 
     def source(self, folder: Path, anatomy: Anatomy) -> forecast.Source:
         if self.gguf is None:
@@ -94,6 +97,8 @@ class _Described:
         return forecast.Source(self.gguf.nbytes, self.gguf.element, tied, 0, beside)
 
     def remarks(self) -> tuple[str, ...]:
+        if self.wrapper is not None:
+            return (f"converted is the text model of this {self.wrapper} checkpoint; all else is left out",)
         if self.gguf is None:
             return ()
         size = f"{self.gguf.nbytes / 1e9:.2f} GB"
@@ -115,7 +120,10 @@ def _describe(model: str | Path) -> _Described:
             raise missing_config(path)
     except (OSError, RuntimeError) as error:
         raise InputError(f"cannot read {str(model)!r}: {error}") from error
-    return _Described(_read_config(path / "config.json"))
+    config = _read_config(path / "config.json")
+    if wrapper := wrapper_of(config):
+        return _Described(text_config(config), wrapper=wrapper)
+    return _Described(config)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -158,9 +158,11 @@ def read_split(
 
 def provenance_of(checkpoint: Checkpoint, blueprint: Blueprint, made: Mapping[str, Any]) -> dict[str, Any]:
     """config.json's block ``moesaic`` for what is made from a dense model. ``made``: calibration, router, target."""
+    inside = {"model_type": checkpoint.wrapper, "left_out": list(checkpoint.left_out)}
     return {
         "version": moesaic.__version__,
         **read_origin(checkpoint.folder, checkpoint.config).to_dict(),
+        **({} if checkpoint.wrapper is None else {"wrapper": inside}),
         "method": blueprint.method,
         "config": blueprint.config,
         "source": checkpoint.fingerprint(),

@@ -5,5 +5,4 @@ from moesaic.anatomy.base import Attention, Family
 FAMILY = Family(
     model_type="qwen2",
     attention=Attention(qkv_bias=True),
-    text_models=("qwen2_vl_text", "qwen2_5_vl_text"),
 )

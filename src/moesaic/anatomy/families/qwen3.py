@@ -5,5 +5,4 @@ from moesaic.anatomy.base import Attention, Family
 FAMILY = Family(
     model_type="qwen3",
     attention=Attention(qk_norm="head", head_dim=128, qkv_bias="attention_bias", o_bias="attention_bias"),
-    text_models=("qwen3_vl_text",),
 )
