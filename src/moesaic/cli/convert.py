@@ -52,6 +52,10 @@ def run(
     quiet: opt.Quiet = False,
 ) -> None:
     """Convert a dense checkpoint into a MoE checkpoint. Interrupted, the same command resumes."""
+    own = {"--method": method, "--layout": layout, "--active": active, "--set": options}
+    if blueprint is not None and (given := [name for name, value in own.items() if value is not None]):
+        instead = "; --budget changes what its experts may use" if active is not None else ""
+        raise InputError("a blueprint says already how every FFN is split", f"leave {' and '.join(given)} out{instead}")
     settings = opt.make_settings(
         config=config,
         method=method,
@@ -73,10 +77,6 @@ def run(
 
     if model.endswith(".gguf"):
         quiet_libraries()  # transformers dequantises it
-    own = {"--method": method, "--layout": layout, "--active": active, "--set": options}
-    if blueprint is not None and (given := [name for name, value in own.items() if value is not None]):
-        instead = "; --budget changes what its experts may use" if active is not None else ""
-        raise InputError("a blueprint says already how every FFN is split", f"leave {' and '.join(given)} out{instead}")
     # A slip is answered before torch is imported.
     request = check_request(model, settings, out, blueprint=blueprint)
     quiet_libraries()

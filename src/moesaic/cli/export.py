@@ -43,6 +43,8 @@ def run(
         raise InputError("--set and --restart are for folders", "leave them out with --to gguf")
     if to != GGUF and (dtype is not None or tokenizer_gguf is not None):
         raise InputError("--dtype and --tokenizer-gguf are for GGUF files", "add --to gguf")
+    if to != GGUF and out.suffix == f".{GGUF}":
+        raise InputError(f"{out} has the ending of a GGUF, and --to {to} writes a folder", "add --to gguf")
     quiet_libraries()
     progress = ConsoleProgress(quiet)
     if to == GGUF:

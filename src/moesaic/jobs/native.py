@@ -199,7 +199,8 @@ def fitting_targets(folder: str | Path) -> dict[str, list[str]]:
             "give a folder of the moesaic architecture, or a dense model",
         )
     else:
-        split = Split(read_anatomy(checkpoint.config))
+        known = FAMILIES.get(str(checkpoint.config.get("model_type")))
+        split = Split(read_anatomy(checkpoint.config, hierarchical=known is not None and known.moe is not None))
     return {name: target.reasons(split) for name, target in TARGETS.items()}
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moesaic.anatomy import read_anatomy
@@ -17,7 +17,7 @@ from moesaic.checkpoint.ffn import ffn_tensor_names
 from moesaic.checkpoint.reader import Checkpoint, StoredNames
 from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import CheckpointError, InputError
-from moesaic.jobs.settings import ConvertSettings, check_fits, method_config
+from moesaic.jobs.settings import ConvertSettings, check_layers, method_config
 from moesaic.methods.base import MethodConfig
 from moesaic.staging.placement import absolute, check_output
 from moesaic.targets import AUTO, OWN, TARGETS, likely_target, refuse
@@ -101,9 +101,11 @@ def check_request(
         check_output(absolute(output), local_folder(model))
     checkpoint = Checkpoint(resolve_model(str(model)))
     anatomy = read_anatomy(checkpoint.config, hierarchical=settings.hierarchical)
-    outline = outline_of(settings, config, anatomy)
     if given is None:
+        outline = outline_of(settings, config, anatomy)
         check_split(outline)
+    else:  # the method and its options count for nothing then
+        outline = Outline(settings, config, anatomy, check_layers(anatomy, settings.dense_layers), Split(anatomy))
     check_headers(checkpoint, anatomy)
     return Request(**vars(outline), checkpoint=checkpoint, blueprint=given)
 
@@ -120,7 +122,9 @@ def check_options(settings: ConvertSettings) -> MethodConfig:
 
 def outline_of(settings: ConvertSettings, config: MethodConfig, anatomy: Anatomy) -> Outline:
     """The conversion of a model. Refuses experts that do not fit, and layers that do not exist."""
-    dense_layers = check_fits(config, anatomy, settings.dense_layers)
+    for width in {site.d_ff for site in anatomy.sites}:
+        config.check(width)
+    dense_layers = check_layers(anatomy, settings.dense_layers)
     sites = [site for site in anatomy.sites if site.layer not in dense_layers]
     by_width = {width: config.sizes(width) for width in {site.d_ff for site in sites}}
     split = expected_split(settings, anatomy, {site.path: by_width[site.d_ff] for site in sites})
@@ -163,14 +167,20 @@ def check_split(outline: Outline) -> None:
 
 
 def _remedy(outline: Outline) -> str:
-    """What would make a split fit into a stock architecture, and which one holds it as it is."""
-    shape = outline.shape
-    fits = f"use --target {likely_target(outline.split, AUTO, outline.settings.target_options)}"
-    if shape.varied:
-        return f"add --set widths=equal, or {fits}"
-    if shape.router == "gated" or shape.normalised:
-        return f"add --router oracle, or {fits}"
-    return fits
+    """What makes the target that was asked for hold the model, if an option does, and which one holds it as it is."""
+    settings, target = outline.settings, TARGETS[outline.settings.target]
+
+    def helps(change: Callable[[FFNShape], FFNShape]) -> bool:
+        shapes = {path: change(shape) for path, shape in outline.split.shapes.items()}
+        return not target.split_reasons(replace(outline.split, expected=shapes))
+
+    options = []
+    if outline.shape.varied and helps(lambda shape: replace(shape, varied=False)):
+        options.append("add --set widths=equal")
+    if settings.router is None and not outline.shape.varied and helps(FFNShape.fitted):
+        options.append("add --router oracle")
+    options.append(f"use --target {likely_target(outline.split, AUTO, settings.target_options)}")
+    return ", or ".join(options)
 
 
 def check_allocation(outline: Outline) -> None:

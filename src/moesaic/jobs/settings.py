@@ -107,11 +107,8 @@ def method_config(settings: ConvertSettings) -> MethodConfig:
     return build(get_config(settings.method), settings.options, f"method {settings.method}")
 
 
-def check_fits(config: MethodConfig, anatomy: Anatomy, dense_layers: tuple[int, ...]) -> tuple[int, ...]:
-    """Refuse experts that do not fit and layers that do not exist; returns the dense layers counted from 0."""
-
-    for width in {site.d_ff for site in anatomy.sites}:
-        config.check(width)
+def check_layers(anatomy: Anatomy, dense_layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Refuse layers that do not exist; returns the dense layers counted from 0."""
     resolved = []
     for layer in dense_layers:
         if not -anatomy.num_layers <= layer < anatomy.num_layers:

@@ -81,7 +81,7 @@ def refuse(name: str, reasons: list[str], hint: str) -> None:
 
 def likely_target(split: Split, name: str, options: TargetOptions) -> str:
     """What ``choose_target(split, name, options, keep_experts=True)`` will take, as far as it shows without
-    transformers: attention and norms are not judged."""
+    transformers."""
     if name != AUTO:
         return name
     return _choose(split, options, True, lambda target: target.split_reasons(split)).name

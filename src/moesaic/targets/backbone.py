@@ -3,11 +3,12 @@ torch here."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from moesaic.anatomy.attention import head_dim
-from moesaic.anatomy.base import MULTIPLIERS, Anatomy, QKNorm
+from moesaic.anatomy.base import MULTIPLIERS, Anatomy, Config, QKNorm
 from moesaic.errors import UnsupportedModelError
 
 
@@ -75,14 +76,17 @@ def no_backbone(anatomy: Anatomy) -> str | None:
     return None
 
 
-def read_backbone(anatomy: Anatomy) -> Backbone:
+def read_backbone(anatomy: Anatomy, *, as_written: bool = False) -> Backbone:
     """The backbone of a dense model for which :func:`no_backbone` is None.
+
+    ``as_written``: by what config.json says, without the defaults of transformers, which takes seconds to import.
 
     Raises UnsupportedModelError for a config that transformers rejects.
     """
     family, attention = anatomy.family, anatomy.family.attention
     assert attention is not None
-    config, width = _with_defaults(anatomy), head_dim(anatomy)
+    config = _AsWritten(anatomy.config) if as_written else _with_defaults(anatomy)
+    width = head_dim(anatomy)
     rope = {key: value for key, value in config.rope_parameters.items() if key != "partial_rotary_factor"}
     window, everywhere = _window(config)
     plain = _plain(width)
@@ -97,12 +101,17 @@ def read_backbone(anatomy: Anatomy) -> Backbone:
         partial_rotary=float(config.rope_parameters.get("partial_rotary_factor") or 1.0),
         window=window,
         window_everywhere=everywhere,
-        multipliers={key: float(getattr(config, key)) for key in plain} if family.multipliers else plain,
+        multipliers={key: _number(config, key, plain[key]) for key in plain} if family.multipliers else plain,
         ffn_bias=_stated(family.ffn_bias, config),
         fused=attention.fused,
         adjacent=attention.adjacent,
         tied=bool(config.tie_word_embeddings),
     )
+
+
+def _number(config: Any, key: str, otherwise: float) -> float:
+    value = getattr(config, key)
+    return otherwise if value is None else float(value)
 
 
 def _stated(fact: bool | str, config: Any) -> bool:
@@ -112,6 +121,25 @@ def _stated(fact: bool | str, config: Any) -> bool:
 
 def _plain(width: int) -> dict[str, float]:
     return dict.fromkeys(MULTIPLIERS, 1.0) | {"attention_multiplier": width**-0.5}
+
+
+class _AsWritten:
+    """config.json itself; a key that it leaves out is None."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def __getattr__(self, key: str) -> Any:
+        return self._config.get(key)
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        rope = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
+        return {"partial_rotary_factor": self._config.get("partial_rotary_factor"), **rope}
+
+    @property
+    def sliding_window(self) -> int | None:
+        return None if self._config.get("use_sliding_window") is False else self._config.get("sliding_window")
 
 
 def _with_defaults(anatomy: Anatomy) -> Any:
@@ -128,7 +156,7 @@ def _with_defaults(anatomy: Anatomy) -> Any:
 def _window(config: Any) -> tuple[int | None, bool]:
     """The window that narrows attention within the context, and whether it does in every layer."""
     window = getattr(config, "sliding_window", None)
-    if not window or window >= config.max_position_embeddings:
+    if not window or window >= (config.max_position_embeddings or math.inf):
         return None, False
     types = getattr(config, "layer_types", None) or ["sliding_attention"]
     sliding = [kind == "sliding_attention" for kind in types]

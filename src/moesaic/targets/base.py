@@ -177,11 +177,11 @@ class Target(ABC):
         return backbone_reasons(split.anatomy, self.limits) + layer_reasons(split, self.limits)
 
     def split_reasons(self, split: Split) -> list[str]:
-        """The part of :meth:`reasons` that needs no transformers: the family, and what became of the FFNs."""
-        from moesaic.targets.reasons import family_reasons, layer_reasons
+        """:meth:`reasons` as far as they show without transformers, whose defaults config.json may leave out."""
+        from moesaic.targets.reasons import layer_reasons, written_reasons
 
         assert self.limits is not None
-        return family_reasons(split.anatomy, self.limits) + layer_reasons(split, self.limits)
+        return written_reasons(split.anatomy, self.limits) + layer_reasons(split, self.limits)
 
     def exact(self, split: Split, options: TargetOptions) -> bool:
         """Whether it computes the same function, rounding apart; if not, weights of 1 are approached (``eps``)."""

@@ -1,29 +1,27 @@
-"""Why a split model does not fit into an architecture, and which others it would fit. No torch here."""
+"""Why a split model does not fit into an architecture, and which others have what is missing. No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from moesaic.anatomy.base import Anatomy, QKNorm
+from moesaic.anatomy.base import Anatomy
 from moesaic.blueprint.shape import FFNShape
 from moesaic.targets.backbone import Backbone, no_backbone, read_backbone
 from moesaic.targets.base import Split
 from moesaic.targets.limits import Limits
 
 
-def family_reasons(anatomy: Anatomy, limits: Limits) -> list[str]:
-    """What of a family does not fit, whatever its config.json says; [] if all does."""
+def written_reasons(anatomy: Anatomy, limits: Limits) -> list[str]:
+    """:func:`backbone_reasons` by what config.json says, without transformers; defaults that it lacks are unseen."""
     if reason := no_backbone(anatomy):
         return [reason]
-    attention = anatomy.family.attention
-    assert attention is not None
-    return list(_norm_reasons(attention.qk_norm, anatomy.family.norms == "after", limits))
+    return list(_backbone_reasons(read_backbone(anatomy, as_written=True), limits))
 
 
 def backbone_reasons(anatomy: Anatomy, limits: Limits) -> list[str]:
     """What of attention, norms and embeddings does not fit; [] if all does. Imports transformers."""
-    if no_backbone(anatomy):
-        return family_reasons(anatomy, limits)
+    if reason := no_backbone(anatomy):
+        return [reason]
     return list(_backbone_reasons(read_backbone(anatomy), limits))
 
 
@@ -62,7 +60,14 @@ def _backbone_reasons(backbone: Backbone, limits: Limits) -> Iterable[str]:
         yield f"query, key and value have biases, which it has not: {_holders(lambda other: other.qkv_bias)} them"
     if backbone.o_bias and not limits.o_bias:
         yield f"the attention output has a bias, which it has not: {_holders(lambda other: other.o_bias)} one"
-    yield from _norm_reasons(backbone.qk_norm, backbone.post_norm, limits)
+    if backbone.qk_norm not in limits.qk_norm:
+        holders = _holders(lambda other: backbone.qk_norm in other.qk_norm)
+        yield f"norm of queries and keys is {backbone.qk_norm!r}, its own {' or '.join(limits.qk_norm)!r}: {holders} it"
+    if backbone.post_norm != limits.post_norm:
+        places = {True: "after", False: "before"}
+        holders = _holders(lambda other: other.post_norm == backbone.post_norm)
+        own = places[limits.post_norm]
+        yield f"norms stand {places[backbone.post_norm]} attention and FFN, its own {own}: {holders} them so"
     if not backbone.natural_head_dim and not limits.any_head_dim:
         holders = _holders(lambda other: other.any_head_dim)
         yield f"head_dim is {backbone.head_dim}, not hidden_size / heads: {holders} head_dim"
@@ -78,17 +83,6 @@ def _backbone_reasons(backbone: Backbone, limits: Limits) -> Iterable[str]:
         yield f"the model has multipliers (embedding, residual, logits or attention): {holders} them"
     if backbone.ffn_bias:
         yield "the FFNs have biases (mlp_bias): no stock expert has any"
-
-
-def _norm_reasons(qk_norm: QKNorm, post_norm: bool, limits: Limits) -> Iterable[str]:
-    if qk_norm not in limits.qk_norm:
-        holders = _holders(lambda other: qk_norm in other.qk_norm)
-        yield f"norm of queries and keys is {qk_norm!r}, its own {' or '.join(limits.qk_norm)!r}: {holders} it"
-    if post_norm != limits.post_norm:
-        places = {True: "after", False: "before"}
-        holders = _holders(lambda other: other.post_norm == post_norm)
-        own = places[limits.post_norm]
-        yield f"norms stand {places[post_norm]} attention and FFN, its own {own}: {holders} them so"
 
 
 def _layer_reasons(split: Split, limits: Limits) -> Iterable[str]:
