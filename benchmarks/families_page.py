@@ -15,6 +15,7 @@ from tests.tiny_models import TINY, tiny_config
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy, Family
 from moesaic.anatomy.others import KINDS
+from moesaic.anatomy.wrappers import CHANGED, PLAIN, WRAPPERS
 from moesaic.targets import TARGETS
 from moesaic.targets.limits import Limits
 from moesaic.targets.reasons import family_reasons
@@ -38,6 +39,12 @@ in the way, such as a sliding window or a bias; `moesaic plan --target NAME` say
 _MOE = """
 ## Mixtures of Experts whose experts can be split (`--hierarchical`)
 
+"""
+_WRAPPERS = """
+## Multimodal wrappers whose text model is converted
+
+{wrappers}: [how](checkpoints.md#multimodal-models). The text model in it, `text_config` in config.json, must be of a
+family above; {plain}.
 """
 
 
@@ -72,13 +79,17 @@ def page() -> str:
     parts = [_HEAD.format(version=transformers.__version__), _DENSE]
     parts += [f"| {family.model_type} | {_ffn(family)} | {_prunes(family)} | {_stock(family)} |\n" for family in dense]
     parts += [_MOE, f"{', '.join(f'`{name}`' for name, family in FAMILIES.items() if family.moe)}\n"]
+    plain = ", ".join(f"`{text}` counts as `{family}`" for text, family in PLAIN.items())
+    parts.append(_WRAPPERS.format(wrappers=_listed(list(WRAPPERS)), plain=plain))
     for status, title in (("possible", "Possible"), ("refused", "Refused")):
         parts.append(f"\n## {title}\n")
         for kind in KINDS:
             names = [name for name in texts if name in kind.model_types]
             if kind.status == status and names:
                 parts.append(f"\n{_listed(names)}: {_sentence(kind.reason)}.\n")
-    parts.append(f"\n{_listed(wrappers)}: multimodal wrappers. [Their text models](checkpoints.md) can be converted.\n")
+    parts += [f"\n`{name}`: multimodal wrapper, and {reason}.\n" for name, reason in CHANGED.items()]
+    others = [name for name in wrappers if name not in WRAPPERS and name not in CHANGED]
+    parts.append(f"\n{_listed(others)}: multimodal wrappers that nobody has described yet.\n")
     return "".join(parts)
 
 

@@ -44,7 +44,7 @@ REFUSED: dict[str, tuple[dict[str, Any], bool, str, str]] = {
         {"model_type": "janus", "text_config": {"model_type": "llama"}, "vision_config": {}},
         False,
         "does not know the multimodal wrapper janus, though its text model, llama",
-        "docs/checkpoints.md lists",
+        "docs/families.md lists",
     ),
     "cross-attention to images": ({"model_type": "mllama", "vision_config": {}}, False, "attend to the image", ""),
     "wrapped MoE": (

@@ -50,6 +50,8 @@ QWEN = {"depth": 1, "num_heads": 2, "hidden_size": 16, "intermediate_size": 16, 
 QWEN3 = {**QWEN, "num_position_embeddings": 16}
 # model type -> text model, its config, the vision model's
 TABLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "aya_vision": ("cohere2", {**TEXT, "logit_scale": 1.0}, SIGLIP),
+    "cohere2_vision": ("cohere2", {**TEXT, "logit_scale": 1.0}, SIGLIP),
     "gemma3": ("gemma3_text", HEAD, CLIP),
     "gemma4": (
         "gemma4_text",
@@ -109,9 +111,10 @@ def test_the_text_model_computes_what_its_wrapper_does(kind: str, tmp_path: Path
     assert torch.equal(logits(load_whole(source)), wanted)
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_it_is_converted_verified_and_undone(kind: str, tmp_path: Path) -> None:
-    source = build(kind, tmp_path / "whole")
+    layers = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0} if kind == "gemma4" else {}
+    source = build(kind, tmp_path / "whole", **layers)
     wanted = logits(AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32))
     out = convert(source, tmp_path / "moe", method="random", options=ALL_ON, target="moesaic").output
     all_on = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))

@@ -91,7 +91,7 @@ def _multimodal(config: Config, model_type: str, families: Mapping[str, Family])
         message = f"moesaic does not know the multimodal wrapper {model_type}, though its text model, {text_type}"
     else:
         message = f"{model_type} is a multimodal wrapper around {text_type}, which moesaic does not know"
-    raise UnsupportedModelError(message, f"{RECIPES} lists the wrappers whose text model is converted")
+    raise UnsupportedModelError(message, "docs/families.md lists the wrappers whose text model is converted")
 
 
 def _tuples(config: Config, model_type: str) -> None:

@@ -13,6 +13,8 @@ from moesaic.anatomy.base import Config
 from moesaic.errors import UnsupportedModelError
 
 WRAPPERS = (
+    "aya_vision",
+    "cohere2_vision",
     "gemma3",
     "gemma4",
     "idefics3",
