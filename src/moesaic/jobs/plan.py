@@ -302,4 +302,6 @@ def _target_remark(outline: Outline) -> str:
         return f"written in {loads}; a stock architecture that is named gets a copy per expert"
     if shape.router == "gated" or shape.normalised:
         return f"written in {loads}; --router oracle makes it one that stock engines load"
+    if outline.target == OWN:
+        return f"written in {loads}; why no other: `moesaic targets MODEL`, or its routers only approach weights of 1"
     return f"written as {outline.target} where attention and norms fit, see `moesaic targets MODEL`"
