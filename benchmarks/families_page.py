@@ -17,8 +17,8 @@ from moesaic.anatomy.base import Anatomy, Family
 from moesaic.anatomy.others import KINDS
 from moesaic.anatomy.wrappers import CHANGED, PLAIN, WRAPPERS
 from moesaic.targets import TARGETS
+from moesaic.targets.backbone import no_backbone
 from moesaic.targets.limits import Limits
-from moesaic.targets.reasons import family_reasons
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 _HEAD = """# Model families
@@ -127,7 +127,9 @@ def _stock(family: Family) -> str:
 def _holds(limits: Limits, anatomy: Anatomy) -> bool:
     """Whether an architecture holds a family's layers, as far as no switch of a config decides it."""
     family = anatomy.family
-    if family_reasons(anatomy, limits) or (family.multipliers and not limits.multipliers):
+    norms = family.attention is not None and family.attention.qk_norm in limits.qk_norm
+    norms = norms and (family.norms == "after") == limits.post_norm
+    if no_backbone(anatomy) or not norms or (family.multipliers and not limits.multipliers):
         return False
     assert family.attention is not None
     return limits.qkv_bias or family.attention.qkv_bias is not True
