@@ -24,7 +24,12 @@ from moesaic.nn.reference import reference_ffn
 from tests.ffns import random_ffn, random_inputs, relative_error
 from tests.nn.plans import as_union, plan_of, random_members, random_plan, unpadded
 
-BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-6}  # routers and their weights are fp32
+BOUNDS = {
+    torch.float32: 2e-6,
+    torch.bfloat16: 2e-2,
+    torch.float16: 2e-3,
+    torch.float64: 1e-6,
+}  # routers and their weights are fp32
 
 
 class Knows(NamedTuple):

@@ -1,7 +1,7 @@
 """The `moesaic` architecture: its CPU kernel, compiled at its first use (see `moesaic_path_rows.py`).
 
 The compiler is `$CXX`, `g++`, `c++` or `clang++`, whichever is there first. What it made is kept in
-`$XDG_CACHE_HOME/moesaic` (`~/.cache/moesaic`), under a key of all that it depends on. Without a compiler there is no
+`$MOESAIC_CACHE`, else `moesaic` in the user's cache folder, under a key of all that it depends on. Without a compiler there is no
 kernel: one warning says so, and torch computes everything.
 """
 
@@ -41,7 +41,7 @@ OPENMP_RUNTIMES = ("libgomp", "libiomp", "libomp")
 class Call(ctypes.Structure):
     """One call of the kernel; the C++ source says what the fields mean."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "gate", "up", "down", "gate_bias", "up_bias")),
         *((name, ctypes.c_void_p) for name in ("chosen", "chosen_weight", "member", "y")),
         *((name, ctypes.c_int64) for name in ("tokens", "d_model", "neurons", "shared", "experts", "expert_width")),
@@ -81,7 +81,7 @@ def built(dtype: torch.dtype) -> Path:
     folder = _cache_folder()
     if not (folder / name).exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            os.replace(_compile(compiler, dtype, Path(scratch)), folder / name)
+            _compile(compiler, dtype, Path(scratch)).replace(folder / name)
     return folder / name
 
 
@@ -134,11 +134,12 @@ def _cpu() -> str:
 
 
 def _cache_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moesaic"
+    own, general = os.environ.get("MOESAIC_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(own or Path(general) / "moesaic").expanduser().absolute()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise NoKernelError(f"its folder cannot be made: {error}") from error
     if not os.access(folder, os.W_OK):
-        raise NoKernelError(f"{folder} cannot be written; XDG_CACHE_HOME names another")
+        raise NoKernelError(f"{folder} cannot be written; MOESAIC_CACHE names another")
     return folder

@@ -13,6 +13,9 @@ SOURCE = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -53,12 +56,20 @@ static inline u32x16 bits_of(const void *p) {
   return __builtin_convertvector(v, u32x16);
 }
 static inline f32x16 load(const bf16 *p) { return (f32x16)(bits_of(p) << 16); }
+#ifdef __AVX512F__
+static inline f32x16 load(const fp16 *p) {
+  __m256i v;
+  memcpy(&v, p, sizeof v);
+  return (f32x16)_mm512_cvtph_ps(v);
+}
+#else
 static inline f32x16 load(const fp16 *p) {
   u32x16 all = bits_of(p), rest = (all & 0x7fff) << 13;
   u32x16 finite = (u32x16)((f32x16)rest * 0x1p112f);  // right for subnormal numbers too
   u32x16 special = (u32x16)(rest >= 0x0f800000);      // infinity and NaN
   return (f32x16)((all & 0x8000) << 16 | (special & (rest | 0x7f800000)) | (~special & finite));
 }
+#endif
 template <class W> static inline float one(const W *p) {
   W padded[16] = {p[0]};
   return load(padded)[0];

@@ -30,18 +30,18 @@ def layers(ffn: MoEFeedForward) -> list[nn.Linear]:
 
 def can_lie(ffn: MoEFeedForward, dtype: torch.dtype) -> bool:
     """Whether its weights are its own, plain and in memory: not wrapped, quantised, offloaded or shared."""
-    shape = ffn.neurons, ffn.up_proj.in_features if type(ffn.up_proj) is nn.Linear else -1
-    for layer in layers(ffn):
-        if type(layer) is not nn.Linear or hasattr(layer, "_hf_hook"):
-            return False
-        weight, bias = layer.weight, layer.bias
-        if type(weight) is not nn.Parameter or weight.dtype != dtype or weight.device.type != "cpu":
-            return False
-        if weight.shape != (shape if layer is not ffn.down_proj else shape[::-1]):
-            return False
-        if bias is not None and (bias.dtype != dtype or bias.device.type != "cpu" or not bias.is_contiguous()):
-            return False
-    return lies(ffn) or not any(layer.weight.is_shared() for layer in layers(ffn))
+    own = layers(ffn)
+    if any(type(layer) is not nn.Linear or "_hf_hook" in layer.__dict__ for layer in own):
+        return False
+    down, rows = own[-1], own[:-1]
+    shape, down_DP = torch.Size((ffn.neurons, rows[0].in_features)), down.weight
+    weights = [layer.weight for layer in rows]
+    if down_DP.shape != shape[::-1] or any(weight.shape != shape for weight in weights):
+        return False
+    tensors = [*weights, down_DP, *(layer.bias for layer in rows if layer.bias is not None)]
+    if any(tensor.dtype != dtype or not tensor.is_cpu or type(tensor) is not nn.Parameter for tensor in tensors):
+        return False
+    return lies(ffn) or not any(tensor.is_shared() for tensor in tensors)
 
 
 def lies(ffn: MoEFeedForward) -> bool:
