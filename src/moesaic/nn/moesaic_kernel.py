@@ -1,8 +1,8 @@
 """The `moesaic` architecture: its CPU kernel, compiled at its first use (see `moesaic_path_rows.py`).
 
-The compiler is `$CXX`, `g++`, `c++` or `clang++`, whichever is there first. What it made is kept in
-`$MOESAIC_CACHE`, else `moesaic` in the user's cache folder, under a key of all that it depends on. Without a compiler there is no
-kernel: one warning says so, and torch computes everything.
+The compiler is `$CXX`, `g++`, `c++` or `clang++`, whichever is there first. What it made is kept in `$MOESAIC_CACHE`,
+else `moesaic` in the user's cache folder, under a key of all that it depends on. Without a compiler there is no kernel:
+one warning says so, and torch computes everything.
 """
 
 from __future__ import annotations

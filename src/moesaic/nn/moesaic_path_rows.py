@@ -38,7 +38,8 @@ class Rows:
     def supports(self, x_TD: Tensor, ffn: MoEFeedForward) -> bool:
         if type(x_TD) is not Tensor or x_TD.device.type != "cpu" or x_TD.dtype not in WEIGHTS:
             return False
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        if torch.is_grad_enabled() or tracing:
             return False
         if torch.is_autocast_enabled("cpu") or ffn.activation not in ACTIVATIONS:
             return False

@@ -78,7 +78,7 @@ ANY: Where = (None, None)
 FP32: Where = (None, torch.float32)
 
 # The compiled kernel on one thread of a Zen 5 CPU at 896 x 4864, half the neurons, against torch's dense FFN.
-FEW: Mapping[Where, Span] = {("cpu", torch.float32): (1, 5), ("cpu", None): (1, 9)}
+FEW: Mapping[Where, Span] = {("cpu", None): (1, 9)}
 
 # From the top, the first that supports an input and is the fastest for it. Numbers: benchmarks/ffn.py on a Zen 4 CPU
 # (MKL for fp32, oneDNN for bf16), torch 2.13; those of unions on one thread at 896 x 4864, eight top-1 experts of about
