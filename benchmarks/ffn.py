@@ -53,7 +53,7 @@ def main() -> None:
         "router": args.router,
         "threads": args.threads,
         "clock": args.clock,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -69,12 +69,14 @@ def measure(args: argparse.Namespace, dtype: str, tokens: int) -> dict[str, Any]
     contenders = build(args, torch_dtype, tokens)
     with torch.inference_mode():
         micros = _interleaved(contenders, args, torch_dtype, tokens)
-    dense = micros["dense"]
     x_TD, _ = _inputs(args, torch_dtype, tokens)
+    with torch.no_grad():
+        chosen = {label: choose(x_TD, contenders[label]).name for label in LAYOUTS}
+    dense = micros["dense"]
     return {
         "dtype": dtype,
         "tokens": tokens,
-        "chosen": {label: choose(x_TD, contenders[label]).name for label in LAYOUTS},
+        "chosen": chosen,
         "micros": {name: round(value, 1) for name, value in micros.items()},
         "dense_over": {name: round(dense / value, 3) for name, value in micros.items() if name != "dense"},
         "floor": floor(args, torch_dtype, x_TD, contenders["moesaic"]),
@@ -188,7 +190,7 @@ def _ratio(name: str, row: dict[str, Any]) -> str:
     return f"**{ratio}** {row['chosen'][name]}" if name in LAYOUTS else ratio
 
 
-_CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def _interleaved(
@@ -196,7 +198,7 @@ def _interleaved(
 ) -> dict[str, float]:
     """Median microseconds per call of each contender. Inputs are new in each round, so that routing is, as in use."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    order, clock = list(contenders), _CLOCKS[args.clock]
+    order, clock = list(contenders), CLOCKS[args.clock]
     wait = torch.cuda.synchronize if args.device == "cuda" else _nothing
     shuffle = random.Random(0).shuffle
     for turn in range(-2, _rounds(args, tokens)):  # two rounds to warm up
@@ -227,7 +229,8 @@ def _rounds(args: argparse.Namespace, tokens: int) -> int:
     return args.rounds or max(7, min(101, 8192 // tokens))
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As /proc/cpuinfo names it."""
     info = Path("/proc/cpuinfo")
     names = (
         [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -253,7 +256,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--clock",
         default="wall",
-        choices=list(_CLOCKS),
+        choices=list(CLOCKS),
         help="cpu: processor time, for a busy machine with --threads 1",
     )
     parser.add_argument("--json", type=Path, help="write all figures there")

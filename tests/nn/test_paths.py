@@ -24,7 +24,12 @@ from moesaic.nn.reference import reference_ffn
 from tests.ffns import random_ffn, random_inputs, relative_error
 from tests.nn.plans import as_union, plan_of, random_members, random_plan, unpadded
 
-BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float64: 1e-6}  # routers and their weights are fp32
+BOUNDS = {
+    torch.float32: 2e-6,
+    torch.bfloat16: 2e-2,
+    torch.float16: 2e-3,
+    torch.float64: 1e-6,
+}  # routers and their weights are fp32
 
 
 class Knows(NamedTuple):
@@ -45,6 +50,13 @@ PATHS_KNOWN = {
     "every": Knows(unrouted=BOTH),
     "masked": Knows(routed=BOTH),
     "sorted": Knows(routed=BOTH),
+    "rows": Knows(
+        routed=BOTH,
+        unrouted=BOTH,
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        devices=("cpu",),
+        trains=False,
+    ),
 }
 """A new path is a row here."""
 
@@ -60,7 +72,7 @@ def routed_paths(layout: str) -> list[str]:
 
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-TOKENS = (1, 3, 70)
+TOKENS = (1, 2, 5, 70)
 
 Case = Callable[[torch.dtype], tuple[FFNWeights, LayerPlan]]
 

@@ -49,6 +49,7 @@ def examine() -> dict[str, Any]:
         **versions,
         "threads": torch.get_num_threads(),
         "bf16 matmul": "native" if native_bf16() else "emulated",
+        "few tokens": few_tokens(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "memory": f"{memory / 2**30:.0f} GiB",
         "free disk": f"{shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB here",
@@ -63,6 +64,18 @@ def native_bf16() -> bool:
     from moesaic.calibration.config import CalibrationConfig
 
     return CalibrationConfig(compute_dtype="auto").resolved_dtype() == torch.bfloat16
+
+
+def few_tokens() -> str:
+    """By what the runtime computes few tokens on this CPU. Compiles its kernel if that has not been done yet."""
+    import torch
+
+    from moesaic.nn.moesaic_kernel import NoKernelError, built
+
+    try:
+        return f"path rows, compiled: {built(torch.bfloat16)}"
+    except NoKernelError as error:
+        return f"paths of torch, as {error}"
 
 
 def _version(name: str) -> str:

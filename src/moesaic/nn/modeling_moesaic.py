@@ -19,11 +19,15 @@ from transformers.modeling_utils import PreTrainedModel
 # All files of the architecture, used here or not: transformers up to 5.6 copies only those that this one names.
 from .moesaic_attention import swap_attention
 from .moesaic_ffn import MoEFeedForward, MoesaicExperts, use_path
+from .moesaic_kernel import kernel  # noqa: F401
+from .moesaic_kernel_source import SOURCE  # noqa: F401
 from .moesaic_path_packed import Masked  # noqa: F401
+from .moesaic_path_rows import Rows  # noqa: F401
 from .moesaic_path_sorted import Sorted  # noqa: F401
 from .moesaic_path_union import UnionMasked  # noqa: F401
 from .moesaic_paths import PATHS  # noqa: F401
 from .moesaic_routing import Router  # noqa: F401
+from .moesaic_side_by_side import lay  # noqa: F401
 from .moesaic_slices import Matrices  # noqa: F401
 from .moesaic_union import build_feed_forward
 

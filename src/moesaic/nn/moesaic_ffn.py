@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 
 from .moesaic_paths import PATHS, Row, choose
 from .moesaic_routing import KeptInFloat32, Router
+from .moesaic_side_by_side import take_apart
 from .moesaic_slices import Matrices, down, effective_weight, hidden
 
 
@@ -52,7 +53,7 @@ class MoEFeedForward(KeptInFloat32):
         self.neurons, self.top_k, self.gate = spec["neurons"], spec["top_k"], spec["gate"]
         self.static = spec["router"] == "static"
         self.all_experts_on = False
-        self.act = ACT2FN[activation]
+        self.activation, self.act = activation, ACT2FN[activation]
         self.gate_proj = nn.Linear(d_model, self.neurons, bias=spec["gate_bias"]) if spec["gated"] else None
         self.up_proj = nn.Linear(d_model, self.neurons, bias=spec["up_bias"])
         self.down_proj = nn.Linear(self.neurons, d_model, bias=spec["down_bias"])
@@ -61,6 +62,10 @@ class MoEFeedForward(KeptInFloat32):
         self.register_buffer("selection_bias", bias_E)
         scale_E = torch.zeros(self.experts, dtype=torch.float32) if self.gate == "scaled" else None
         self.gate_scale = None if scale_E is None else nn.Parameter(scale_E)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        take_apart(self)  # its layers are saved after it
+        super()._save_to_state_dict(*args, **kwargs)
 
     @property
     def routed(self) -> bool:

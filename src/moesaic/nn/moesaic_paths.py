@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .moesaic_path_packed import Every, Masked
+from .moesaic_path_rows import Rows
 from .moesaic_path_sorted import Sorted
 from .moesaic_path_union import UnionEvery, UnionMasked
 
@@ -64,7 +65,8 @@ class Row(NamedTuple):
 
     def span(self, x_TD: Tensor, ffn: MoEFeedForward) -> Span | None:
         """Numbers of tokens [from, below) at which it is taken for inputs of this kind."""
-        for where in ((x_TD.device.type, x_TD.dtype), (None, x_TD.dtype), ANY):
+        device = x_TD.device.type
+        for where in ((device, x_TD.dtype), (device, None), (None, x_TD.dtype), ANY):
             if where in self.fastest:
                 begin, end = self.fastest[where]
                 times = ffn.experts if self.per_expert else 1
@@ -75,10 +77,15 @@ class Row(NamedTuple):
 ANY: Where = (None, None)
 FP32: Where = (None, torch.float32)
 
+# The compiled kernel on one thread of a Zen 5 CPU at 896 x 4864, half the neurons, against torch's dense FFN.
+FEW: Mapping[Where, Span] = {("cpu", None): (1, 9)}
+
 # From the top, the first that supports an input and is the fastest for it. Numbers: benchmarks/ffn.py on a Zen 4 CPU
 # (MKL for fp32, oneDNN for bf16), torch 2.13; those of unions on one thread at 896 x 4864, eight top-1 experts of about
 # half the neurons. Other devices take the same until they are measured.
 PATHS: tuple[Row, ...] = (
+    Row(Rows("packed"), FEW),
+    Row(Rows("union"), FEW),
     # oneDNN repacks its right operand, so that few tokens per expert gain little in bf16.
     Row(Sorted("packed"), {FP32: (5, None), ANY: (64, None)}),
     Row(Masked(), {ANY: (0, None)}),

@@ -1,0 +1,145 @@
+"""The `moesaic` architecture: its CPU kernel, compiled at its first use (see `moesaic_path_rows.py`).
+
+The compiler is `$CXX`, `g++`, `c++` or `clang++`, whichever is there first. What it made is kept in `$MOESAIC_CACHE`,
+else `moesaic` in the user's cache folder, under a key of all that it depends on. Without a compiler there is no kernel:
+one warning says so, and torch computes everything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from .moesaic_kernel_source import SOURCE
+
+WEIGHTS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
+ACTIVATIONS = {
+    "silu": 0,
+    "swish": 0,
+    "gelu": 1,
+    "gelu_new": 2,
+    "gelu_fast": 2,
+    "gelu_pytorch_tanh": 2,
+    "relu": 3,
+    "relu2": 4,
+}
+FLAGS = ("-std=c++17", "-O3", "-fPIC")
+SECONDS = 120  # until a compiler is given up
+OPENMP_RUNTIMES = ("libgomp", "libiomp", "libomp")
+
+
+class Call(ctypes.Structure):
+    """One call of the kernel; the C++ source says what the fields mean."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "gate", "up", "down", "gate_bias", "up_bias")),
+        *((name, ctypes.c_void_p) for name in ("chosen", "chosen_weight", "member", "y")),
+        *((name, ctypes.c_int64) for name in ("tokens", "d_model", "neurons", "shared", "experts", "expert_width")),
+        *((name, ctypes.c_int64) for name in ("top_k", "gate_stride", "up_stride", "down_stride")),
+        *((name, ctypes.c_int64) for name in ("activation", "threads")),
+    ]
+
+
+class NoKernelError(Exception):
+    """Why there is no kernel."""
+
+
+@cache
+def kernel(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernel for weights of a dtype in ``WEIGHTS``, or None, with one warning, where it cannot be had."""
+    try:
+        library = ctypes.CDLL(str(built(dtype)))
+    except (NoKernelError, OSError) as error:
+        warning = f"few tokens are computed by torch, which is slower than the compiled kernel: {error}"
+        logging.get_logger(__name__).warning_once(warning)
+        return None
+    library.moesaic_rows.argtypes = [ctypes.POINTER(Call)]
+    library.moesaic_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.moesaic_large_pages.restype = None
+    return library
+
+
+def built(dtype: torch.dtype) -> Path:
+    """The kernel's file; compiled if it is not in the cache. Several processes may do so at the same time.
+
+    Raises:
+        NoKernelError: no compiler, or none that accepts the source.
+    """
+    compiler = _compiler()
+    parts = (SOURCE, WEIGHTS[dtype], compiler, *FLAGS, torch.__version__, _cpu(), *_openmp_runtime())
+    name = f"rows-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    folder = _cache_folder()
+    if not (folder / name).exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            _compile(compiler, dtype, Path(scratch)).replace(folder / name)
+    return folder / name
+
+
+def _compiler() -> str:
+    asked = os.environ.get("CXX")
+    found = [path for name in ([asked] if asked else ["g++", "c++", "clang++"]) if (path := shutil.which(name))]
+    if not found:
+        raise NoKernelError(f"there is no C++ compiler ({asked or 'g++, c++, clang++'}); CXX names one")
+    return found[0]
+
+
+def _compile(compiler: str, dtype: torch.dtype, scratch: Path) -> Path:
+    source, compiled, linked = scratch / "rows.cpp", scratch / "rows.o", scratch / "rows.so"
+    source.write_text(SOURCE)
+    said = ""
+    for own_cpu in ("-march=native", "-mcpu=native", None):
+        for openmp in (("-fopenmp", _openmp_runtime() or ["-fopenmp"]), (None, [])):
+            options = [option for option in (own_cpu, openmp[0]) if option]
+            commands = (
+                [compiler, *FLAGS, *options, f"-DWEIGHT={WEIGHTS[dtype]}", "-c", str(source), "-o", str(compiled)],
+                [compiler, "-shared", str(compiled), *openmp[1], "-o", str(linked)],
+            )
+            try:
+                for command in commands:
+                    subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+            except subprocess.CalledProcessError as error:
+                said = said or error.stderr.strip().partition("\n")[0]
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise NoKernelError(f"{compiler} cannot be run: {error}") from error
+            else:
+                return linked
+    raise NoKernelError(f"{compiler} does not compile it: {said}")
+
+
+@cache
+def _openmp_runtime() -> list[str]:
+    """The file of the OpenMP runtime that torch has loaded: a second one's threads would spin beside its own."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    paths = [line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6]
+    return [path for path in dict.fromkeys(paths) if Path(path).name.startswith(OPENMP_RUNTIMES)][:1]
+
+
+def _cpu() -> str:
+    """What ``-march=native`` depends on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    own = dict.fromkeys(line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part")))
+    return "\n".join((platform.machine(), platform.processor(), *own))
+
+
+def _cache_folder() -> Path:
+    own, general = os.environ.get("MOESAIC_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(own or Path(general) / "moesaic").expanduser().absolute()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise NoKernelError(f"its folder cannot be made: {error}") from error
+    if not os.access(folder, os.W_OK):
+        raise NoKernelError(f"{folder} cannot be written; MOESAIC_CACHE names another")
+    return folder

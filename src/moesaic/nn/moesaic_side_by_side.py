@@ -1,0 +1,76 @@
+"""The `moesaic` architecture: weights laid out by neurons, as the CPU kernel reads them (see `moesaic_path_rows.py`).
+
+What a token reads of a neuron, its rows of gate and up and its column of down, then lies side by side in one tensor
+[P, 3, D] ([P, 2, D] without a gate). The parameters become views of that tensor: nothing is held twice, loading and
+training change it in place, and all other paths compute with it. A state dict is made of ordinary matrices again.
+
+Axes: P packed neurons, D model width.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .moesaic_kernel import kernel
+
+if TYPE_CHECKING:
+    from .moesaic_ffn import MoEFeedForward
+
+_LOCK = threading.Lock()
+
+
+def layers(ffn: MoEFeedForward) -> list[nn.Linear]:
+    """Gate if there is one, up, down."""
+    return [layer for layer in (ffn.gate_proj, ffn.up_proj, ffn.down_proj) if layer is not None]
+
+
+def can_lie(ffn: MoEFeedForward, dtype: torch.dtype) -> bool:
+    """Whether its weights are its own, plain and in memory: not wrapped, quantised, offloaded or shared."""
+    own = layers(ffn)
+    if any(type(layer) is not nn.Linear or "_hf_hook" in layer.__dict__ for layer in own):
+        return False
+    down, rows = own[-1], own[:-1]
+    shape, down_DP = torch.Size((ffn.neurons, rows[0].in_features)), down.weight
+    weights = [layer.weight for layer in rows]
+    if down_DP.shape != shape[::-1] or any(weight.shape != shape for weight in weights):
+        return False
+    tensors = [*weights, down_DP, *(layer.bias for layer in rows if layer.bias is not None)]
+    if any(tensor.dtype != dtype or not tensor.is_cpu or type(tensor) is not nn.Parameter for tensor in tensors):
+        return False
+    return lies(ffn) or not any(tensor.is_shared() for tensor in tensors)
+
+
+def lies(ffn: MoEFeedForward) -> bool:
+    """Whether what a neuron has in each matrix lies in one piece, so that the kernel can read it."""
+    down_DP = ffn.down_proj.weight
+    return all(_in_rows(layer.weight) for layer in layers(ffn)[:-1]) and _in_rows(down_DP.t())
+
+
+def _in_rows(weight_PD: Tensor) -> bool:
+    return weight_PD.stride(1) == 1 or weight_PD.shape[1] == 1
+
+
+def lay(ffn: MoEFeedForward) -> None:
+    """Lay the weights side by side. One matrix after the other is given up, so that memory grows by one FFN at most."""
+    with _LOCK, torch.inference_mode(False), torch.no_grad():
+        own = layers(ffn)
+        up = ffn.up_proj.weight
+        side_PND = torch.empty(ffn.neurons, len(own), up.shape[1], dtype=up.dtype)
+        if (library := kernel(up.dtype)) is not None:
+            library.moesaic_large_pages(side_PND.data_ptr(), side_PND.nbytes)
+        for place, layer in enumerate(own):
+            rows_PD = side_PND[:, place]
+            view = rows_PD.t() if layer is ffn.down_proj else rows_PD
+            layer.weight.data = view.copy_(layer.weight.data)
+
+
+def take_apart(ffn: MoEFeedForward) -> None:
+    """Undo :func:`lay`: every matrix has contiguous memory of its own again."""
+    with _LOCK, torch.inference_mode(False), torch.no_grad():
+        for layer in layers(ffn):
+            if type(layer) is nn.Linear and not layer.weight.is_contiguous():
+                layer.weight.data = layer.weight.data.contiguous()

@@ -1,0 +1,201 @@
+"""The compiled kernel and its layout: shapes beside its vectors, bad index sets, what happens to the weights.
+
+Axes: T tokens, D model width, P neurons, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moesaic.nn import moesaic_kernel
+from moesaic.nn.ffn import ACTIVATIONS as KNOWN
+from moesaic.nn.moesaic_ffn import MoEFeedForward, use_path
+from moesaic.nn.moesaic_kernel import ACTIVATIONS, WEIGHTS
+from moesaic.nn.moesaic_path_rows import computed
+from moesaic.nn.moesaic_paths import choose
+from moesaic.nn.moesaic_side_by_side import lay, lies
+from moesaic.nn.moesaic_union import UnionFeedForward, build_feed_forward
+from tests.ffns import relative_error
+
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
+"""Of the output alone, which is rounded once."""
+
+
+def ffn_of(
+    d_model: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    union: bool = False,
+    gated: bool = True,
+    biases: bool = False,
+    activation: str = "silu",
+) -> MoEFeedForward:
+    """6 of 60 + 6 x 100 neurons, enough for two threads; random weights of outputs near 1."""
+    torch.manual_seed(0)
+    spec = {
+        **{"neurons": 660, "shared": 60, "experts": 6, "expert_width": 100, "top_k": 2, "router": "linear"},
+        **{"router_tensors": ["weight"], "normalise_input": False, "gate": "sigmoid", "selection_bias": False},
+        **{"gated": gated, "gate_bias": gated and biases, "up_bias": biases, "down_bias": biases, "union": union},
+    }
+    ffn = build_feed_forward(spec, d_model, activation)
+    for parameter in ffn.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    if isinstance(ffn, UnionFeedForward):
+        ffn.membership.copy_(torch.rand(ffn.membership.shape) < 0.4)
+    return ffn.to(dtype).requires_grad_(False)
+
+
+def by_rule(ffn: MoEFeedForward, x_TD: Tensor, weight_TP: Tensor) -> Tensor:
+    """The sum over all neurons in float64, without the output bias."""
+    x_TD = x_TD.double()
+
+    def project(layer: nn.Linear) -> Tensor:
+        return nn.functional.linear(x_TD, layer.weight.double(), None if layer.bias is None else layer.bias.double())
+
+    up_TP = project(ffn.up_proj)
+    h_TP = ffn.act(up_TP) if ffn.gate_proj is None else ffn.act(project(ffn.gate_proj)) * up_TP
+    return (h_TP * weight_TP) @ ffn.down_proj.weight.double().t()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
+@pytest.mark.parametrize(
+    ("d_model", "union", "gated", "biases", "activation"),
+    [
+        (1, False, True, False, "silu"),
+        (31, True, True, True, "gelu"),
+        (64, False, False, True, "relu"),
+        (97, True, False, False, "relu2"),
+        (160, False, True, True, "gelu_new"),
+        (75, True, True, False, "gelu_pytorch_tanh"),
+    ],
+)
+def test_any_width_activation_and_number_of_threads_gives_the_sum_over_the_chosen_neurons(
+    d_model: int, union: bool, gated: bool, biases: bool, activation: str, dtype: torch.dtype, threads: int
+) -> None:
+    ffn = ffn_of(d_model, dtype, union=union, gated=gated, biases=biases, activation=activation)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for tokens in (1, 2, 3, 5, 9):
+            x_TD = torch.randn(tokens, d_model).to(dtype)
+            idx_TK = torch.stack([torch.randperm(6)[:2] for _ in range(tokens)])
+            weight_TK = torch.rand(tokens, 2)
+            if isinstance(ffn, UnionFeedForward):
+                member_EU = ffn.membership.double()
+            else:
+                member_EU = torch.eye(6, dtype=torch.float64).repeat_interleave(100, dim=1)
+            weight_TU = torch.zeros(tokens, 6, dtype=torch.float64).scatter(1, idx_TK, weight_TK.double()) @ member_EU
+            weight_TP = torch.cat([torch.ones(tokens, 60, dtype=torch.float64), weight_TU], dim=1)
+            with torch.no_grad():
+                lay(ffn)
+                y_TD = computed(ffn, x_TD, idx_TK, weight_TK)
+                assert torch.equal(y_TD, computed(ffn, x_TD, idx_TK, weight_TK))
+            assert relative_error(y_TD.double(), by_rule(ffn, x_TD, weight_TP)) < BOUNDS[dtype], tokens
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("expert", [-1, 6, 2**40])
+@pytest.mark.parametrize("union", [False, True])
+def test_an_expert_that_does_not_exist_is_an_error_and_reads_nothing(union: bool, expert: int) -> None:
+    ffn, x_TD = ffn_of(64, union=union), torch.randn(2, 64).bfloat16()
+    lay(ffn)
+    with pytest.raises(ValueError, match=r"^the router chose an expert that does not exist$"):
+        computed(ffn, x_TD, torch.tensor([[0, 1], [2, expert]]), None)
+    with pytest.raises(ValueError, match=r"^inputs of width 32 for an FFN of width 64$"):
+        computed(ffn, x_TD[:, :32], torch.zeros(2, 1, dtype=torch.long), None)
+    with pytest.raises(ValueError, match=r"^choices for 1 of 2 tokens"):
+        computed(ffn, x_TD, torch.zeros(1, 1, dtype=torch.long), None)
+
+
+def run_once(ffn: MoEFeedForward, x_TD: Tensor) -> Tensor:
+    with torch.inference_mode(), use_path(ffn, "rows"):
+        return ffn(x_TD).clone()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_weights_are_held_once_and_every_use_of_them_goes_on(gated: bool) -> None:
+    ffn, x_TD = ffn_of(64, union=True, gated=gated), torch.randn(2, 64).bfloat16()
+    original = copy.deepcopy(ffn.state_dict())
+    y_TD = run_once(ffn, x_TD)
+    assert lies(ffn)
+    storages = {layer.weight.untyped_storage().data_ptr() for layer in (ffn.up_proj, ffn.down_proj)}
+    assert len(storages) == 1
+    assert ffn.up_proj.weight.untyped_storage().nbytes() == (3 if gated else 2) * 660 * 64 * 2
+
+    copied = copy.deepcopy(ffn)
+    assert torch.equal(run_once(copied, x_TD), y_TD)
+    saved = ffn.state_dict()  # ordinary matrices, as they were
+    assert all(torch.equal(saved[name], tensor) and saved[name].is_contiguous() for name, tensor in original.items())
+    assert len({tensor.untyped_storage().data_ptr() for tensor in saved.values()}) == len(saved)
+
+    run_once(ffn, x_TD)
+    with torch.no_grad():
+        ffn.load_state_dict({name: -t if t.is_floating_point() else t for name, t in original.items()})
+    other = ffn_of(64, union=True, gated=gated)
+    other.load_state_dict(ffn.state_dict())
+    assert torch.equal(run_once(ffn, x_TD), run_once(other, x_TD))
+    assert not torch.equal(run_once(ffn, x_TD), y_TD)
+
+
+def test_training_goes_on_where_the_kernel_has_run() -> None:
+    ffn, x_TD = ffn_of(64).requires_grad_(True), torch.randn(2, 64).bfloat16()
+    fresh = copy.deepcopy(ffn)
+    run_once(ffn, x_TD)
+    for module in (ffn, fresh):
+        assert choose(x_TD, module).name != "rows"
+        module(x_TD).float().square().sum().backward()
+        torch.optim.SGD(module.parameters(), 0.1).step()
+    for name, own in ffn.named_parameters():  # products of views may add in another order
+        assert relative_error(own.detach().double(), fresh.get_parameter(name).detach().double()) < 1e-2, name
+    assert relative_error(run_once(ffn, x_TD).double(), run_once(fresh, x_TD).double()) < 1e-2
+
+
+def test_shared_and_wrapped_weights_stay_as_they_are() -> None:
+    ffn, x_TD = ffn_of(64), torch.randn(1, 64).bfloat16()
+    with torch.no_grad():
+        assert choose(x_TD, ffn).name == "rows"
+        with torch.autocast("cpu"):
+            assert choose(x_TD, ffn).name == "masked"
+        torch.nn.utils.parametrizations.weight_norm(ffn.up_proj)
+        assert choose(x_TD, ffn).name == "masked"
+        shared = ffn_of(64).share_memory()
+        assert choose(x_TD, shared).name == "masked"
+
+
+def test_without_a_compiler_torch_computes_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(moesaic_kernel.logging.get_logger("transformers"), "propagate", True)
+    moesaic_kernel.kernel.cache_clear()
+    try:
+        ffn, x_TD = ffn_of(64), torch.randn(1, 64).bfloat16()
+        with torch.no_grad():
+            assert [choose(x_TD, ffn).name for _ in range(2)] == ["masked"] * 2
+    finally:
+        moesaic_kernel.kernel.cache_clear()
+    lines = [record.message for record in caplog.records]
+    assert lines == [
+        "few tokens are computed by torch, which is slower than the compiled kernel: "
+        "there is no C++ compiler (no-such-compiler); CXX names one"
+    ]
+
+
+def test_a_kernel_is_compiled_once_and_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
+    first = moesaic_kernel.built(torch.bfloat16)
+    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+    stamp = first.stat().st_mtime_ns
+    assert moesaic_kernel.built(torch.bfloat16) == first
+    assert first.stat().st_mtime_ns == stamp
+
+
+def test_activations_are_those_of_all_families() -> None:
+    assert ACTIVATIONS.keys() >= KNOWN
