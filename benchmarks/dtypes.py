@@ -142,6 +142,8 @@ def page(results: dict[tuple[str, str, str], dict[str, Any]]) -> str:
         "",
         "Some methods choose by comparing near-equal scores, and choose others where the weights were rounded.",
         "The last two columns apply the decisions made in fp32 to the bf16 checkpoint: what is left is the rounding.",
+        "Routers then still meet near ties, which rounding decides: the worse a conversion, the more that shows.",
+        "A dash was not measured.",
     ]
     for model in dict.fromkeys(key[0] for key in results):
         dense = results[model, "dense", "bfloat16"]
