@@ -199,3 +199,14 @@ def test_a_kernel_is_compiled_once_and_found_again(monkeypatch: pytest.MonkeyPat
 
 def test_activations_are_those_of_all_families() -> None:
     assert ACTIVATIONS.keys() >= KNOWN
+
+
+def test_weights_that_were_made_in_inference_mode_stay_as_they_are() -> None:
+    """torch forbids views of them outside that mode; calibration makes such FFNs for one pass."""
+    with torch.inference_mode():
+        ffn = ffn_of(32, torch.float32)
+    x_TD = torch.randn(1, 32)
+    with torch.no_grad():
+        assert choose(x_TD, ffn).name != "rows"
+        ffn(x_TD)
+    assert all(layer.weight.is_contiguous() for layer in (ffn.up_proj, ffn.down_proj))

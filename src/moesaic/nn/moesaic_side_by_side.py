@@ -41,17 +41,18 @@ def can_lie(ffn: MoEFeedForward, dtype: torch.dtype) -> bool:
     tensors = [*weights, down_DP, *(layer.bias for layer in rows if layer.bias is not None)]
     if any(tensor.dtype != dtype or not tensor.is_cpu or type(tensor) is not nn.Parameter for tensor in tensors):
         return False
+    if any(tensor.is_inference() for tensor in tensors):  # made for one pass, as in a calibration: laying would not pay
+        return False
     return lies(ffn) or not any(tensor.is_shared() for tensor in tensors)
 
 
 def lies(ffn: MoEFeedForward) -> bool:
     """Whether what a neuron has in each matrix lies in one piece, so that the kernel can read it."""
-    down_DP = ffn.down_proj.weight
-    return all(_in_rows(layer.weight) for layer in layers(ffn)[:-1]) and _in_rows(down_DP.t())
+    return all(_in_pieces(layer.weight, 1) for layer in layers(ffn)[:-1]) and _in_pieces(ffn.down_proj.weight, 0)
 
 
-def _in_rows(weight_PD: Tensor) -> bool:
-    return weight_PD.stride(1) == 1 or weight_PD.shape[1] == 1
+def _in_pieces(weight: Tensor, dim: int) -> bool:
+    return weight.stride(dim) == 1 or weight.shape[dim] == 1
 
 
 def lay(ffn: MoEFeedForward) -> None:
