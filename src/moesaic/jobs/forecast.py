@@ -29,7 +29,6 @@ _PROGRAM = 500e6
 """Bytes that the interpreter and torch take."""
 _SITE_JSON = 900
 """Bytes that one converted FFN takes in config.json and blueprint.json, about."""
-_MODELLING_FILE = 24_000
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,8 @@ def disk(split: Split, target: str, options: TargetOptions, source: Source, toke
         plans += (indices + rows * anatomy.d_model) * _FP32 + worth + _SITE_JSON
     if TARGETS[target].stock and source.tied:
         weights += int(anatomy.config.get("vocab_size") or 0) * anatomy.d_model * source.element
-    beside = source.beside + (len(shapes) * _SITE_JSON + _MODELLING_FILE if target == OWN else 0)
+    files = sum(len(text.encode()) for text in TARGETS[target].files().values())
+    beside = source.beside + files + (len(shapes) * _SITE_JSON if target == OWN else 0)
     state = 2 * tokens * anatomy.d_model * _FP32  # kept for the next run, and scratch of this one
     return DiskForecast(target, weights + plans + beside, plans + state)
 
