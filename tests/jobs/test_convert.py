@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import moesaic
 from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError
+from moesaic.nn.moesaic_path_rows import Rows
 from tests.tiny_models import FAMILIES, MOE_FAMILIES, VARIANTS
 
 CALIBRATION = {"tokens": 256, "window": 64}
@@ -150,3 +152,15 @@ def test_an_existing_output_is_not_touched(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists"):
         moesaic.convert(tiny("llama"), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_what_is_decided_does_not_depend_on_a_compiler(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts of a MoE get few tokens each, which the compiled kernel would round otherwise than torch."""
+    settings: dict[str, Any] = {"method": "cmoe", "calibration": CALIBRATION, "hierarchical": True}
+    options = {"layout": "S2A2E6"}
+    made = moesaic.convert(tiny("mixtral"), tmp_path / "kernel", options=options, **settings)
+    monkeypatch.setattr(Rows, "supports", lambda *_: False)
+    without = moesaic.convert(tiny("mixtral"), tmp_path / "torch", options=options, **settings)
+    assert made.blueprint.digest() == without.blueprint.digest()

@@ -31,6 +31,7 @@ from moesaic.jobs.job import Job
 from moesaic.materialise.apply import build_ffn
 from moesaic.methods.base import MethodModule, ModelContext, ModelMethodModule, ModelPlan
 from moesaic.nn.ffn import FFNWeights
+from moesaic.nn.moesaic_paths import PORTABLE
 from moesaic.progress import Progress, Silent
 from moesaic.staging.writer import StagedOutput
 from moesaic.targets.write import step_of
@@ -150,7 +151,10 @@ def blueprint_of(job: Job, made: Decisions) -> Blueprint:
 
 def _move_on(stream: LayerStream, plans: Mapping[str, LayerPlan]) -> None:
     """Complete the layer with its converted FFNs, so that the next one sees what it will see in use."""
-    stream.advance({path: build_ffn(stream.stored_weights(path), plan, stream.dtype) for path, plan in plans.items()})
+    made = {path: build_ffn(stream.stored_weights(path), plan, stream.dtype) for path, plan in plans.items()}
+    for ffn in made.values():
+        ffn.table = PORTABLE
+    stream.advance(made)
 
 
 def _open_stream(job: Job, staged: StagedOutput | None) -> tuple[LayerStream | None, int]:

@@ -43,7 +43,7 @@ class MoEFeedForward(KeptInFloat32):
     """
 
     layout: ClassVar[str] = "packed"
-    table: ClassVar[tuple[Row, ...]] = PATHS
+    table: tuple[Row, ...] = PATHS
     asked: tuple[str, ...] = ()
     selection_bias: Tensor | None
 

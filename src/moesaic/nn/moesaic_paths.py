@@ -97,6 +97,10 @@ PATHS: tuple[Row, ...] = (
 )
 
 
+PORTABLE = tuple(row for row in PATHS if not isinstance(row.path, Rows))
+"""Those of torch alone: what is decided with them does not depend on whether there is a compiler."""
+
+
 def choose(x_TD: Tensor, ffn: MoEFeedForward) -> Path:
     """The path for an input: the first of ``ffn.asked`` that supports it, or the fastest known.
 
