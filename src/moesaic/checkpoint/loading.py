@@ -75,16 +75,7 @@ def _loaded(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
             loaded: Any = _text_model(wrapped, **shared)
         else:
             loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **shared)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        ImportError,
-    ) as error:
+    except _FAULTS as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"transformers cannot load {folder}: {reason}", "try AutoModelForCausalLM.from_pretrained on it"

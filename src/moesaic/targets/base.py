@@ -193,9 +193,13 @@ class Target(ABC):
             return 1
         return max(shape.top_k if self.times == "top_k" else shape.experts for shape in split.routed)
 
-    @abstractmethod
     def stored(self, shape: FFNShape, split: Split, options: TargetOptions) -> tuple[int, int]:
         """Neurons of a converted FFN as written, and rows of width D in fp32 beside them (the router, a gate)."""
+        from moesaic.targets.config import geometry
+
+        geo = geometry(split, options)
+        shared = geo.shared * (geo.experts if self.replicates else 1)
+        return geo.experts * geo.width + shared, geo.experts
 
     @abstractmethod
     def config_json(self, split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:

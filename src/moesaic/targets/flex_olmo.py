@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moesaic.blueprint.shape import FFNShape
 from moesaic.targets.backbone import read_backbone
 from moesaic.targets.base import Packed, Split, Target, TargetOptions
 from moesaic.targets.config import base_config, geometry
@@ -25,11 +24,6 @@ if TYPE_CHECKING:
 
 class FlexOlmo(Target):
     """See the file's own text."""
-
-    def stored(self, shape: FFNShape, split: Split, options: TargetOptions) -> tuple[int, int]:
-        """See :class:`Target`."""
-        geo = geometry(split, options)
-        return geo.experts * (geo.shared + geo.width), geo.experts
 
     def config_json(self, split: Split, provenance: Mapping[str, Any], options: TargetOptions) -> dict[str, Any]:
         """See :class:`Target`."""

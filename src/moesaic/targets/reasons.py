@@ -70,7 +70,7 @@ def _backbone_reasons(backbone: Backbone, limits: Limits) -> Iterable[str]:
         yield f"norms stand {places[backbone.post_norm]} attention and FFN, its own {own}: {holders} them so"
     if not backbone.natural_head_dim and not limits.any_head_dim:
         holders = _holders(lambda other: other.any_head_dim)
-        yield f"head_dim is {backbone.head_dim}, not hidden_size / heads: {holders} head_dim"
+        yield f"head_dim is {backbone.head_dim}, not hidden_size / heads: {holders} heads of any width"
     if backbone.partial_rotary != 1.0 and not limits.partial_rotary:
         holders = _holders(lambda other: other.partial_rotary)
         yield f"partial_rotary_factor is {backbone.partial_rotary:g}, it rotates whole heads: {holders} partial ones"
