@@ -46,6 +46,9 @@ _MULTIPLIERS = {
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": D_EXPERT}
 _FULL_MOE = {**_GATED, "num_experts_per_tok": 2, "intermediate_size": D_EXPERT}
 _QWEN2_MOE = {**_GATED, **_MOE, "shared_expert_intermediate_size": D_EXPERT + 3}
+# As most families write it: the first layer dense, then experts with a shared one.
+_ROUTED = {**_GATED, "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": D_EXPERT}
+_GLM_MOE = {**_ROUTED, "n_shared_experts": 2, "first_k_dense_replace": 1}
 
 _LLAMA_TARGETS = ("glm4_moe", "granitemoeshared", "qwen2_moe", "mixtral", "ernie4_5_moe")
 
@@ -86,6 +89,9 @@ _LINEAR = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
+_GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5}
+_LIGHTNING = {"layer_types": ["linear_attention", "full_attention"], "block_size": 16, "mlp_alpha_factor": 1.5}
+_COMMAND = {"mlp_layer_types": ["dense", "sparse"], "prefix_dense_intermediate_size": D_FF}
 _LFM2 = {"layer_types": ["conv", "full_attention"], "block_multiple_of": 1, "block_ffn_dim_multiplier": 1.03}
 
 # Every bias that a family can have is on in one entry or in a variant.
@@ -113,6 +119,45 @@ TINY: dict[str, Tiny] = {
     "qwen2_moe": Tiny("qwen2_moe", _QWEN2_MOE),
     "qwen3_moe": Tiny("qwen3_moe", {**_GATED, **_MOE, "head_dim": 8}),
     "olmoe": Tiny("olmoe", {**_FULL_MOE, "num_experts": 4}),
+    "qwen3_next": Tiny("qwen3_next", {**_QWEN2_MOE, **_LINEAR, "head_dim": 16, "mlp_only_layers": [0]}),
+    "deepseek_v2": Tiny("deepseek_v2", {**_LATENT, **_GLM_MOE, "num_key_value_heads": 4}),
+    "deepseek_v3": Tiny("deepseek_v3", {**_LATENT, **_GLM_MOE, **_GROUPS, "num_key_value_heads": 4}),
+    "dots1": Tiny("dots1", {**_GLM_MOE, **_GROUPS, "attention_bias": True}),
+    "glm4_moe": Tiny("glm4_moe", {**_GLM_MOE, **_GROUPS, "attention_bias": True}),
+    "glm4_moe_lite": Tiny("glm4_moe_lite", {**_LATENT, **_ROUTED, **_GROUPS, "num_key_value_heads": 4}),
+    "ernie4_5_moe": Tiny(
+        "ernie4_5_moe",
+        {
+            **_GATED,
+            **{"head_dim": 16, "use_bias": True, "moe_intermediate_size": D_EXPERT, "moe_num_experts": 4, "moe_k": 2},
+            **{"moe_num_shared_experts": 2, "moe_layer_start_index": 1},
+        },
+    ),
+    "exaone_moe": Tiny("exaone_moe", {**_GATED, **_MOE, **_WINDOWS, **_GROUPS, "head_dim": 16}),
+    "solar_open": Tiny("solar_open", {**_ROUTED, "n_shared_experts": 1}),
+    "hunyuan_v1_moe": Tiny("hunyuan_v1_moe", {**_FULL_MOE, "head_dim": 16, "num_experts": 4, "moe_topk": 2}),
+    "minimax": Tiny("minimax", {**_FULL_MOE, "head_dim": 8, "num_local_experts": 4, **_LIGHTNING}),
+    "minimax_m2": Tiny("minimax_m2", {**_FULL_MOE, "head_dim": 8, "num_local_experts": 4}),
+    "phimoe": Tiny("phimoe", {**_FULL_MOE, "num_local_experts": 4, "attention_bias": True, "lm_head_bias": True}),
+    "flex_olmo": Tiny("flex_olmo", {**_FULL_MOE, "num_experts": 4}),
+    "mellum": Tiny("mellum", {**_GATED, **_MOE, **_WINDOWS, "head_dim": 8, "mlp_layer_types": ["dense", "sparse"]}),
+    "mimo_v2_flash": Tiny("mimo_v2_flash", {**_ROUTED, **_WINDOWS, "v_head_dim": 8}),
+    "lfm2_moe": Tiny("lfm2_moe", {**_GATED, **_MOE, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    "jamba": Tiny(
+        "jamba",
+        {
+            **_FULL_MOE,
+            **{"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
+            **{"mamba_dt_rank": 4, "use_mamba_kernels": False},
+        },
+    ),
+    "afmoe": Tiny("afmoe", {**_GATED, **_MOE, **_WINDOWS, "head_dim": 8, "num_dense_layers": 1}),
+    "cohere2_moe": Tiny(
+        "cohere2_moe",
+        {**_FULL_MOE, **_WINDOWS, "head_dim": 8, "num_experts": 4, "num_shared_experts": 2, **_COMMAND},
+    ),
+    "laguna": Tiny("laguna", {**_QWEN2_MOE, **_WINDOWS, "head_dim": 16}),
+    "hy_v3": Tiny("hy_v3", {**_GATED, **_MOE, "head_dim": 8}),
     # Families that are a table and bring nothing new to what is computed.
     "olmo": Tiny("olmo", {**_GATED, "clip_qkv": 1.0}),
     "olmo3": Tiny("olmo3", {**_GATED, **_WINDOWS}, "values"),
@@ -170,7 +215,9 @@ FAMILIES: list[str] = [
     *("gpt2", "opt", "gpt_neox", "phi"),
 ]
 """Dense families that each bring something of their own to what is read, computed or written: for every matrix."""
-MORE_FAMILIES: list[str] = [name for name in TINY if name not in {*FAMILIES, *MOE_FAMILIES, *VARIANTS, *MOE_VARIANTS}]
+_OTHERS = [name for name in TINY if name not in {*FAMILIES, *MOE_FAMILIES, *VARIANTS, *MOE_VARIANTS}]
+MORE_FAMILIES: list[str] = [name for name in _OTHERS if ANATOMIES[TINY[name].model_type].moe is None]
+MORE_MOE: list[str] = [name for name in _OTHERS if name not in MORE_FAMILIES]
 """The others, which one test converts from end to end (``tests/jobs/test_families.py``)."""
 PRUNES_PAIRS: list[str] = [name for name, tiny in TINY.items() if tiny.prunes == "pairs"]
 PRUNES_VALUES: list[str] = [name for name, tiny in TINY.items() if tiny.prunes == "values"]

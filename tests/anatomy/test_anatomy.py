@@ -93,6 +93,66 @@ def test_moe_with_dense_layers(family: str, overrides: dict, sparse_layers: list
             assert [(site.path, site.d_ff) for site in sites] == [(f"model.layers.{layer}.mlp", 41)]
 
 
+def sites_of_model(model: torch.nn.Module) -> dict[str, int]:
+    """Paths of a MoE's FFNs and experts, and their widths, read off the model itself."""
+    found = {}
+    for path, module in model.named_modules():
+        parts, own = dict(module.named_children()), dict(module.named_parameters(recurse=False))
+        if path.endswith(".experts"):
+            count, _, width = own["down_proj"].shape
+            found |= {f"{path}.{expert}": width for expert in range(count)}
+        for up, down in (("up_proj", "down_proj"), ("w3", "w2")):
+            if up in parts and down in parts:
+                found[path] = parts[up].weight.shape[0]
+    return found
+
+
+_LAYERS = ("first_k_dense_replace", "mlp_layer_types", "num_dense_layers", "moe_layer_start_index", "mlp_only_layers")
+_SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+
+
+@pytest.mark.parametrize("family", tiny_models.MORE_MOE)
+def test_sites_of_a_moe_are_those_of_the_model(family: str) -> None:
+    """As its tiny config says, and where config.json leaves out what transformers has a default for."""
+    config = config_of(family)
+    left_out = _LAYERS if family == "dots1" else (*_LAYERS, *_SHARED)  # it has no default for its shared experts
+    bare = {key: value for key, value in config.items() if key not in left_out} | {"num_hidden_layers": 4}
+    for key in ("layer_types", "num_attention_heads_per_layer"):
+        if bare.get(key):
+            bare[key] = [*bare[key], *bare[key]]
+    for case in (config, bare):
+        sites = read_anatomy(case, hierarchical=True).sites
+        assert {site.path: site.d_ff for site in sites} == sites_of_model(model_of(case))
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "sparse_layers"),
+    [
+        ("ernie4_5_moe", {"moe_layer_interval": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 4}, [1, 3]),
+        ("ernie4_5_moe", {"moe_num_shared_experts": 0, "moe_layer_end_index": 2}, [1, 2]),
+        ("deepseek_v3", {"first_k_dense_replace": 4}, [4, 5]),
+        ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense"] * 3}, [0, 2, 4]),
+        ("jamba", {"expert_layer_period": 3, "expert_layer_offset": 2}, [2, 5]),
+        (
+            "qwen3_next",
+            {"mlp_only_layers": [1], "decoder_sparse_step": 2, "layer_types": ["full_attention"] * 6},
+            [3, 5],
+        ),
+    ],
+)
+def test_which_layers_have_experts(family: str, overrides: dict, sparse_layers: list[int]) -> None:
+    config = config_of(family, num_hidden_layers=6, **overrides)
+    sites = read_anatomy(config, hierarchical=True).sites
+    assert {site.path: site.d_ff for site in sites} == sites_of_model(model_of(config))
+    assert sorted({site.layer for site in sites if site.expert is not None}) == sparse_layers
+
+
+def test_a_list_of_layers_of_another_length_is_refused() -> None:
+    config = config_of("glm4_moe_lite") | {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+    with pytest.raises(UnsupportedModelError, match="3 mlp_layer_types for 2 layers"):
+        read_anatomy(config, hierarchical=True)
+
+
 def test_expert_count_under_either_name() -> None:
     config = config_of("qwen3_moe")
     count = config.pop("num_local_experts", None) or config.pop("num_experts")

@@ -80,7 +80,7 @@ REFUSED: dict[str, tuple[dict[str, Any], bool, str, str]] = {
     "learned activation": ({"model_type": "apertus"}, False, "learned parameters", "families.md"),
     "clamped experts": ({"model_type": "gpt_oss", "num_local_experts": 32}, True, "clamp", "families.md"),
     "spelt otherwise": ({"model_type": "Qwen_2"}, False, "'Qwen_2'", "did you mean qwen2"),
-    "MoE of another family": ({"model_type": "afmoe", "num_experts": 256}, False, "Mixture of Exp", "families.md"),
+    "MoE of another family": ({"model_type": "axk1", "n_routed_experts": 256}, False, "Mixture of Exp", "families.md"),
     "new MoE": ({"model_type": "newt_moe", "n_routed_experts": 256}, False, "already a Mixture", "families.md"),
     "classifier": ({**LLAMA, "architectures": ["LlamaForSequenceClassification"]}, False, "no language-model head", ""),
     "embedding model": ({**LLAMA, "architectures": ["LlamaModel"]}, False, "LlamaModel", "causal language model"),

@@ -91,33 +91,37 @@ def _sites(config: Config, family: Family, layer: int) -> Iterator[FFNSite]:
     if moe is None:
         path = f"{layer_path}.{family.ffn}"
         yield FFNSite(path, layer, _d_ff(config, family, config["model_type"]), family.names, disk_path=path)
-    elif moe.dense_names is not None and not _is_sparse(config, moe, layer):
+    elif moe.sparse is not None and not moe.sparse(config, layer):
         path = f"{layer_path}.{family.ffn}"
-        yield FFNSite(path, layer, _size(config, family.d_ff, config["model_type"]), moe.dense_names, disk_path=path)
+        width = _size(config, moe.dense_width or family.d_ff, config["model_type"])
+        yield FFNSite(path, layer, width, moe.dense_names, disk_path=_on_disk(family, path))
     else:
         yield from _expert_sites(config, family, moe, layer)
 
 
 def _expert_sites(config: Config, family: Family, moe: MoENames, layer: int) -> Iterator[FFNSite]:
-    block = f"{family.layers}.{layer}.{moe.block}"
-    model_type = config["model_type"]
+    layer_path, model_type = f"{family.layers}.{layer}", config["model_type"]
     width = _size(config, moe.expert_width, model_type)
     for expert in range(_expert_count(config, moe)):
-        path = f"{block}.experts.{expert}"
-        yield FFNSite(path, layer, width, moe.names, disk_path=family.disk_name(path), expert=expert)
-    if moe.shared is not None and moe.shared_names is not None and moe.shared_width is not None:
-        path = f"{block}.{moe.shared}"
-        shared_width = _size(config, moe.shared_width, model_type)
-        yield FFNSite(path, layer, shared_width, moe.shared_names, disk_path=family.disk_name(path))
+        path = f"{layer_path}.{moe.block}.experts.{expert}"
+        yield FFNSite(path, layer, width, moe.names, disk_path=_on_disk(family, path), expert=expert)
+    if moe.shared is not None and (shared_width := _shared_width(config, moe)):
+        path = f"{layer_path}.{moe.shared}"
+        yield FFNSite(path, layer, shared_width, moe.shared_names, disk_path=_on_disk(family, path))
+
+
+def _on_disk(family: Family, path: str) -> str:
+    return family.disk_name(f"{path}.").removesuffix(".")  # what is renamed ends with a dot
+
+
+def _shared_width(config: Config, moe: MoENames) -> int:
+    """Neurons of the shared expert; 0 where config.json says that there is none."""
+    if callable(moe.shared_width):
+        return moe.shared_width(config)
+    return 0 if config.get(moe.shared_width) == 0 else _size(config, moe.shared_width, config["model_type"])
 
 
 def _expert_count(config: Config, moe: MoENames) -> int:
     # transformers renames this key when it saves: Qwen3-MoE has num_experts on the hub, later num_local_experts.
     present = [key for key in (moe.expert_count, "num_experts", "num_local_experts") if config.get(key) is not None]
     return _size(config, present[0] if present else moe.expert_count, config["model_type"])
-
-
-def _is_sparse(config: Config, moe: MoENames, layer: int) -> bool:
-    """Whether a layer of a MoE with dense layers (Qwen2-MoE, Qwen3-MoE) has experts."""
-    step = config.get("decoder_sparse_step") or 1
-    return layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % step == 0

@@ -41,20 +41,32 @@ GATED_PROJ = FFNNames(gate="gate_proj", up="up_proj", down="down_proj")
 
 @dataclass(frozen=True)
 class MoENames:
-    """Where an existing MoE keeps its experts (hierarchical conversion), relative to the decoder layer.
+    """Where an existing MoE keeps its experts (hierarchical conversion). Paths are relative to the decoder layer.
 
     The experts are ``experts.0``, ``experts.1`` ... of ``block``, named as in the model.
-    ``names``: projection names of one expert on disk. ``shared``: an always-on expert beside them.
+
+    Attributes:
+        expert_count, expert_width: Keys of config.json. The count is also read under transformers' own names for it.
+        block: Module of router and experts.
+        names: Projections of one expert on disk.
+        shared: An always-on expert beside them.
+        shared_names: Its projections.
+        shared_width: Key of its width, or what computes it. 0: the layers have none.
+        sparse: Which layers have experts (``anatomy/sparse.py``); None: all. The others have an ordinary FFN, which is
+            split as well.
+        dense_names, dense_width: Projections of that FFN, and the key of its width where it is not ``Family.d_ff``.
     """
 
-    block: str
-    names: FFNNames
     expert_count: str
     expert_width: str
+    block: str = "mlp"
+    names: FFNNames = GATED_PROJ
     shared: str | None = None
-    shared_names: FFNNames | None = None
-    shared_width: str | None = None
-    dense_names: FFNNames | None = None
+    shared_names: FFNNames = GATED_PROJ
+    shared_width: str | Callable[[Config], int] = ""
+    sparse: Callable[[Config, int], bool] | None = None
+    dense_names: FFNNames = GATED_PROJ
+    dense_width: str | None = None
 
 
 QKNorm = Literal["none", "head", "full"]
@@ -152,7 +164,7 @@ class Family:
 
     def disk_name(self, name: str) -> str:
         """The inverse of :meth:`model_name`."""
-        for on_disk, in_model in self.renames:
+        for on_disk, in_model in reversed(self.renames):
             name = name.replace(in_model, on_disk)
         return name
 

@@ -43,11 +43,9 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "is a Mixture of Experts that nobody has described yet",
-        "afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4"
-        " dots1 dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm_moe_dsa"
-        " hunyuan_v1_moe hy_v3 hy_v4 inkling2_loop_text inkling2_text inkling_text kimi_linear kolibri1 laguna"
-        " lara_mini lfm2_moe longcat_flash mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text phimoe"
-        " qwen3_5_moe_text qwen3_next qwen4_exp_text sarvam_mla sarvam_moe solar_open zaya",
+        "aria_text axk1 axk2 bailing_hybrid beam deepseek_v32 deepseek_v4 dots3_note_text flint glm_moe_dsa hy_v4"
+        " inkling2_loop_text inkling2_text inkling_text kimi_linear kolibri1 lara_mini longcat_flash minimax_m3_vl_text"
+        " qwen3_5_moe_text qwen4_exp_text sarvam_mla sarvam_moe zaya",
         HOW_TO_ADD,
         "possible",
     ),
@@ -106,7 +104,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "is a state-space or recurrent model",
-        "bamba falcon_mamba granitemoehybrid jamba mamba mamba2 nemotron_h recurrent_gemma rwkv xlstm zamba zamba2",
+        "bamba falcon_mamba granitemoehybrid mamba mamba2 nemotron_h recurrent_gemma rwkv xlstm zamba zamba2",
     ),
 )
 

@@ -21,7 +21,11 @@ _HEADS = (
     "ForMaskedLM",
     "ForRewardModel",
 )
-_PER_LAYER = {"layer_types": False, "no_rope_layers": True}  # whether transformers takes a list that is too long
+_PER_LAYER = {
+    "layer_types": False,
+    "mlp_layer_types": False,
+    "no_rope_layers": True,
+}  # whether transformers takes a list that is too long
 _SIZES = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 _TORCH_DTYPE = re.compile(r"bfloat16|float16|float32|float64|float|half|double")
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

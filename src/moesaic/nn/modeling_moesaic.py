@@ -179,6 +179,9 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self._dense.prepare_inputs_for_generation(*args, **kwargs)
 
+    def _supports_default_dynamic_cache(self) -> bool:
+        return self._dense._supports_default_dynamic_cache()  # MiniMax has a cache of its own
+
     def get_input_embeddings(self) -> nn.Module:
         return self._dense.get_input_embeddings()
 

@@ -55,10 +55,32 @@ _DENSE = (
     "youtu",
 )
 _MOE = (
+    "afmoe",
+    "cohere2_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "dots1",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "flex_olmo",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "hunyuan_v1_moe",
+    "hy_v3",
+    "jamba",
+    "laguna",
+    "lfm2_moe",
+    "mellum",
+    "mimo_v2_flash",
+    "minimax",
+    "minimax_m2",
     "mixtral",
     "olmoe",
+    "phimoe",
     "qwen2_moe",
     "qwen3_moe",
+    "qwen3_next",
+    "solar_open",
 )
 
 FAMILIES: dict[str, Family] = {name: import_module(f"{__name__}.{name}").FAMILY for name in (*_DENSE, *_MOE)}

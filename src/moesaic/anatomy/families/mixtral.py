@@ -2,16 +2,8 @@
 
 from moesaic.anatomy.base import Family, FFNNames, MoENames
 
-_EXPERT = FFNNames(gate="w1", up="w3", down="w2")
-
 FAMILY = Family(
     model_type="mixtral",
-    names=_EXPERT,
     renames=((".block_sparse_moe.", ".mlp."),),
-    moe=MoENames(
-        block="mlp",
-        names=_EXPERT,
-        expert_count="num_local_experts",
-        expert_width="intermediate_size",
-    ),
+    moe=MoENames("num_local_experts", "intermediate_size", names=FFNNames(gate="w1", up="w3", down="w2")),
 )
