@@ -92,6 +92,12 @@ _LINEAR = {
 _GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5}
 _LIGHTNING = {"layer_types": ["linear_attention", "full_attention"], "block_size": 16, "mlp_alpha_factor": 1.5}
 _COMMAND = {"mlp_layer_types": ["dense", "sparse"], "prefix_dense_intermediate_size": D_FF}
+_FALCON_H1 = {
+    "head_dim": 8,
+    **{"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16},
+    **{"mlp_multipliers": [0.7, 0.3], "attention_out_multiplier": 0.9, "ssm_out_multiplier": 0.8},
+    **{"key_multiplier": 0.5, "lm_head_multiplier": 0.5, "embedding_multiplier": 3.0},
+}
 _LFM2 = {"layer_types": ["conv", "full_attention"], "block_multiple_of": 1, "block_ffn_dim_multiplier": 1.03}
 
 # Every bias that a family can have is on in one entry or in a variant.
@@ -135,6 +141,11 @@ TINY: dict[str, Tiny] = {
     ),
     "exaone_moe": Tiny("exaone_moe", {**_GATED, **_MOE, **_WINDOWS, **_GROUPS, "head_dim": 16}),
     "solar_open": Tiny("solar_open", {**_ROUTED, "n_shared_experts": 1}),
+    "granitemoe": Tiny("granitemoe", {**_FULL_MOE, **_MULTIPLIERS, "num_local_experts": 4, "attention_bias": True}),
+    "granitemoeshared": Tiny(
+        "granitemoeshared",
+        {**_FULL_MOE, **_MULTIPLIERS, "num_local_experts": 4, "shared_intermediate_size": D_EXPERT + 3},
+    ),
     "hunyuan_v1_moe": Tiny("hunyuan_v1_moe", {**_FULL_MOE, "head_dim": 16, "num_experts": 4, "moe_topk": 2}),
     "minimax": Tiny("minimax", {**_FULL_MOE, "head_dim": 8, "num_local_experts": 4, **_LIGHTNING}),
     "minimax_m2": Tiny("minimax_m2", {**_FULL_MOE, "head_dim": 8, "num_local_experts": 4}),
@@ -189,6 +200,8 @@ TINY: dict[str, Tiny] = {
         {**_GEMMA, "global_head_dim": 16, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
     ),
     "lfm2": Tiny("lfm2", {**_COMMON, "num_key_value_heads": 2, "intermediate_size": 55, **_LFM2}),
+    "apertus": Tiny("apertus", {**_GATED, "head_dim": 8, "attention_bias": True}, "values"),
+    "falcon_h1": Tiny("falcon_h1", {**_GATED, **_FALCON_H1}),
     "falcon": Tiny("falcon", {**_COMMON, "ffn_hidden_size": D_FF, "bias": True}),
     # Variants: the rarer switches of a family.
     "llama_bias": Tiny("llama", {**_GATED, "mlp_bias": True, "attention_bias": True}, "pairs"),
@@ -284,7 +297,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         stored = {tensor.data_ptr() for tensor in model.state_dict().values()}
         for parameter in [*parameters, *(buffer for buffer in model.buffers() if buffer.data_ptr() in stored)]:
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1:  # norm weights and biases, around the value that the family starts from
+            if parameter.dim() <= 1:  # norm weights and biases, around the value that the family starts from
                 parameter.add_(0.2 * noise)
             else:
                 fan_in = D_MODEL if parameter.shape[-2] >= VOCAB else min(parameter.shape[-2:])

@@ -137,7 +137,7 @@ def test_router_scores_are_the_representatives_normalised_activations(gated: boo
         scores_T = torch.stack([reference_scores(weights, plan, x_D)[number] for x_D in x_TD])
         members = [int(neuron) for neuron in expert if neuron >= 0]
         assert sum(torch.allclose(scores_T, unit_scores(neuron), rtol=1e-4, atol=1e-6) for neuron in members) == 1
-    prob_TE = router_probabilities(plan.router, x_TD, weights.activation)
+    prob_TE = router_probabilities(plan.router, x_TD, weights)
     expected = torch.stack([reference_scores(weights, plan, x_D).softmax(dim=0) for x_D in x_TD])
     assert torch.allclose(prob_TE.float(), expected, atol=1e-5)
 

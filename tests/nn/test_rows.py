@@ -58,7 +58,7 @@ def by_rule(ffn: MoEFeedForward, x_TD: Tensor, weight_TP: Tensor) -> Tensor:
         return nn.functional.linear(x_TD, layer.weight.double(), None if layer.bias is None else layer.bias.double())
 
     up_TP = project(ffn.up_proj)
-    h_TP = ffn.act(up_TP) if ffn.gate_proj is None else ffn.act(project(ffn.gate_proj)) * up_TP
+    h_TP = ffn.act_fn(up_TP) if ffn.gate_proj is None else ffn.act_fn(project(ffn.gate_proj)) * up_TP
     return (h_TP * weight_TP) @ ffn.down_proj.weight.double().t()
 
 

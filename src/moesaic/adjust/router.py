@@ -124,6 +124,7 @@ def expert_networks(weights: FFNWeights, plan: LayerPlan) -> Iterator[FFNWeights
     tensors = pack(weights, plan)
     packed = FFNWeights(
         activation=weights.activation,
+        learned=weights.learned,
         **{field: tensors[name] for field, name in TENSOR_NAMES.items() if name in tensors},
     )
     if plan.union:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from moesaic.anatomy.base import Anatomy, Config, Family, FFNSite, MoENames, require
 from moesaic.anatomy.families import FAMILIES
-from moesaic.anatomy.refusals import ACTIVATIONS, refuse_foreign, refuse_layers
+from moesaic.anatomy.refusals import ACTIVATIONS, LEARNED, refuse_foreign, refuse_layers
 from moesaic.errors import UnsupportedModelError
 
 _MOST_LAYERS = 10_000
@@ -78,9 +78,10 @@ def _activation(config: Config, family: Family, model_type: str) -> str:
         name = family.activation_of(config)
     else:
         name = require(config, family.activation or "hidden_act", model_type)
-    if not isinstance(name, str) or name not in ACTIVATIONS:
+    known = ACTIVATIONS | LEARNED if family.names.learned else ACTIVATIONS
+    if not isinstance(name, str) or name.partition("(")[0] not in known:  # constants stand behind it
         raise UnsupportedModelError(
-            f"this {model_type} model uses the activation {name!r}", f"supported: {', '.join(sorted(ACTIVATIONS))}"
+            f"this {model_type} model uses the activation {name!r}", f"supported: {', '.join(sorted(known))}"
         )
     return name
 
@@ -104,7 +105,8 @@ def _expert_sites(config: Config, family: Family, moe: MoENames, layer: int) -> 
     width = _size(config, moe.expert_width, model_type)
     for expert in range(_expert_count(config, moe)):
         path = f"{layer_path}.{moe.block}.experts.{expert}"
-        yield FFNSite(path, layer, width, moe.names, disk_path=_on_disk(family, path), expert=expert)
+        stored = f"{layer_path}.{moe.block}" if moe.names.stacked else path
+        yield FFNSite(path, layer, width, moe.names, disk_path=_on_disk(family, stored), expert=expert)
     if moe.shared is not None and (shared_width := _shared_width(config, moe)):
         path = f"{layer_path}.{moe.shared}"
         yield FFNSite(path, layer, shared_width, moe.shared_names, disk_path=_on_disk(family, path))

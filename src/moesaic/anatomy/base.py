@@ -19,8 +19,9 @@ Config = Mapping[str, Any]
 class FFNNames:
     """Names of an FFN's projections, relative to its module. ``{name}.weight`` and, where present, ``{name}.bias``.
 
+    ``stacked``: each tensor holds all experts of a block, [E, ...], and names are relative to that block (Granite).
     ``fused``: ``up`` holds gate and up as one matrix [2F, D], gate first (Phi-3). ``transposed``: matrices are stored
-    [in, out] (GPT-2's Conv1D).
+    [in, out] (GPT-2's Conv1D). ``learned``: tensors of an activation that is learned (Apertus).
     """
 
     up: str
@@ -28,6 +29,8 @@ class FFNNames:
     gate: str | None = None
     fused: bool = False
     transposed: bool = False
+    learned: tuple[str, ...] = ()
+    stacked: bool = False
 
     @property
     def gated(self) -> bool:
@@ -195,6 +198,10 @@ class FFNSite:
         if self.names.gate is not None:
             roles["gate"] = self.names.gate
         return {role: self._join(name) for role, name in roles.items()}
+
+    def learned_names(self) -> dict[str, str]:
+        """Checkpoint names of the activation's own tensors, by their last part."""
+        return {name.rpartition(".")[2]: self._join(name) for name in self.names.learned}
 
     def _join(self, name: str) -> str:
         # OPT: the site is fc1 itself, and its siblings are written "../fc2".

@@ -35,9 +35,9 @@ def _kind(
 KINDS: tuple[Kind, ...] = (
     _kind(
         "is a dense decoder that nobody has described yet",
-        "bert-generation biogpt bloom codegen cohere_compass_text cpmant ctrl doge exaone gemma4_unified_text gpt-sw3"
-        " gpt_bigcode gpt_neo gpt_neox_japanese granite_swa internlm3 iquestcoder jais2 lfm3 modernbert-decoder mpt"
-        " nanochat olmo_hybrid openai-gpt persimmon xglm",
+        "apertus1p5_text bert-generation biogpt bloom codegen cohere_compass_text cpmant ctrl doge exaone"
+        " gemma4_unified_text gpt-sw3 gpt_bigcode gpt_neo gpt_neox_japanese granite_swa internlm3 iquestcoder jais2"
+        " lfm3 modernbert-decoder mpt nanochat olmo_hybrid openai-gpt persimmon xglm",
         HOW_TO_ADD,
         "possible",
     ),
@@ -51,23 +51,13 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "is a Mixture of Experts whose checkpoints hold all experts of a layer in one tensor",
-        "dbrx granitemoe granitemoe_swa granitemoeshared jetmoe llama4_text",
+        "dbrx granitemoe_swa jetmoe llama4_text",
         "moesaic splits experts that have matrices of their own on disk; docs/families.md lists those families",
     ),
     _kind(
         "is a Mixture of Experts whose experts clamp their neurons and hold gate and up interleaved",
         "gpt_oss",
         "moesaic splits experts of the form down(act(gate) * up); docs/families.md lists those families",
-    ),
-    _kind(
-        "has an activation with learned parameters, xIELU, for which experts have no place",
-        "apertus apertus1p5_text",
-        "docs/families.md lists the families that can be converted",
-    ),
-    _kind(
-        "multiplies gate and output of its FFN by factors of the config, for which experts have no place",
-        "falcon_h1",
-        "docs/families.md lists the families that can be converted",
     ),
     _kind(
         "has a norm inside its FFN, over all neurons, so that they cannot be computed apart",

@@ -13,6 +13,8 @@ from moesaic.errors import UnsupportedModelError
 
 # Activations that moesaic computes; moesaic.nn.ffn holds the functions (a test keeps the two alike).
 ACTIVATIONS = frozenset({"silu", "swish", "relu", "relu2", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"})
+LEARNED = frozenset({"xielu"})
+"""Activations with tensors of their own, in families that name these (``FFNNames.learned``)."""
 
 _HEADS = (
     "ForSequenceClassification",

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from moesaic.anatomy.base import FFNSite
-from moesaic.anatomy.refusals import RECIPES
+from moesaic.anatomy.refusals import LEARNED, RECIPES
 from moesaic.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def ffn_tensor_names(stored: StoredNames, site: FFNSite) -> set[str]:
-    """Names of all tensors in the checkpoint that make up this FFN. Raises CheckpointError when a matrix is missing."""
+    """Names of all tensors in the checkpoint that hold this FFN's neurons.
+
+    Those of a learned activation are not among them: no split changes them. Raises CheckpointError when a matrix is
+    missing.
+    """
     names = set[str]()
     for base in _stored_site(stored, site).tensor_names().values():
         stored.require(f"{base}.weight")
@@ -50,12 +54,14 @@ def load_ffn(checkpoint: Checkpoint, site: FFNSite, activation: str) -> FFNWeigh
     from moesaic.nn.ffn import FFNWeights
 
     names = site.names
-    bases = _stored_site(checkpoint, site).tensor_names()
+    stored = _stored_site(checkpoint, site)
+    bases = stored.tensor_names()
+    learned = stored.learned_names() if activation in LEARNED else {}
     up_rows = 2 * site.d_ff if names.fused else site.d_ff
-    up_FD = _matrix(checkpoint, bases["up"], names.transposed)
+    up_FD = _matrix(checkpoint, bases["up"], site)
     _check_shape(checkpoint, bases["up"], up_FD, (up_rows, None))
     d_model = up_FD.shape[1]
-    down_DF = _matrix(checkpoint, bases["down"], names.transposed)
+    down_DF = _matrix(checkpoint, bases["down"], site)
     _check_shape(checkpoint, bases["down"], down_DF, (d_model, site.d_ff))
     gate_FD = gate_bias_F = None
     up_bias_F = _bias(checkpoint, bases["up"], up_rows)
@@ -64,7 +70,7 @@ def load_ffn(checkpoint: Checkpoint, site: FFNSite, activation: str) -> FFNWeigh
         if up_bias_F is not None:
             gate_bias_F, up_bias_F = up_bias_F.chunk(2)
     elif "gate" in bases:
-        gate_FD = _matrix(checkpoint, bases["gate"], names.transposed)
+        gate_FD = _matrix(checkpoint, bases["gate"], site)
         _check_shape(checkpoint, bases["gate"], gate_FD, (site.d_ff, d_model))
         gate_bias_F = _bias(checkpoint, bases["gate"], site.d_ff)
     return FFNWeights(
@@ -75,7 +81,13 @@ def load_ffn(checkpoint: Checkpoint, site: FFNSite, activation: str) -> FFNWeigh
         gate_bias_F=gate_bias_F,
         up_bias_F=up_bias_F,
         down_bias_D=_bias(checkpoint, bases["down"], d_model),
+        learned={leaf: _learned(checkpoint, name) for leaf, name in learned.items()},
     )
+
+
+def _learned(checkpoint: Checkpoint, name: str) -> Tensor:
+    checkpoint.require(name)
+    return checkpoint.finite_tensor(name)
 
 
 def _stored_site(checkpoint: StoredNames, site: FFNSite) -> FFNSite:
@@ -104,9 +116,15 @@ def _under_another_prefix(checkpoint: StoredNames, wanted: str) -> str | None:
     return next((name for name in checkpoint.names if name.endswith(f".{below}")), None)
 
 
-def _matrix(checkpoint: Checkpoint, base: str, transposed: bool) -> Tensor:
-    tensor = checkpoint.finite_tensor(f"{base}.weight")
-    return tensor.T.contiguous() if transposed and tensor.dim() == 2 else tensor
+def _matrix(checkpoint: Checkpoint, base: str, site: FFNSite) -> Tensor:
+    name = f"{base}.weight"
+    tensor = checkpoint.finite_tensor(name)
+    if site.names.stacked:
+        assert site.expert is not None
+        if tensor.dim() != 3 or len(tensor) <= site.expert:
+            raise _shape_error(checkpoint, name, tuple(tensor.shape), f"[{site.expert + 1} or more, any, any]")
+        tensor = tensor[site.expert]
+    return tensor.T.contiguous() if site.names.transposed and tensor.dim() == 2 else tensor
 
 
 def _bias(checkpoint: Checkpoint, base: str, size: int) -> Tensor | None:

@@ -107,7 +107,7 @@ def _of_union(ffn: UnionFeedForward, x_TD: Tensor) -> Iterator[Tensor]:
     """Output [T, D] of each expert: the neurons that they share are computed once, and no rows are copied."""
     matrices = ffn.matrices()
     stored = len(matrices.up_PD)
-    h_TU = hidden(matrices, ffn.act, x_TD, ffn.shared, stored)
+    h_TU = hidden(matrices, ffn.act_fn, x_TD, ffn.shared, stored)
     for member_U in ffn.membership:
         yield down(matrices, h_TU * member_U, ffn.shared, stored)
 

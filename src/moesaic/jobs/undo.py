@@ -116,9 +116,16 @@ def _dense_shard(
     for name in names:
         if name not in owner and name not in added:
             tensors[anatomy.family.disk_name(name)] = converted.tensor(name)
+    stacks: dict[str, dict[int, Tensor]] = {}
     for path in dict.fromkeys(owner[name] for name in names if name in owner):
-        tensors |= _dense_site(converted, sites[path], blueprint.sites[path], anatomy.activation)
-    return tensors
+        site = sites[path]
+        made = _dense_site(converted, site, blueprint.sites[path], anatomy.activation)
+        if site.names.stacked and site.expert is not None:
+            for name, tensor in made.items():
+                stacks.setdefault(name, {})[site.expert] = tensor
+        else:
+            tensors |= made
+    return tensors | {name: torch.stack([part for _, part in sorted(of.items())]) for name, of in stacks.items()}
 
 
 def _leaves(plan: LayerPlan) -> list[str]:

@@ -18,8 +18,8 @@ from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.ffn import load_ffn
 from moesaic.errors import InputError
 from moesaic.materialise.attention import pack_attention
-from moesaic.materialise.pack import TENSOR_NAMES, pack, site_spec
-from moesaic.nn.ffn import FFNWeights
+from moesaic.materialise.pack import pack, site_spec
+from moesaic.nn.ffn import LEARNED, FFNWeights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,9 +41,10 @@ def build_ffn(weights: FFNWeights, plan: LayerPlan, dtype: torch.dtype | None = 
     with torch.device("meta"):
         module = build_feed_forward(site_spec(weights, plan), weights.d_model, weights.activation)
     tensors = pack(weights, plan)
-    projections = TENSOR_NAMES.values()
+    tensors |= {f"act_fn.{name}": tensor for name, tensor in weights.learned.items()}
+    exact = ("router.", "selection_bias", "gate_scale", "membership")
     module.load_state_dict(
-        {name: tensor.to(dtype=dtype) if name in projections else tensor for name, tensor in tensors.items()},
+        {name: tensor if name.startswith(exact) else tensor.to(dtype=dtype) for name, tensor in tensors.items()},
         assign=True,
     )
     return module.eval()
@@ -134,4 +135,8 @@ def ffn_of_model(model: nn.Module, site: FFNSite, activation: str) -> FFNWeights
         gate_bias_F, up_bias_F = (None, None) if up_bias_F is None else up_bias_F.chunk(2)
     elif site.names.gate is not None:
         gate_FD, gate_bias_F = read("gate")
-    return FFNWeights(up_FD, down_DF, activation, gate_FD, gate_bias_F, up_bias_F, down_bias_D)
+    stored = model.state_dict() if activation in LEARNED else {}
+    learned = {
+        leaf: stored[name] for leaf, name in replace(site, disk_path=site.path).learned_names().items() if stored
+    }
+    return FFNWeights(up_FD, down_DF, activation, gate_FD, gate_bias_F, up_bias_F, down_bias_D, learned)

@@ -5,17 +5,39 @@ Axes: T tokens, D model width, F neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def activation_function(name: str) -> Callable[[Tensor], Tensor]:
-    """The elementwise activation that a transformers config calls ``name``. Raises KeyError for an unknown name."""
-    return _ACTIVATIONS[name]
+def activation_function(name: str, learned: Mapping[str, Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+    """The elementwise activation that a transformers config calls ``name``. Raises KeyError for an unknown name.
+
+    ``silu(0.5,2.0)`` is 2 silu(x / 2): constants that stand around the activation (Falcon-H1).
+
+    Args:
+        name: The name, with constants or without.
+        learned: Tensors of a learned activation, by name: of xIELU ``alpha_p``, ``alpha_n``, ``beta``, ``eps``.
+    """
+    plain, _, constants = name.removesuffix(")").partition("(")
+    if plain in LEARNED:
+        tensors = dict(learned or {})
+        return lambda x: _xielu(x, **{key: tensor.to(x.dtype) for key, tensor in tensors.items()})
+    act = _ACTIVATIONS[plain]
+    if not constants:
+        return act
+    inner, outer = map(float, constants.split(","))
+    return lambda x: outer * act(inner * x)
+
+
+def _xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: Tensor, eps: Tensor) -> Tensor:
+    """The expanded integral of ELU (arXiv 2411.13010): quadratic above 0, an integrated exponential below."""
+    above = F.softplus(alpha_p) * x * x + beta * x
+    below = (beta + F.softplus(alpha_n)) * (torch.expm1(torch.minimum(x, eps)) - x) + beta * x
+    return torch.where(x > 0, above, below)
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -29,6 +51,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 ACTIVATIONS = frozenset(_ACTIVATIONS)
+LEARNED = frozenset({"xielu"})
 
 
 @dataclass(frozen=True)
@@ -36,7 +59,7 @@ class FFNWeights:
     """One dense FFN. Gated: ``y = W_down (act(W_gate x + b_gate) * (W_up x + b_up)) + b_down``; ungated: no gate path.
 
     Shapes: ``gate_FD``, ``up_FD`` [F, D]; ``down_DF`` [D, F]; biases [F], [F], [D] or None. An ungated network keeps
-    its input projection in ``up_FD`` and has ``gate_FD is None``.
+    its input projection in ``up_FD`` and has ``gate_FD is None``. ``learned``: see :func:`activation_function`.
     """
 
     up_FD: Tensor
@@ -46,6 +69,12 @@ class FFNWeights:
     gate_bias_F: Tensor | None = None
     up_bias_F: Tensor | None = None
     down_bias_D: Tensor | None = None
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def act(self) -> Callable[[Tensor], Tensor]:
+        """The activation, elementwise."""
+        return activation_function(self.activation, self.learned)
 
     @property
     def d_ff(self) -> int:
@@ -63,21 +92,22 @@ class FFNWeights:
         return self.gate_FD is not None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are present, by field name."""
+        """The tensors of the neurons that are present, by field name."""
         fields = ("gate_FD", "up_FD", "down_DF", "gate_bias_F", "up_bias_F", "down_bias_D")
         return {name: value for name in fields if (value := getattr(self, name)) is not None}
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> FFNWeights:
         """A copy in another dtype or on another device."""
-        return replace(self, **{name: t.to(device=device, dtype=dtype) for name, t in self.tensors().items()})
+        moved = {name: t.to(device=device, dtype=dtype) for name, t in self.tensors().items()}
+        learned = {name: t.to(device=device, dtype=dtype) for name, t in self.learned.items()}
+        return replace(self, **moved, learned=learned)
 
     def hidden(self, x_TD: Tensor) -> Tensor:
         """Neuron activations h_TF: what the down projection reads."""
-        act = activation_function(self.activation)
         up_TF = F.linear(x_TD, self.up_FD, self.up_bias_F)
         if self.gate_FD is None:
-            return act(up_TF)
-        return act(F.linear(x_TD, self.gate_FD, self.gate_bias_F)) * up_TF
+            return self.act(up_TF)
+        return self.act(F.linear(x_TD, self.gate_FD, self.gate_bias_F)) * up_TF
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         """The FFN's output y_TD."""
@@ -105,4 +135,5 @@ class FFNWeights:
             gate_bias_F=None if self.gate_bias_F is None else rows(self.gate_bias_F),
             up_bias_F=None if self.up_bias_F is None else rows(self.up_bias_F),
             down_bias_D=self.down_bias_D if keep_down_bias else None,
+            learned=self.learned,
         )

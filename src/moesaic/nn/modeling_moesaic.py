@@ -17,6 +17,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
 # All files of the architecture, used here or not: transformers up to 5.6 copies only those that this one names.
+from .moesaic_activation import Scaled  # noqa: F401
 from .moesaic_attention import swap_attention
 from .moesaic_ffn import MoEFeedForward, MoesaicExperts, use_path
 from .moesaic_kernel import kernel  # noqa: F401
@@ -40,7 +41,7 @@ class MoesaicConfig(PreTrainedConfig):
         ffn_sites: Module path of each converted FFN -> its spec (shapes and switches, see :class:`MoEFeedForward`).
         ffn_bypass: Siblings of a converted FFN that become the identity, as it does their work (OPT's `fc2`).
         attention_sites: Module path of each pruned attention -> its spec (see :class:`PrunedAttention`).
-        ffn_activation: The FFNs' activation where the dense model's config does not name it (LFM2).
+        ffn_activation: The FFNs' activation where the dense model's config does not name it (LFM2, Falcon-H1).
     """
 
     model_type = "moesaic"
@@ -178,6 +179,11 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self._dense.prepare_inputs_for_generation(*args, **kwargs)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: the modules are transformers' own, whose tables transformers then fills as in the dense model."""
+        return False
 
     def _supports_default_dynamic_cache(self) -> bool:
         return self._dense._supports_default_dynamic_cache()  # MiniMax has a cache of its own

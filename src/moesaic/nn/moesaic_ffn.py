@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
+from .moesaic_activation import build_activation
 from .moesaic_paths import PATHS, Row, choose
 from .moesaic_routing import KeptInFloat32, Router
 from .moesaic_side_by_side import take_apart
@@ -30,7 +30,7 @@ class MoEFeedForward(KeptInFloat32):
             gated), `router_rank`, `router_tensors`, `normalise_input`, `gate` (uniform, scaled, softmax_topk,
             sigmoid), `selection_bias`, `gated`, `gate_bias`, `up_bias`, `down_bias`.
         d_model: D.
-        activation: Name as in transformers.
+        activation: Name as in transformers, or with constants: see `moesaic_activation.py`.
 
     `all_experts_on = True` makes every expert count once with weight 1; a partition then computes the dense network.
 
@@ -53,11 +53,11 @@ class MoEFeedForward(KeptInFloat32):
         self.neurons, self.top_k, self.gate = spec["neurons"], spec["top_k"], spec["gate"]
         self.static = spec["router"] == "static"
         self.all_experts_on = False
-        self.activation, self.act = activation, ACT2FN[activation]
+        self.activation, self.act_fn = activation, build_activation(activation)
         self.gate_proj = nn.Linear(d_model, self.neurons, bias=spec["gate_bias"]) if spec["gated"] else None
         self.up_proj = nn.Linear(d_model, self.neurons, bias=spec["up_bias"])
         self.down_proj = nn.Linear(self.neurons, d_model, bias=spec["down_bias"])
-        self.router = None if self.static else Router(spec, d_model, activation)
+        self.router = None if self.static else Router(spec, d_model)
         bias_E = torch.zeros(self.experts, dtype=torch.float32) if spec["selection_bias"] else None
         self.register_buffer("selection_bias", bias_E)
         scale_E = torch.zeros(self.experts, dtype=torch.float32) if self.gate == "scaled" else None
@@ -81,7 +81,7 @@ class MoEFeedForward(KeptInFloat32):
         """Router scores z_TE in fp32; zeros under the static router."""
         if self.router is None:
             return x_TD.new_zeros(x_TD.shape[0], self.experts, dtype=torch.float32)
-        return self.router(x_TD)
+        return self.router(x_TD, self.act_fn)
 
     def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen experts idx_TK (best first, lower index first among equals) and their weights weight_TK, fp32."""
@@ -129,7 +129,7 @@ class MoEFeedForward(KeptInFloat32):
 
     def rows(self, matrices: Matrices, x_TD: Tensor, start: int, stop: int) -> Tensor:
         """Output of the packed neurons [start, stop), [T, D]."""
-        return down(matrices, hidden(matrices, self.act, x_TD, start, stop), start, stop)
+        return down(matrices, hidden(matrices, self.act_fn, x_TD, start, stop), start, stop)
 
     def matrices(self) -> Matrices:
         """The projections as they are now, adapters included."""

@@ -51,7 +51,7 @@ class Masked:
         for first, last in runs:  # expert -1 stands for the shared one
             start = ffn.shared + first * ffn.width if first >= 0 else 0
             stop = ffn.shared + last * ffn.width
-            h_TM = hidden(matrices, ffn.act, x_TD, start, stop, up_matmul)
+            h_TM = hidden(matrices, ffn.act_fn, x_TD, start, stop, up_matmul)
             if weight_TE is not None and last > 0:
                 h_TM = _weigh(h_TM, weight_TE[:, max(first, 0) : last], ffn.width)
             part_TD = down(matrices, h_TM, start, stop, down_matmul)

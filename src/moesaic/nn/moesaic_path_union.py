@@ -57,7 +57,7 @@ def weighed(ffn: UnionFeedForward, matrices: Matrices, x_TD: Tensor, runs: list[
     up_matmul, down_matmul = matmuls(x_TD)
     y_TD = torch.zeros_like(x_TD)
     for start, stop in runs:
-        h_TM = hidden(matrices, ffn.act, x_TD, start, stop, up_matmul)
+        h_TM = hidden(matrices, ffn.act_fn, x_TD, start, stop, up_matmul)
         shared = max(0, ffn.shared - start)
         weighed_TM = h_TM[:, shared:] * weight_TU[:, start + shared - ffn.shared : stop - ffn.shared]
         h_TM = torch.cat([h_TM[:, :shared], weighed_TM], dim=1) if shared else weighed_TM

@@ -11,7 +11,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 
 
 class KeptInFloat32(nn.Module):
@@ -37,11 +36,10 @@ class Router(KeptInFloat32):
     or |act(W_u x + b_u)| where there is no W_g.
     """
 
-    def __init__(self, spec: dict[str, Any], d_model: int, activation: str) -> None:
+    def __init__(self, spec: dict[str, Any], d_model: int) -> None:
         super().__init__()
         self.kind = spec["router"]
         self.normalise_input = spec["normalise_input"]
-        self.act = ACT2FN[activation]
         self.weight: Tensor
         self.reduce: Tensor
         self.bias: Tensor | None
@@ -56,11 +54,11 @@ class Router(KeptInFloat32):
             present = name in spec["router_tensors"]
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=torch.float32)) if present else None)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Scores z_TE, fp32."""
+    def forward(self, x_TD: Tensor, act: nn.Module) -> Tensor:
+        """Scores z_TE, fp32. `act`: the activation of the FFN that is routed."""
         if not x_TD.is_meta and torch.is_autocast_enabled(x_TD.device.type):
             with torch.autocast(x_TD.device.type, enabled=False):
-                return self(x_TD)
+                return self(x_TD, act)
         x_TD = x_TD.float()
         if self.normalise_input:
             x_TD = F.normalize(x_TD, dim=-1)
@@ -70,5 +68,5 @@ class Router(KeptInFloat32):
             return F.linear(x_TD, self.weight, self.bias)
         up_TE = F.linear(x_TD, self.up, self.up_bias)
         if self.gate is None:
-            return self.act(up_TE).abs()
-        return (up_TE * self.act(F.linear(x_TD, self.gate, self.gate_bias))).abs()
+            return act(up_TE).abs()
+        return (up_TE * act(F.linear(x_TD, self.gate, self.gate_bias))).abs()

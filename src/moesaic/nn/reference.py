@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moesaic.blueprint.layer import LayerPlan
-from moesaic.nn.ffn import FFNWeights, activation_function
+from moesaic.nn.ffn import FFNWeights
 
 
 def reference_ffn(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor, *, all_experts_on: bool = False) -> Tensor:
@@ -56,7 +56,7 @@ def reference_scores(weights: FFNWeights, plan: LayerPlan, x_D: Tensor) -> Tenso
         return t["weight"] @ (t["reduce"] @ x_D) + t.get("bias", 0)
     if router.kind == "linear":
         return t["weight"] @ x_D + t.get("bias", 0)
-    act = activation_function(weights.activation)
+    act = weights.act
     up_E = t["up"] @ x_D + t.get("up_bias", 0)
     if "gate" not in t:
         return act(up_E).abs()

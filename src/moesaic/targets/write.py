@@ -108,6 +108,8 @@ class ConvertedSource:
             if not name.startswith(prefix):
                 continue
             owner = next((path for path in paths if name.startswith(f"{path}.")), None)
+            if owner is not None and name.startswith(f"{owner}.act_fn."):
+                owner = None  # of a learned activation, which no split changes
             if owner is None:
                 copied[name] = self._checkpoint.finite_tensor(name)
             else:

@@ -93,7 +93,7 @@ class AdaptedFeedForward(MoEFeedForward):
         gate, up, down = matrices
         rows = slice(start, stop)
         h_TP = up.rows(x_TD, rows)
-        h_TP = self.act(h_TP) if gate is None else self.act(gate.rows(x_TD, rows)) * h_TP
+        h_TP = self.act_fn(h_TP) if gate is None else self.act_fn(gate.rows(x_TD, rows)) * h_TP
         return down.columns(h_TP, rows)
 
     def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:

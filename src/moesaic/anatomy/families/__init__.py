@@ -10,6 +10,7 @@ from importlib import import_module
 from moesaic.anatomy.base import Family
 
 _DENSE = (
+    "apertus",
     "arcee",
     "cohere",
     "cohere2",
@@ -18,6 +19,7 @@ _DENSE = (
     "ernie4_5",
     "exaone4",
     "falcon",
+    "falcon_h1",
     "gemma",
     "gemma2",
     "gemma3_text",
@@ -65,6 +67,8 @@ _MOE = (
     "flex_olmo",
     "glm4_moe",
     "glm4_moe_lite",
+    "granitemoe",
+    "granitemoeshared",
     "hunyuan_v1_moe",
     "hy_v3",
     "jamba",

@@ -61,7 +61,7 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     router = analytic_router(weights, representatives_E)
     bias_E = torch.zeros(layout.routed)
     if config.balance_steps > 0:
-        prob_TE = torch.cat([router_probabilities(router, x_TD, weights.activation) for x_TD in inputs.batches()])
+        prob_TE = torch.cat([router_probabilities(router, x_TD, weights) for x_TD in inputs.batches()])
         bias_E = balance_bias(prob_TE, layout.active, config.balance_steps, config.balance_rate, _BALANCE_BATCH).float()
     return LayerPlan(
         d_ff=weights.d_ff,
@@ -123,13 +123,17 @@ def analytic_router(weights: FFNWeights, representatives_E: Tensor) -> Router:
     return Router("gated", {name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
-def router_probabilities(router: Router, x_TD: Tensor, activation: str) -> Tensor:
-    """p = softmax over the experts of the gated router's scores, float64 [T, E]; inputs are not normalised."""
+def router_probabilities(router: Router, x_TD: Tensor, weights: FFNWeights) -> Tensor:
+    """p = softmax over the experts of the gated router's scores, float64 [T, E]; inputs are not normalised.
+
+    ``weights``: Of the FFN; only its activation is read.
+    """
     rows = router.tensors
     unit = FFNWeights(
         up_FD=rows["up"],
         down_DF=rows["up"].T,  # not read
-        activation=activation,
+        activation=weights.activation,
+        learned=weights.learned,
         gate_FD=rows.get("gate"),
         gate_bias_F=rows.get("gate_bias"),
         up_bias_F=rows.get("up_bias"),

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from moesaic.blueprint.layer import LayerPlan, Router
 from moesaic.materialise.pack import TENSOR_NAMES, pack
-from moesaic.nn.ffn import FFNWeights, activation_function
+from moesaic.nn.ffn import FFNWeights
 
 _READ = ("gate_FD", "up_FD", "gate_bias_F", "up_bias_F")
 
@@ -38,7 +38,7 @@ class CoarseStudent(nn.Module):
     def __init__(self, weights: FFNWeights, start: LayerPlan, x_TD: Tensor, rank: int | None, spread: float) -> None:
         super().__init__()
         self.start = start
-        self.act = activation_function(weights.activation)
+        self.act = weights.act
         packed = pack(weights, start)
         tensors = {field: packed[name] for field, name in TENSOR_NAMES.items() if name in packed}
         self.read = nn.ParameterDict({field: tensors[field].clone() for field in _READ if field in tensors})
