@@ -142,6 +142,19 @@ TINY: dict[str, Tiny] = {
     "exaone_moe": Tiny("exaone_moe", {**_GATED, **_MOE, **_WINDOWS, **_GROUPS, "head_dim": 16}),
     "solar_open": Tiny("solar_open", {**_ROUTED, "n_shared_experts": 1}),
     "granitemoe": Tiny("granitemoe", {**_FULL_MOE, **_MULTIPLIERS, "num_local_experts": 4, "attention_bias": True}),
+    "gpt_oss": Tiny("gpt_oss", {**_FULL_MOE, **_WINDOWS, "head_dim": 8, "num_local_experts": 4, "swiglu_limit": 0.4}),
+    "granitemoe_swa": Tiny(
+        "granitemoe_swa",
+        {**_FULL_MOE, **_MULTIPLIERS, **_WINDOWS, "num_local_experts": 4, "shared_intermediate_size": D_EXPERT + 3},
+    ),
+    "granitemoehybrid": Tiny(
+        "granitemoehybrid",
+        {
+            **{**_FULL_MOE, **_MULTIPLIERS, "num_local_experts": 4, "shared_intermediate_size": D_EXPERT + 3},
+            **{"layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
+            **{"mamba_chunk_size": 16},
+        },
+    ),
     "granitemoeshared": Tiny(
         "granitemoeshared",
         {**_FULL_MOE, **_MULTIPLIERS, "num_local_experts": 4, "shared_intermediate_size": D_EXPERT + 3},

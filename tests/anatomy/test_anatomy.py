@@ -252,7 +252,8 @@ def test_what_the_table_says_of_norms_and_multipliers_is_what_the_model_computes
     """Something is added to an FFN's output; what then is added to the layer's?"""
     anatomy = read_anatomy(config_of(family))
     model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
-    path, more = anatomy.sites[-1].tensor_names()["down"], torch.zeros(D_MODEL)
+    site, more = anatomy.sites[-1], torch.zeros(D_MODEL)
+    path = site.tensor_names()["down"] if anatomy.family.bypass else site.path
     outputs = []
     model.get_submodule(path).register_forward_hook(lambda _m, _i, out: out + more)
     model.get_submodule(anatomy.layer_path(1)).register_forward_hook(lambda _m, _i, out: outputs.append(out))

@@ -77,7 +77,12 @@ REFUSED: dict[str, tuple[dict[str, Any], bool, str, str]] = {
     "new family": ({"model_type": "newt"}, False, "does not know the model type 'newt'", "CONTRIBUTING.md"),
     "a name near a known one": ({"model_type": "qwen9"}, False, "'qwen9'", "^CONTRIBUTING.md"),
     "dense and not described": ({"model_type": "codegen"}, False, "a dense decoder", "CONTRIBUTING.md"),
-    "learned activation": ({"model_type": "apertus"}, False, "learned parameters", "families.md"),
+    "scaled biases": (
+        {"model_type": "falcon_h1", "mlp_bias": True, "mlp_multipliers": [1, 0.5]},
+        False,
+        "multiplies biases of its FFN",
+        "",
+    ),
     "clamped experts": ({"model_type": "gpt_oss", "num_local_experts": 32}, True, "clamp", "families.md"),
     "spelt otherwise": ({"model_type": "Qwen_2"}, False, "'Qwen_2'", "did you mean qwen2"),
     "MoE of another family": ({"model_type": "axk1", "n_routed_experts": 256}, False, "Mixture of Exp", "families.md"),

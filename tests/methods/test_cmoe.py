@@ -208,7 +208,7 @@ def test_balance_steps_even_out_the_load_and_leave_weights_alone() -> None:
 
     def largest_load(plan: LayerPlan) -> float:
         assert plan.selection_bias is not None
-        p_TE = router_probabilities(plan.router, x_TD, "silu").float()
+        p_TE = router_probabilities(plan.router, x_TD, weights).float()
         return float(torch.bincount((p_TE + plan.selection_bias).argmax(dim=1), minlength=5).max()) / len(x_TD)
 
     assert largest_load(plain) > 0.3

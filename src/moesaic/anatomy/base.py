@@ -19,9 +19,13 @@ Config = Mapping[str, Any]
 class FFNNames:
     """Names of an FFN's projections, relative to its module. ``{name}.weight`` and, where present, ``{name}.bias``.
 
-    ``stacked``: each tensor holds all experts of a block, [E, ...], and names are relative to that block (Granite).
-    ``fused``: ``up`` holds gate and up as one matrix [2F, D], gate first (Phi-3). ``transposed``: matrices are stored
-    [in, out] (GPT-2's Conv1D). ``learned``: tensors of an activation that is learned (Apertus).
+    Attributes:
+        fused: ``up`` holds gate and up as one matrix [2F, D], gate first (Phi-3).
+        interleaved: In that matrix their rows take turns (gpt-oss).
+        transposed: Matrices are stored [in, out] (GPT-2's Conv1D).
+        learned: Tensors of an activation that is learned (Apertus).
+        stacked: Each tensor holds all experts of a block, [E, ...]; names are relative to that block (Granite).
+        suffixes: What follows a name where it is not ``.weight`` and ``.bias``.
     """
 
     up: str
@@ -31,6 +35,8 @@ class FFNNames:
     transposed: bool = False
     learned: tuple[str, ...] = ()
     stacked: bool = False
+    interleaved: bool = False
+    suffixes: tuple[str, str] = (".weight", ".bias")
 
     @property
     def gated(self) -> bool:
@@ -193,11 +199,19 @@ class FFNSite:
     expert: int | None = None
 
     def tensor_names(self) -> dict[str, str]:
-        """Checkpoint names by role (``gate``, ``up``, ``down``), without ``.weight`` or ``.bias``."""
+        """Checkpoint names by role (``gate``, ``up``, ``down``), without their suffixes."""
         roles = {"up": self.names.up, "down": self.names.down}
         if self.names.gate is not None:
             roles["gate"] = self.names.gate
         return {role: self._join(name) for role, name in roles.items()}
+
+    def weight_name(self, role: str) -> str:
+        """Checkpoint name of a projection's matrix."""
+        return f"{self.tensor_names()[role]}{self.names.suffixes[0]}"
+
+    def bias_name(self, role: str) -> str:
+        """Checkpoint name of a projection's bias, which it need not have."""
+        return f"{self.tensor_names()[role]}{self.names.suffixes[1]}"
 
     def learned_names(self) -> dict[str, str]:
         """Checkpoint names of the activation's own tensors, by their last part."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DECODERS = "moesaic converts decoder-only transformers"
+FAMILIES_PAGE = "docs/families.md lists the families that can be converted"
 HOW_TO_ADD = "CONTRIBUTING.md says how a family is added, docs/families.md lists all"
 
 
@@ -43,36 +44,36 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "is a Mixture of Experts that nobody has described yet",
-        "aria_text axk1 axk2 bailing_hybrid beam deepseek_v32 deepseek_v4 dots3_note_text flint glm_moe_dsa hy_v4"
+        "aria_text axk1 axk2 bailing_hybrid beam dbrx deepseek_v32 deepseek_v4 dots3_note_text flint glm_moe_dsa hy_v4"
         " inkling2_loop_text inkling2_text inkling_text kimi_linear kolibri1 lara_mini longcat_flash minimax_m3_vl_text"
         " qwen3_5_moe_text qwen4_exp_text sarvam_mla sarvam_moe zaya",
         HOW_TO_ADD,
         "possible",
     ),
     _kind(
-        "is a Mixture of Experts whose checkpoints hold all experts of a layer in one tensor",
-        "dbrx granitemoe_swa jetmoe llama4_text",
-        "moesaic splits experts that have matrices of their own on disk; docs/families.md lists those families",
+        "is a Mixture of Experts whose attention has experts too",
+        "jetmoe",
+        FAMILIES_PAGE,
     ),
     _kind(
-        "is a Mixture of Experts whose experts clamp their neurons and hold gate and up interleaved",
-        "gpt_oss",
-        "moesaic splits experts of the form down(act(gate) * up); docs/families.md lists those families",
+        "is a Mixture of Experts that weighs what its experts read, and not what they give",
+        "llama4_text",
+        FAMILIES_PAGE,
     ),
     _kind(
         "has a norm inside its FFN, over all neurons, so that they cannot be computed apart",
         "bitnet dory",
-        "docs/families.md lists the families that can be converted",
+        FAMILIES_PAGE,
     ),
     _kind(
         "gives each layer an embedding of its own and keeps the largest neurons only",
         "gemma3n_text",
-        "docs/families.md lists the families that can be converted",
+        FAMILIES_PAGE,
     ),
     _kind(
         "runs its layers several times, which calibration layer by layer does not",
         "hrm_text",
-        "docs/families.md lists the families that can be converted",
+        FAMILIES_PAGE,
     ),
     _kind("reads bytes with several transformers", "blt"),
     _kind("generates speech or music", "moshi musicgen musicgen_melody"),
@@ -94,7 +95,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "is a state-space or recurrent model",
-        "bamba falcon_mamba granitemoehybrid mamba mamba2 nemotron_h recurrent_gemma rwkv xlstm zamba zamba2",
+        "bamba falcon_mamba mamba mamba2 nemotron_h recurrent_gemma rwkv xlstm zamba zamba2",
     ),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from moesaic.anatomy.base import FFNSite
+from moesaic.anatomy.base import FFNNames, FFNSite
 from moesaic.anatomy.refusals import LEARNED, RECIPES
 from moesaic.errors import CheckpointError
 
@@ -23,9 +23,10 @@ def ffn_tensor_names(stored: StoredNames, site: FFNSite) -> set[str]:
     missing.
     """
     names = set[str]()
-    for base in _stored_site(stored, site).tensor_names().values():
-        stored.require(f"{base}.weight")
-        names |= {name for name in (f"{base}.weight", f"{base}.bias") if name in stored}
+    own = _stored_site(stored, site)
+    for role in own.tensor_names():
+        stored.require(own.weight_name(role))
+        names |= {name for name in (own.weight_name(role), own.bias_name(role)) if name in stored}
     return names
 
 
@@ -37,7 +38,7 @@ def down_dtype(checkpoint: Checkpoint, site: FFNSite) -> str:
     packed = f"{site.path}.down_proj.weight"
     if packed in checkpoint:
         return checkpoint.info(packed).dtype
-    return checkpoint.info(f"{_stored_site(checkpoint, site).tensor_names()['down']}.weight").dtype
+    return checkpoint.info(_stored_site(checkpoint, site).weight_name("down")).dtype
 
 
 def load_ffn(checkpoint: Checkpoint, site: FFNSite, activation: str) -> FFNWeights:
@@ -53,26 +54,24 @@ def load_ffn(checkpoint: Checkpoint, site: FFNSite, activation: str) -> FFNWeigh
     """
     from moesaic.nn.ffn import FFNWeights
 
-    names = site.names
-    stored = _stored_site(checkpoint, site)
-    bases = stored.tensor_names()
-    learned = stored.learned_names() if activation in LEARNED else {}
+    names, own = site.names, _stored_site(checkpoint, site)
+    learned = own.learned_names() if activation in LEARNED else {}
     up_rows = 2 * site.d_ff if names.fused else site.d_ff
-    up_FD = _matrix(checkpoint, bases["up"], site)
-    _check_shape(checkpoint, bases["up"], up_FD, (up_rows, None))
+    up_FD = _matrix(checkpoint, own, "up")
+    _check_shape(checkpoint, own, "up", up_FD, (up_rows, None))
     d_model = up_FD.shape[1]
-    down_DF = _matrix(checkpoint, bases["down"], site)
-    _check_shape(checkpoint, bases["down"], down_DF, (d_model, site.d_ff))
+    down_DF = _matrix(checkpoint, own, "down")
+    _check_shape(checkpoint, own, "down", down_DF, (d_model, site.d_ff))
     gate_FD = gate_bias_F = None
-    up_bias_F = _bias(checkpoint, bases["up"], up_rows)
+    up_bias_F = _bias(checkpoint, own, "up", up_rows)
     if names.fused:
-        gate_FD, up_FD = up_FD.chunk(2)
+        gate_FD, up_FD = halves(names, up_FD)
         if up_bias_F is not None:
-            gate_bias_F, up_bias_F = up_bias_F.chunk(2)
-    elif "gate" in bases:
-        gate_FD = _matrix(checkpoint, bases["gate"], site)
-        _check_shape(checkpoint, bases["gate"], gate_FD, (site.d_ff, d_model))
-        gate_bias_F = _bias(checkpoint, bases["gate"], site.d_ff)
+            gate_bias_F, up_bias_F = halves(names, up_bias_F)
+    elif names.gate is not None:
+        gate_FD = _matrix(checkpoint, own, "gate")
+        _check_shape(checkpoint, own, "gate", gate_FD, (site.d_ff, d_model))
+        gate_bias_F = _bias(checkpoint, own, "gate", site.d_ff)
     return FFNWeights(
         up_FD=up_FD,
         down_DF=down_DF,
@@ -80,9 +79,17 @@ def load_ffn(checkpoint: Checkpoint, site: FFNSite, activation: str) -> FFNWeigh
         gate_FD=gate_FD,
         gate_bias_F=gate_bias_F,
         up_bias_F=up_bias_F,
-        down_bias_D=_bias(checkpoint, bases["down"], d_model),
+        down_bias_D=_bias(checkpoint, own, "down", d_model),
         learned={leaf: _learned(checkpoint, name) for leaf, name in learned.items()},
     )
+
+
+def halves(names: FFNNames, both_F: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and up out of one matrix [2F, D] or one bias [2F]."""
+    if names.interleaved:
+        return both_F[0::2], both_F[1::2]
+    gate_F, up_F = both_F.chunk(2)
+    return gate_F, up_F
 
 
 def _learned(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -95,9 +102,9 @@ def _stored_site(checkpoint: StoredNames, site: FFNSite) -> FFNSite:
     without_prefix = site.disk_path.partition(".")[2]
     candidates = [site, dataclasses.replace(site, disk_path=without_prefix)]
     for candidate in candidates:
-        if f"{candidate.tensor_names()['up']}.weight" in checkpoint:
+        if candidate.weight_name("up") in checkpoint:
             return candidate
-    wanted = f"{site.tensor_names()['up']}.weight"
+    wanted = site.weight_name("up")
     if found := _under_another_prefix(checkpoint, wanted):
         raise CheckpointError(
             f"{checkpoint.folder}: the tensors have names that a {checkpoint.config.get('model_type')} model does not "
@@ -116,33 +123,40 @@ def _under_another_prefix(checkpoint: StoredNames, wanted: str) -> str | None:
     return next((name for name in checkpoint.names if name.endswith(f".{below}")), None)
 
 
-def _matrix(checkpoint: Checkpoint, base: str, site: FFNSite) -> Tensor:
-    name = f"{base}.weight"
-    tensor = checkpoint.finite_tensor(name)
-    if site.names.stacked:
-        assert site.expert is not None
-        if tensor.dim() != 3 or len(tensor) <= site.expert:
-            raise _shape_error(checkpoint, name, tuple(tensor.shape), f"[{site.expert + 1} or more, any, any]")
-        tensor = tensor[site.expert]
+def _matrix(checkpoint: Checkpoint, site: FFNSite, role: str) -> Tensor:
+    tensor = _of_site(checkpoint, site, site.weight_name(role))
     return tensor.T.contiguous() if site.names.transposed and tensor.dim() == 2 else tensor
 
 
-def _bias(checkpoint: Checkpoint, base: str, size: int) -> Tensor | None:
-    name = f"{base}.bias"
+def _of_site(checkpoint: Checkpoint, site: FFNSite, name: str) -> Tensor:
+    """A tensor, or the site's part of one that all experts of its block share."""
+    tensor = checkpoint.finite_tensor(name)
+    if not site.names.stacked:
+        return tensor
+    assert site.expert is not None
+    if tensor.dim() < 2 or len(tensor) <= site.expert:
+        raise _shape_error(checkpoint, name, tuple(tensor.shape), f"[{site.expert + 1} or more experts, ...]")
+    return tensor[site.expert]
+
+
+def _bias(checkpoint: Checkpoint, site: FFNSite, role: str, size: int) -> Tensor | None:
+    name = site.bias_name(role)
     if name not in checkpoint:
         return None
-    bias = checkpoint.finite_tensor(name)
+    bias = _of_site(checkpoint, site, name)
     if bias.shape != (size,):
         raise _shape_error(checkpoint, name, tuple(bias.shape), f"[{size}]")
     return bias
 
 
-def _check_shape(checkpoint: Checkpoint, base: str, matrix: Tensor, wanted: tuple[int, int | None]) -> None:
+def _check_shape(
+    checkpoint: Checkpoint, site: FFNSite, role: str, matrix: Tensor, wanted: tuple[int, int | None]
+) -> None:
     """``matrix`` is already [out, in]; None in ``wanted`` stands for any size."""
     fits = matrix.dim() == 2 and all(want in (None, have) for want, have in zip(wanted, matrix.shape, strict=True))
     if not fits:
         text = ", ".join("any" if want is None else str(want) for want in wanted)
-        raise _shape_error(checkpoint, f"{base}.weight", tuple(matrix.shape), f"[{text}]")
+        raise _shape_error(checkpoint, site.weight_name(role), tuple(matrix.shape), f"[{text}]")
 
 
 def _shape_error(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], wanted: str) -> CheckpointError:

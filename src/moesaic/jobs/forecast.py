@@ -131,8 +131,8 @@ def read_source(checkpoint: Checkpoint, anatomy: Anatomy) -> Source:
     """Sizes from the headers of the weights."""
     site = anatomy.sites[0]
     names = ffn_tensor_names(checkpoint, site)
-    biases = sum(checkpoint.info(name).shape[0] for name in names if name.endswith(".bias"))
-    matrix = min(name for name in names if name.endswith(".weight"))
+    biases = sum(checkpoint.info(name).shape[-1] for name in names if name.endswith(site.names.suffixes[1]))
+    matrix = min(name for name in names if not name.endswith(site.names.suffixes[1]))
     return _source(checkpoint, matrix, biases // site.d_ff if biases > anatomy.d_model else 0)
 
 

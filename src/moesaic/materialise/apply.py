@@ -15,7 +15,7 @@ from moesaic.anatomy.attention import pruning_reasons
 from moesaic.anatomy.base import Anatomy, FFNSite
 from moesaic.blueprint.layer import LayerPlan
 from moesaic.blueprint.model import Blueprint
-from moesaic.checkpoint.ffn import load_ffn
+from moesaic.checkpoint.ffn import halves, load_ffn
 from moesaic.errors import InputError
 from moesaic.materialise.attention import pack_attention
 from moesaic.materialise.pack import pack, site_spec
@@ -118,8 +118,14 @@ def ffn_of_model(model: nn.Module, site: FFNSite, activation: str) -> FFNWeights
         site.expert is not None
     ):  # transformers keeps the experts of a block as gate_up_proj [E, 2F, D], down_proj [E, D, F]
         block = dict(model.get_submodule(site.path.rpartition(".")[0]).named_parameters(recurse=False))
-        gate_FD, up_FD = block["gate_up_proj"][site.expert].detach().chunk(2)
-        return FFNWeights(up_FD, block["down_proj"][site.expert].detach(), activation, gate_FD)
+        own = {name: tensor[site.expert].detach() for name, tensor in block.items()}
+        matrices = [own["gate_up_proj"], own["down_proj"]]
+        up_FD, down_DF = (matrix.T for matrix in matrices) if site.names.transposed else matrices
+        gate_FD, up_FD = halves(site.names, up_FD)
+        if "gate_up_proj_bias" not in own:
+            return FFNWeights(up_FD, down_DF, activation, gate_FD)
+        biases = (*halves(site.names, own["gate_up_proj_bias"]), own["down_proj_bias"])
+        return FFNWeights(up_FD, down_DF, activation, gate_FD, *biases)
     modules = replace(site, disk_path=site.path).tensor_names()
 
     def read(role: str) -> tuple[Tensor, Tensor | None]:
@@ -131,8 +137,8 @@ def ffn_of_model(model: nn.Module, site: FFNSite, activation: str) -> FFNWeights
     down_DF, down_bias_D = read("down")
     gate_FD = gate_bias_F = None
     if site.names.fused:
-        gate_FD, up_FD = up_FD.chunk(2)
-        gate_bias_F, up_bias_F = (None, None) if up_bias_F is None else up_bias_F.chunk(2)
+        gate_FD, up_FD = halves(site.names, up_FD)
+        gate_bias_F, up_bias_F = (None, None) if up_bias_F is None else halves(site.names, up_bias_F)
     elif site.names.gate is not None:
         gate_FD, gate_bias_F = read("gate")
     stored = model.state_dict() if activation in LEARNED else {}

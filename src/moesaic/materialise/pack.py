@@ -88,16 +88,20 @@ def dense_tensors(weights: FFNWeights, site: FFNSite) -> dict[str, Tensor]:
     if site.names.fused:
         assert weights.gate_FD is not None
         biases = [bias for bias in (weights.gate_bias_F, weights.up_bias_F) if bias is not None]
-        parts["up"] = (torch.cat([weights.gate_FD, weights.up_FD]), torch.cat(biases) if biases else None)
+        join = _interleaved if site.names.interleaved else torch.cat
+        parts["up"] = (join([weights.gate_FD, weights.up_FD]), join(biases) if biases else None)
     elif weights.gate_FD is not None:
         parts["gate"] = (weights.gate_FD, weights.gate_bias_F)
     tensors = {}
     for role, (weight, bias) in parts.items():
-        base = site.tensor_names()[role]
-        tensors[f"{base}.weight"] = weight.T.contiguous() if site.names.transposed else weight
+        tensors[site.weight_name(role)] = weight.T.contiguous() if site.names.transposed else weight
         if bias is not None:
-            tensors[f"{base}.bias"] = bias
+            tensors[site.bias_name(role)] = bias
     return tensors
+
+
+def _interleaved(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts, dim=1).flatten(0, 1)
 
 
 def unpack(tensors: Mapping[str, Tensor], plan: LayerPlan, activation: str) -> FFNWeights:

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 def activation_function(name: str, learned: Mapping[str, Tensor] | None = None) -> Callable[[Tensor], Tensor]:
     """The elementwise activation that a transformers config calls ``name``. Raises KeyError for an unknown name.
 
-    ``silu(0.5,2.0)`` is 2 silu(x / 2): constants that stand around the activation (Falcon-H1).
+    ``silu(0.5,2.0)`` is 2 silu(x / 2): constants that stand around the activation (Falcon-H1). ``clamped(1.7,7.0)`` is
+    x sigmoid(1.7 x) of x clamped from above to 7 (gpt-oss); :func:`combine` has the other half.
 
     Args:
         name: The name, with constants or without.
@@ -26,11 +27,21 @@ def activation_function(name: str, learned: Mapping[str, Tensor] | None = None) 
     if plain in LEARNED:
         tensors = dict(learned or {})
         return lambda x: _xielu(x, **{key: tensor.to(x.dtype) for key, tensor in tensors.items()})
-    act = _ACTIVATIONS[plain]
     if not constants:
-        return act
+        return _ACTIVATIONS[plain]
     inner, outer = map(float, constants.split(","))
+    if plain == CLAMPED:
+        return lambda x: x.clamp(max=outer) * torch.sigmoid(inner * x.clamp(max=outer))
+    act = _ACTIVATIONS[plain]
     return lambda x: outer * act(inner * x)
+
+
+def combine(name: str, act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """A gated neuron's activation: ``act(gate) * up``. gpt-oss clamps up on both sides and adds 1."""
+    if name.startswith(CLAMPED):
+        limit = float(name.removesuffix(")").rpartition(",")[2])
+        up = up.clamp(-limit, limit) + 1
+    return act(gate) * up
 
 
 def _xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: Tensor, eps: Tensor) -> Tensor:
@@ -52,11 +63,13 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 ACTIVATIONS = frozenset(_ACTIVATIONS)
 LEARNED = frozenset({"xielu"})
+CLAMPED = "clamped"
 
 
 @dataclass(frozen=True)
 class FFNWeights:
     """One dense FFN. Gated: ``y = W_down (act(W_gate x + b_gate) * (W_up x + b_up)) + b_down``; ungated: no gate path.
+    :func:`combine` says what differs in gpt-oss.
 
     Shapes: ``gate_FD``, ``up_FD`` [F, D]; ``down_DF`` [D, F]; biases [F], [F], [D] or None. An ungated network keeps
     its input projection in ``up_FD`` and has ``gate_FD is None``. ``learned``: see :func:`activation_function`.
@@ -107,7 +120,7 @@ class FFNWeights:
         up_TF = F.linear(x_TD, self.up_FD, self.up_bias_F)
         if self.gate_FD is None:
             return self.act(up_TF)
-        return self.act(F.linear(x_TD, self.gate_FD, self.gate_bias_F)) * up_TF
+        return combine(self.activation, self.act, F.linear(x_TD, self.gate_FD, self.gate_bias_F), up_TF)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         """The FFN's output y_TD."""

@@ -18,11 +18,32 @@ class Scaled(nn.Module):
         return self.outer * self.act(self.inner * x)
 
 
+class Clamped(nn.Module):
+    """gpt-oss: x sigmoid(alpha x) of gates up to a limit; up projections are clamped on both sides, plus 1."""
+
+    def __init__(self, alpha: float, limit: float) -> None:
+        super().__init__()
+        self.alpha, self.limit = alpha, limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clamp(max=self.limit)
+        return x * torch.sigmoid(self.alpha * x)
+
+    def up(self, x: Tensor) -> Tensor:
+        return x.clamp(-self.limit, self.limit) + 1
+
+
+def gated(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) * up, or what the activation makes of up in place of it."""
+    gate, up = act(gate), act.up(up) if isinstance(act, Clamped) else up
+    return gate * up if torch.is_grad_enabled() else gate.mul_(up)
+
+
 def build_activation(name: str) -> nn.Module:
-    """The activation called `silu`, or `silu(inner,outer)`; xIELU has tensors of its own."""
+    """The activation called `silu`, `silu(inner,outer)` or `clamped(alpha,limit)`; xIELU has tensors of its own."""
     plain, _, constants = name.removesuffix(")").partition("(")
+    numbers = [float(number) for number in constants.split(",") if number]
+    if plain == "clamped":
+        return Clamped(*numbers)
     act = ACT2FN[plain].to(torch.get_default_dtype())  # xIELU's tensors would be bf16 in every model
-    if not constants:
-        return act
-    inner, outer = map(float, constants.split(","))
-    return Scaled(act, inner, outer)
+    return Scaled(act, *numbers) if numbers else act

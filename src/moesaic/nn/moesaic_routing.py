@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .moesaic_activation import gated
+
 
 class KeptInFloat32(nn.Module):
     """A module that stays in fp32 under .to(bfloat16), .half(), .double(): rounded decisions would be others."""
@@ -69,4 +71,4 @@ class Router(KeptInFloat32):
         up_TE = F.linear(x_TD, self.up, self.up_bias)
         if self.gate is None:
             return act(up_TE).abs()
-        return (up_TE * act(F.linear(x_TD, self.gate, self.gate_bias))).abs()
+        return gated(act, F.linear(x_TD, self.gate, self.gate_bias), up_TE).abs()

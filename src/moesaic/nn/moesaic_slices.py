@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .moesaic_activation import gated
+
 # Measured with benchmarks/ffn.py on a Zen 4 CPU (MKL for fp32, oneDNN for bf16), torch 2.13.
 GAP_ROWS = 128  # so many unused rows between two used runs cost less than a second run
 WEIGHT_FIRST_UNTIL_FP32 = 5  # tokens below which (W x^T)^T beats x W^T
@@ -62,8 +64,7 @@ def hidden(
     up_TM = _project(x_TD, matrices.up_PD, matrices.up_bias_P, rows, matmul)
     if matrices.gate_PD is None:
         return act(up_TM)
-    gate_TM = act(_project(x_TD, matrices.gate_PD, matrices.gate_bias_P, rows, matmul))
-    return gate_TM * up_TM if torch.is_grad_enabled() else gate_TM.mul_(up_TM)
+    return gated(act, _project(x_TD, matrices.gate_PD, matrices.gate_bias_P, rows, matmul), up_TM)
 
 
 def down(matrices: Matrices, h_TM: Tensor, start: int, stop: int, matmul: Matmul = F.linear) -> Tensor:

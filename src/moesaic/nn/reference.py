@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moesaic.blueprint.layer import LayerPlan
-from moesaic.nn.ffn import FFNWeights
+from moesaic.nn.ffn import FFNWeights, combine
 
 
 def reference_ffn(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor, *, all_experts_on: bool = False) -> Tensor:
@@ -60,7 +60,7 @@ def reference_scores(weights: FFNWeights, plan: LayerPlan, x_D: Tensor) -> Tenso
     up_E = t["up"] @ x_D + t.get("up_bias", 0)
     if "gate" not in t:
         return act(up_E).abs()
-    return (up_E * act(t["gate"] @ x_D + t.get("gate_bias", 0))).abs()
+    return combine(weights.activation, act, t["gate"] @ x_D + t.get("gate_bias", 0), up_E).abs()
 
 
 def choose(weights: FFNWeights, plan: LayerPlan, x_D: Tensor) -> list[tuple[int, Tensor]]:

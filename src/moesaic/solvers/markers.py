@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import InputError
-from moesaic.nn.ffn import FFNWeights
+from moesaic.nn.ffn import FFNWeights, combine
 
 # Scores this close to the K-th largest (relative) are computed again in full precision. On real layers such scores err
 # by up to 0.028 from bfloat16 products (one in 1,000 by more than 0.02) and by 4e-6 from float32 ones.
@@ -145,8 +145,7 @@ def _scores(weights: FFNWeights, x_TD: Tensor, bias_scale_T1: Tensor) -> Tensor:
 
 
 def _combine(weights: FFNWeights, gate: Tensor | None, up: Tensor) -> Tensor:
-    act = weights.act
-    return act(up).abs_() if gate is None else act(gate).mul_(up).abs_()
+    return weights.act(up).abs_() if gate is None else combine(weights.activation, weights.act, gate, up).abs_()
 
 
 def _refine(

@@ -198,8 +198,10 @@ def _spec(checkpoint: Checkpoint, anatomy: Anatomy, site: FFNSite, plan: LayerPl
 
     def has_bias(role: str) -> bool:
         # The checkpoint may have its names without the base model's prefix.
-        base = site.tensor_names().get(role, "")
-        return bool(base) and not names.isdisjoint({f"{base}.bias", f"{base.partition('.')[2]}.bias"})
+        if role not in site.tensor_names():
+            return False
+        name = site.bias_name(role)
+        return not names.isdisjoint({name, name.partition(".")[2]})
 
     up_bias = has_bias("up")
     return {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moesaic.nn.modeling_moesaic import MoEFeedForward
+from moesaic.nn.moesaic_activation import gated
 from moesaic.nn.moesaic_path_packed import Every
 from moesaic.nn.moesaic_path_sorted import Sorted, by_expert
 from moesaic.nn.moesaic_paths import ANY, Row
@@ -93,7 +94,7 @@ class AdaptedFeedForward(MoEFeedForward):
         gate, up, down = matrices
         rows = slice(start, stop)
         h_TP = up.rows(x_TD, rows)
-        h_TP = self.act_fn(h_TP) if gate is None else self.act_fn(gate.rows(x_TD, rows)) * h_TP
+        h_TP = self.act_fn(h_TP) if gate is None else gated(self.act_fn, gate.rows(x_TD, rows), h_TP)
         return down.columns(h_TP, rows)
 
     def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from moesaic.blueprint.layer import LayerPlan, Router
 from moesaic.materialise.pack import TENSOR_NAMES, pack
-from moesaic.nn.ffn import FFNWeights
+from moesaic.nn.ffn import FFNWeights, combine
 
 _READ = ("gate_FD", "up_FD", "gate_bias_F", "up_bias_F")
 
@@ -38,7 +38,7 @@ class CoarseStudent(nn.Module):
     def __init__(self, weights: FFNWeights, start: LayerPlan, x_TD: Tensor, rank: int | None, spread: float) -> None:
         super().__init__()
         self.start = start
-        self.act = weights.act
+        self.activation, self.act = weights.activation, weights.act
         packed = pack(weights, start)
         tensors = {field: packed[name] for field, name in TENSOR_NAMES.items() if name in packed}
         self.read = nn.ParameterDict({field: tensors[field].clone() for field in _READ if field in tensors})
@@ -62,7 +62,7 @@ class CoarseStudent(nn.Module):
         read = self.read
         h_TP = F.linear(x_TD, read["up_FD"], read.get("up_bias_F"))
         if "gate_FD" in read:
-            h_TP = self.act(F.linear(x_TD, read["gate_FD"], read.get("gate_bias_F"))) * h_TP
+            h_TP = combine(self.activation, self.act, F.linear(x_TD, read["gate_FD"], read.get("gate_bias_F")), h_TP)
         else:
             h_TP = self.act(h_TP)
         return F.linear(h_TP * self.weights(x_TD), self.down_DP, self.bias_D)
