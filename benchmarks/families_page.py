@@ -2,8 +2,8 @@
 
     python -m benchmarks.families_page
 
-A model type that stands nowhere is an error: describe it (CONTRIBUTING.md) or say in ``anatomy/others.py``
-why not.
+A model type that stands nowhere is new in transformers. The page and the command name it, and a test fails: describe it
+(CONTRIBUTING.md), or say in ``anatomy/others.py`` why not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.tiny_models import TINY, tiny_config
 
 from moesaic.anatomy import FAMILIES, read_anatomy
-from moesaic.anatomy.base import Anatomy, Family
+from moesaic.anatomy.base import Anatomy, Family, MoENames
 from moesaic.anatomy.others import KINDS
 from moesaic.anatomy.wrappers import CHANGED, PLAIN, WRAPPERS
 from moesaic.targets import TARGETS
@@ -39,6 +39,16 @@ in the way, such as a sliding window or a bias; `moesaic plan --target NAME` say
 _MOE = """
 ## Mixtures of Experts whose experts can be split (`--hierarchical`)
 
+Each expert is split as a dense FFN is, and so are a shared expert and the FFNs of dense layers. Only the `moesaic`
+architecture holds the result. *On disk*: whether each expert has matrices of its own, or all of a layer are one tensor.
+
+| model type | on disk | shared expert | dense layers | experts |
+|---|---|---|---|---|
+"""
+_NEW = """
+## New in transformers
+
+{names}: nobody has looked at them yet. Describe them, or say in `anatomy/others.py` why not.
 """
 _WRAPPERS = """
 ## Multimodal wrappers whose text model is converted
@@ -78,7 +88,7 @@ def page() -> str:
     dense = [family for family in FAMILIES.values() if family.moe is None]
     parts = [_HEAD.format(version=transformers.__version__), _DENSE]
     parts += [f"| {family.model_type} | {_ffn(family)} | {_prunes(family)} | {_stock(family)} |\n" for family in dense]
-    parts += [_MOE, f"{', '.join(f'`{name}`' for name, family in FAMILIES.items() if family.moe)}\n"]
+    parts += [_MOE, *(_moe(family, family.moe) for family in FAMILIES.values() if family.moe)]
     plain = ", ".join(f"`{text}` counts as `{family}`" for text, family in PLAIN.items())
     parts.append(_WRAPPERS.format(wrappers=_listed(list(WRAPPERS)), plain=plain))
     for status, title in (("possible", "Possible"), ("refused", "Refused")):
@@ -90,7 +100,17 @@ def page() -> str:
     parts += [f"\n`{name}`: multimodal wrapper, and {reason}.\n" for name, reason in CHANGED.items()]
     others = [name for name in wrappers if name not in WRAPPERS and name not in CHANGED]
     parts.append(f"\n{_listed(others)}: multimodal wrappers that nobody has described yet.\n")
+    if new := unknown():
+        parts.append(_NEW.format(names=_listed(new)))
     return "".join(parts)
+
+
+def _moe(family: Family, moe: MoENames) -> str:
+    disk = "one tensor" if moe.names.stacked else "one by one"
+    shared = "no" if moe.shared is None else "yes" if isinstance(moe.shared_width, str) else "as the config says"
+    clamped = family.activation_of is not None and family.activation_of({}).startswith("clamped")
+    experts = "gated, clamped, with biases" if clamped else "gated"
+    return f"| {family.model_type} | {disk} | {shared} | {'some' if moe.sparse else 'none'} | {experts} |\n"
 
 
 def _sentence(reason: str) -> str:
@@ -137,3 +157,4 @@ def _holds(limits: Limits, anatomy: Anatomy) -> bool:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    print(f"new in transformers: {', '.join(unknown()) or 'nothing'}")

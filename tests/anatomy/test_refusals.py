@@ -6,8 +6,9 @@ import re
 from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING
 
-from moesaic.anatomy import read_anatomy
+from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.errors import UnsupportedModelError
 
 LLAMA = {
@@ -74,8 +75,13 @@ REFUSED: dict[str, tuple[dict[str, Any], bool, str, str]] = {
     "adapter": ({"peft_type": "LORA", "base_model_name_or_path": "x"}, False, "PEFT adapter .LORA", "merge"),
     "no model_type": ({"hidden_size": 32}, False, "no model_type", "Hugging Face"),
     "odd model_type": ({"model_type": 7}, False, "no model_type", "Hugging Face"),
-    "new family": ({"model_type": "newt"}, False, "does not know the model type 'newt'", "CONTRIBUTING.md"),
-    "a name near a known one": ({"model_type": "qwen9"}, False, "'qwen9'", "^CONTRIBUTING.md"),
+    "new family": (
+        {"model_type": "newt"},
+        False,
+        "does not know the model type 'newt'",
+        "CONTRIBUTING.md.*issue tracker",
+    ),
+    "a name near a known one": ({"model_type": "qwen9"}, False, "'qwen9'", "^add it as CONTRIBUTING.md"),
     "dense and not described": ({"model_type": "codegen"}, False, "a dense decoder", "CONTRIBUTING.md"),
     "scaled biases": (
         {"model_type": "falcon_h1", "mlp_bias": True, "mlp_multipliers": [1, 0.5]},
@@ -147,3 +153,13 @@ def test_refused(name: str) -> None:
 )
 def test_accepted(config: dict) -> None:
     assert read_anatomy(config).sites
+
+
+def test_no_model_type_of_transformers_is_taken_for_a_misspelling() -> None:
+    """A real family that is none of ours must never be told to be another."""
+    for name in CONFIG_MAPPING:
+        if name in FAMILIES:
+            continue
+        with pytest.raises(UnsupportedModelError) as caught:
+            read_anatomy({"model_type": name})
+        assert "did you mean" not in str(caught.value)

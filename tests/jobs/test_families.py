@@ -10,9 +10,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks.exactness import DTYPES, METHODS, exactness
+from safetensors.torch import load_file, save_file
 
-from tests.tiny_models import MORE_FAMILIES, MORE_MOE
+import moesaic
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.jobs.undo import undo
+from tests.tiny_models import MORE_FAMILIES, MORE_MOE, build_tiny
 
 CASES = [(family, list(METHODS)[turn % 3], DTYPES[turn % 2]) for turn, family in enumerate([*MORE_FAMILIES, *MORE_MOE])]
 
@@ -25,3 +30,17 @@ def test_a_family_is_converted_runs_and_comes_back(family: str, method: str, dty
     assert found.oracle <= 1e-5
     assert found.cached
     assert found.restored
+
+
+def test_what_predicts_tokens_ahead_is_left_out(tmp_path: Path) -> None:
+    """Published GLM-4.5 and Qwen3-Next checkpoints hold layers that transformers does not read."""
+    source = build_tiny("glm4_moe", tmp_path / "source", num_nextn_predict_layers=1)
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    behind = {
+        name.replace(".1.", ".2.", 1): tensor.clone() for name, tensor in tensors.items() if "layers.1.mlp" in name
+    }
+    save_file(tensors | behind | {"mtp.fc.weight": torch.ones(4, 4)}, file, {"format": "pt"})
+    moesaic.convert(source, tmp_path / "out", method="mlpmoe", hierarchical=True, target="moesaic")
+    back = Checkpoint(undo(tmp_path / "out", tmp_path / "dense"))
+    assert set(back.names) == tensors.keys()

@@ -257,6 +257,13 @@ class Anatomy:
         """The FFN sites of one decoder layer (one for a dense model, several for a MoE)."""
         return tuple(site for site in self.sites if site.layer == layer)
 
+    def unread(self, name: str) -> bool:
+        """Whether transformers leaves out a tensor of that name: buffers of old checkpoints, and what predicts tokens
+        further ahead (MTP): layers behind the last, or a part of its own."""
+        ahead = self.config.get("num_nextn_predict_layers") or self.config.get("num_mtp_layers") or 0
+        behind = tuple(f"{self.layer_path(self.num_layers + layer)}." for layer in range(ahead))
+        return name.endswith(self.family.buffers) or name.startswith(("mtp.", "model.mtp.", *behind))
+
     def layer_path(self, layer: int) -> str:
         """Module path of a decoder layer."""
         return f"{self.family.layers}.{layer}"

@@ -7,7 +7,10 @@ from typing import Literal
 
 DECODERS = "moesaic converts decoder-only transformers"
 FAMILIES_PAGE = "docs/families.md lists the families that can be converted"
-HOW_TO_ADD = "CONTRIBUTING.md says how a family is added, docs/families.md lists all"
+HOW_TO_ADD = (
+    "add it as CONTRIBUTING.md shows, or ask for it in the project's issue tracker and quote its config.json;"
+    " docs/families.md lists all"
+)
 
 
 @dataclass(frozen=True)
@@ -44,20 +47,31 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "is a Mixture of Experts that nobody has described yet",
-        "aria_text axk1 axk2 bailing_hybrid beam dbrx deepseek_v32 deepseek_v4 dots3_note_text flint glm_moe_dsa hy_v4"
-        " inkling2_loop_text inkling2_text inkling_text kimi_linear kolibri1 lara_mini longcat_flash minimax_m3_vl_text"
-        " qwen3_5_moe_text qwen4_exp_text sarvam_mla sarvam_moe zaya",
+        "aria_text axk1 axk2 beam dbrx deepseek_v32 dots3_note_text flint inkling2_loop_text inkling2_text inkling_text"
+        " kolibri1 qwen3_5_moe_text sarvam_mla",
         HOW_TO_ADD,
         "possible",
     ),
     _kind(
-        "is a Mixture of Experts whose attention has experts too",
-        "jetmoe",
+        "is a Mixture of Experts with other tensors that transformers joins or splits when it loads them",
+        "bailing_hybrid kimi_linear lara_mini qwen4_exp_text sarvam_moe",
         FAMILIES_PAGE,
     ),
     _kind(
+        "is a Mixture of Experts whose layers hand on more than hidden states",
+        "deepseek_v4 glm_moe_dsa hy_v4 zaya",
+        FAMILIES_PAGE,
+    ),
+    _kind("is a Mixture of Experts whose attention has experts too", "jetmoe", FAMILIES_PAGE),
+    _kind("is a Mixture of Experts, of which some are the identity", "longcat_flash", FAMILIES_PAGE),
+    _kind(
         "is a Mixture of Experts that weighs what its experts read, and not what they give",
         "llama4_text",
+        FAMILIES_PAGE,
+    ),
+    _kind(
+        "is a Mixture of Experts that only occurs inside a multimodal wrapper",
+        "minimax_m3_vl_text",
         FAMILIES_PAGE,
     ),
     _kind(

@@ -142,7 +142,8 @@ def check_headers(stored: StoredNames, anatomy: Anatomy) -> None:
     for site in anatomy.sites:
         ffn_tensor_names(stored, site)
     layers = re.compile(rf"(?:.*\.)?{re.escape(anatomy.family.layers.rpartition('.')[2])}\.(\d+)\.")
-    found = 1 + max(int(match[1]) for name in stored.names if (match := layers.match(name)))
+    read = (name for name in stored.names if not anatomy.unread(name))
+    found = 1 + max(int(match[1]) for name in read if (match := layers.match(name)))
     if found > anatomy.num_layers:
         raise CheckpointError(
             f"{stored.folder}: config.json says {anatomy.num_layers} layers, the weights have {found}",

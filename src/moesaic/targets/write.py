@@ -132,7 +132,8 @@ def output_names(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, str]:
     """Every weight of the checkpoint -> the name that transformers' modules use, under which a copy is written.
 
     Differences occur: checkpoints saved without the base model's prefix (GPT-2's ``h.0.attn...``), parts that
-    transformers renames on loading (``Family.renames``), and buffers of old checkpoints, which are left out.
+    transformers renames on loading (``Family.renames``), and what it does not read (:meth:`Anatomy.unread`), which is
+    left out.
     """
     family = anatomy.family
     bare = not any(name.startswith(f"{family.layers}.") for name in checkpoint.names)
@@ -140,7 +141,7 @@ def output_names(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, str]:
     names = {}
     for name in checkpoint.names:
         in_model = family.model_name(name)
-        if not name.endswith(family.buffers):
+        if not anatomy.unread(name):
             names[name] = in_model if in_model.startswith("lm_head.") else prefix + in_model
     return names
 
