@@ -41,9 +41,10 @@ _MOE = """
 
 Each expert is split as a dense FFN is, and so are a shared expert and the FFNs of dense layers. Only the `moesaic`
 architecture holds the result. *On disk*: whether each expert has matrices of its own, or all of a layer are one tensor.
+*Shared expert* and *dense layers*: whether a config of the family can have them.
 
-| model type | on disk | shared expert | dense layers | experts |
-|---|---|---|---|---|
+| model type | on disk | shared expert | dense layers |
+|---|---|---|---|
 """
 _NEW = """
 ## New in transformers
@@ -107,10 +108,8 @@ def page() -> str:
 
 def _moe(family: Family, moe: MoENames) -> str:
     disk = "one tensor" if moe.names.stacked else "one by one"
-    shared = "no" if moe.shared is None else "yes" if isinstance(moe.shared_width, str) else "as the config says"
-    clamped = family.activation_of is not None and family.activation_of({}).startswith("clamped")
-    experts = "gated, clamped, with biases" if clamped else "gated"
-    return f"| {family.model_type} | {disk} | {shared} | {'some' if moe.sparse else 'none'} | {experts} |\n"
+    shared, dense = ("no" if fact is None else "yes" for fact in (moe.shared, moe.sparse))
+    return f"| {family.model_type} | {disk} | {shared} | {dense} |\n"
 
 
 def _sentence(reason: str) -> str:

@@ -214,6 +214,20 @@ TINY: dict[str, Tiny] = {
     ),
     "lfm2": Tiny("lfm2", {**_COMMON, "num_key_value_heads": 2, "intermediate_size": 55, **_LFM2}),
     "apertus": Tiny("apertus", {**_GATED, "head_dim": 8, "attention_bias": True}, "values"),
+    "bamba": Tiny(
+        "bamba",
+        {
+            **{**_GATED, "mlp_bias": True, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16},
+            **{"mamba_d_state": 8, "mamba_chunk_size": 16},
+        },
+    ),
+    "recurrent_gemma": Tiny(
+        "recurrent_gemma",
+        {
+            **{**_COMMON, "num_key_value_heads": 1, "intermediate_size": 2 * D_FF, "lru_width": D_MODEL},
+            **{"block_types": ["recurrent", "attention"], "attention_window_size": 16},
+        },
+    ),
     "falcon_h1": Tiny("falcon_h1", {**_GATED, **_FALCON_H1}),
     "falcon": Tiny("falcon", {**_COMMON, "ffn_hidden_size": D_FF, "bias": True}),
     # Variants: the rarer switches of a family.

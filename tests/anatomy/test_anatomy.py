@@ -22,7 +22,7 @@ from tests import tiny_models
 from tests.tiny_models import D_EXPERT, D_FF, D_MODEL, TINY, tiny_config
 
 
-def config_of(family: str, **overrides: object) -> dict:
+def config_of(family: str, **overrides: Any) -> dict:
     def read(part: dict) -> Any:  # transformers writes infinity so, and reads it back
         return float(part["__float__"]) if part.keys() == {"__float__"} else part
 
@@ -100,13 +100,15 @@ def sites_of_model(model: torch.nn.Module) -> dict[str, int]:
     """Paths of a MoE's FFNs and experts, and their widths, read off the model itself."""
     found = {}
     for path, module in model.named_modules():
-        parts, own = dict(module.named_children()), dict(module.named_parameters(recurse=False))
+        parts: dict[str, Any] = dict(module.named_children())
+        own = dict(module.named_parameters(recurse=False))
         if path.endswith(".experts"):
             count, _, width = own["down_proj"].shape
+            width = width if len(own["gate_up_proj"][0]) == 2 * width else own["down_proj"].shape[1]  # gpt-oss
             found |= {f"{path}.{expert}": width for expert in range(count)}
-        for up, down in (("up_proj", "down_proj"), ("w3", "w2")):
+        for up, down in (("up_proj", "down_proj"), ("w3", "w2"), ("input_linear", "output_linear")):
             if up in parts and down in parts:
-                found[path] = parts[up].weight.shape[0]
+                found[path] = parts[down].weight.shape[1]
     return found
 
 
@@ -119,7 +121,9 @@ def test_sites_of_a_moe_are_those_of_the_model(family: str) -> None:
     """As its tiny config says, and where config.json leaves out what transformers has a default for."""
     config = config_of(family)
     left_out = _LAYERS if family == "dots1" else (*_LAYERS, *_SHARED)  # it has no default for its shared experts
-    bare = {key: value for key, value in config.items() if key not in left_out} | {"num_hidden_layers": 4}
+    bare: dict[str, Any] = {key: value for key, value in config.items() if key not in left_out} | {
+        "num_hidden_layers": 4
+    }
     for key in ("layer_types", "num_attention_heads_per_layer"):
         if bare.get(key):
             bare[key] = [*bare[key], *bare[key]]

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from moesaic.blueprint.layer import LayerPlan, Router, WeightFade
-from moesaic.nn.ffn import FFNWeights
+from moesaic.nn.ffn import FFNWeights, activation_function, combine
+from moesaic.nn.moesaic_activation import build_activation, gated
+from moesaic.nn.moesaic_path_rows import Rows
+from moesaic.nn.moesaic_union import build_feed_forward
 from moesaic.nn.reference import choose, reference_ffn
 
 IDENTITY = FFNWeights(torch.eye(4), torch.eye(4), "relu")  # y = relu(x)
@@ -78,3 +81,31 @@ def test_fade_drops_the_smallest_weights_of_an_expert_and_never_padding(scope: s
         "branch": ([3 * 8.0, 3 * 4.0], [2 * 9.0, 2 * 5.0]),
     }[scope]
     assert (e0, e1) == expected
+
+
+@pytest.mark.parametrize("name", ["silu(0.7,0.3)", "gelu_new(2.0,1.5)", "xielu", "clamped(1.702,0.5)"])
+def test_an_activation_with_constants_or_tensors_is_the_runtime_s(name: str) -> None:
+    """The oracle's functions and the runtime's modules are written apart; of xIELU the module is transformers'."""
+    module = build_activation(name)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator))
+    x, up = torch.linspace(-6, 6, 97), torch.linspace(3, -3, 97)
+    act = activation_function(name, module.state_dict())
+    assert torch.allclose(act(x), module(x), atol=1e-6)
+    assert torch.allclose(combine(name, act, x, up), gated(module, x, up), atol=1e-6)
+
+
+def test_constants_stand_where_falcon_h1_has_them() -> None:
+    gate, up = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+    h = combine("silu(0.7,0.3)", activation_function("silu(0.7,0.3)"), gate, up)
+    assert torch.allclose(h, 0.3 * (up * torch.nn.functional.silu(gate * 0.7)))
+
+
+def test_no_kernel_computes_an_activation_that_is_more_than_a_name() -> None:
+    spec = {"shared": 4, "experts": 2, "expert_width": 4, "neurons": 12, "top_k": 1, "gate": "uniform", "gated": True}
+    spec |= {"router": "static", "selection_bias": False, "gate_bias": False, "up_bias": False, "down_bias": False}
+    with torch.inference_mode():
+        for name in ("silu(0.7,0.3)", "clamped(1.7,7.0)", "xielu"):
+            assert not Rows("packed").supports(torch.randn(1, 8), build_feed_forward(spec, 8, name).eval())

@@ -28,6 +28,8 @@ def read_anatomy(config: Config, *, hierarchical: bool = False) -> Anatomy:
     refuse_foreign(config, FAMILIES)
     model_type = config["model_type"]
     family = FAMILIES[model_type]
+    if family.refuse is not None and (reason := family.refuse(config)):
+        raise UnsupportedModelError(f"this {model_type} model cannot be converted: {reason}")
     if family.moe is not None and not hierarchical:
         raise UnsupportedModelError(
             f"{model_type} is already a Mixture of Experts", "use --hierarchical to split each of its experts"
@@ -36,8 +38,6 @@ def read_anatomy(config: Config, *, hierarchical: bool = False) -> Anatomy:
         raise UnsupportedModelError(
             f"{model_type} is a dense model: it has no experts to split", "leave out --hierarchical"
         )
-    if family.refuse is not None and (reason := family.refuse(config)):
-        raise UnsupportedModelError(f"this {model_type} model cannot be converted: {reason}")
     num_layers = _size(config, family.num_layers, model_type)
     if num_layers > _MOST_LAYERS:
         raise UnsupportedModelError(

@@ -75,17 +75,17 @@ KINDS: tuple[Kind, ...] = (
         FAMILIES_PAGE,
     ),
     _kind(
-        "has a norm inside its FFN, over all neurons, so that they cannot be computed apart",
+        "is a dense decoder with a norm inside its FFN, over all neurons, so that they cannot be computed apart",
         "bitnet dory",
         FAMILIES_PAGE,
     ),
     _kind(
-        "gives each layer an embedding of its own and keeps the largest neurons only",
+        "is a dense decoder that gives each layer an embedding of its own and keeps the largest neurons only",
         "gemma3n_text",
         FAMILIES_PAGE,
     ),
     _kind(
-        "runs its layers several times, which calibration layer by layer does not",
+        "is a dense decoder that runs its layers several times, which calibration layer by layer does not",
         "hrm_text",
         FAMILIES_PAGE,
     ),
@@ -107,10 +107,9 @@ KINDS: tuple[Kind, ...] = (
         " nllb-moe pegasus pegasus_x plbart prophetnet seamless_m4t speech_to_text switch_transformers t5 t5gemma udop"
         " umt5 whisper",
     ),
-    _kind(
-        "is a state-space or recurrent model",
-        "bamba falcon_mamba mamba mamba2 nemotron_h recurrent_gemma rwkv xlstm zamba zamba2",
-    ),
+    _kind("is a state-space or recurrent model", "falcon_mamba mamba mamba2 rwkv xlstm"),
+    _kind("is a hybrid whose layers are each a mixer or an FFN alone", "nemotron_h", FAMILIES_PAGE),
+    _kind("is a hybrid whose layers share FFNs", "zamba zamba2", FAMILIES_PAGE),
 )
 
 

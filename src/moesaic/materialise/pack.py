@@ -115,7 +115,7 @@ def unpack(tensors: Mapping[str, Tensor], plan: LayerPlan, activation: str) -> F
     assert plan.keeps_all
     packed = plan.packed
     rows_F = torch.argsort(packed.masked_fill(packed < 0, plan.d_ff))[: plan.d_ff]  # packed row of every neuron
-    fields = {field: tensors[name] for field, name in TENSOR_NAMES.items() if name in tensors}
+    fields: dict[str, Any] = {field: tensors[name] for field, name in TENSOR_NAMES.items() if name in tensors}
     whole = FFNWeights(activation=activation, **fields)
     return whole.take(rows_F, keep_down_bias=True)
 

@@ -185,7 +185,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         """False: the modules are transformers' own, whose tables transformers then fills as in the dense model."""
         return False
 
-    def _supports_default_dynamic_cache(self) -> bool:
+    def _supports_default_dynamic_cache(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._dense._supports_default_dynamic_cache()  # MiniMax has a cache of its own
 
     def get_input_embeddings(self) -> nn.Module:

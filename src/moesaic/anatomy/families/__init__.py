@@ -12,6 +12,7 @@ from moesaic.anatomy.base import Family
 _DENSE = (
     "apertus",
     "arcee",
+    "bamba",
     "cohere",
     "cohere2",
     "cwm",
@@ -49,6 +50,7 @@ _DENSE = (
     "qwen2",
     "qwen3",
     "qwen3_5_text",
+    "recurrent_gemma",
     "seed_oss",
     "smollm3",
     "stablelm",

@@ -7,7 +7,11 @@ from moesaic.anatomy.families import granitemoeshared
 
 
 def _refuse(config: Config) -> str | None:
-    return None if config.get("num_local_experts", 8) else "it has no experts (num_local_experts is 0)"
+    return (
+        None
+        if config.get("num_local_experts", 8)
+        else "it has no experts (num_local_experts is 0), and nobody has described it without"
+    )
 
 
 FAMILY = replace(granitemoeshared.FAMILY, model_type="granitemoehybrid", refuse=_refuse)
