@@ -15,6 +15,7 @@ from benchmarks.exactness import DTYPES, METHODS, exactness
 from safetensors.torch import load_file, save_file
 
 import moesaic
+from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.jobs.undo import undo
 from tests.tiny_models import MORE_FAMILIES, MORE_MOE, build_tiny
@@ -30,6 +31,13 @@ def test_a_family_is_converted_runs_and_comes_back(family: str, method: str, dty
     assert found.oracle <= 1e-5
     assert found.cached
     assert found.restored
+
+
+@torch.inference_mode()
+def test_a_moe_of_odd_widths_can_be_measured(tmp_path: Path) -> None:
+    """Stock grouped products refuse its experts."""
+    model = load_model(build_tiny("gpt_oss", tmp_path, d_ff=37), torch.float32)
+    assert torch.isfinite(model(input_ids=torch.arange(8)[None]).logits).all()
 
 
 def test_what_predicts_tokens_ahead_is_left_out(tmp_path: Path) -> None:
