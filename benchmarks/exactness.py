@@ -91,7 +91,7 @@ def _runs(source: Path, out: Path) -> tuple[float, bool]:
     # Stock grouped products want rows of whole 16 bytes, and widths are odd here.
     eager = {"dtype": torch.float32, "experts_implementation": "eager"}
     dense: Any = AutoModelForCausalLM.from_pretrained(source, **eager).eval()
-    model: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(out, **eager).eval()
     ids = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
     cached = torch.equal(*_generated(model, ids))
     model.all_experts_on()

@@ -249,10 +249,10 @@ VARIANTS: list[str] = [
     "gpt_neox_sequential",
     "gemma1",
 ]
-MOE_VARIANTS: list[str] = ["qwen2_moe_mixed"]
+MOE_VARIANTS: list[str] = ["qwen2_moe_mixed", "granitemoeshared", "gpt_oss"]
 FAMILIES: list[str] = [
     *("llama", "granite", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "smollm3"),
-    *("gpt2", "opt", "gpt_neox", "phi"),
+    *("gpt2", "opt", "gpt_neox", "phi", "apertus", "falcon_h1"),
 ]
 """Dense families that each bring something of their own to what is read, computed or written: for every matrix."""
 _OTHERS = [name for name in TINY if name not in {*FAMILIES, *MOE_FAMILIES, *VARIANTS, *MOE_VARIANTS}]

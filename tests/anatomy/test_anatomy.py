@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.attention import head_dim
 from moesaic.anatomy.base import FFNSite
-from moesaic.anatomy.refusals import ACTIVATIONS
+from moesaic.anatomy.refusals import ACTIVATIONS, LEARNED
 from moesaic.errors import UnsupportedModelError
 from moesaic.nn.ffn import ACTIVATIONS as COMPUTED
+from moesaic.nn.ffn import LEARNED as LEARNED_COMPUTED
 from tests import tiny_models
 from tests.tiny_models import D_EXPERT, D_FF, D_MODEL, TINY, tiny_config
 
@@ -201,6 +202,7 @@ def test_a_computed_width_is_the_model_s(keys: dict) -> None:
 
 def test_known_activations_are_those_that_are_computed() -> None:
     assert ACTIVATIONS == COMPUTED
+    assert LEARNED == LEARNED_COMPUTED
 
 
 def test_families_of_the_tests_are_those_of_the_package() -> None:
@@ -277,6 +279,7 @@ def test_what_the_table_says_of_norms_and_multipliers_is_what_the_model_computes
         ({"hidden_size": 0}, "hidden_size = 0"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers = '2'"),
         ({"hidden_act": "xielu"}, "xielu"),
+        ({"hidden_act": "silu(1.0,2.0)"}, "silu"),
         ({"hidden_act": None}, "hidden_act"),
     ],
 )

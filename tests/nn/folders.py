@@ -46,6 +46,7 @@ def convert_by_hand(family: str, dense: Path, out: Path, *, layers: set[int] | N
         "text_config": checkpoint.config,
         "ffn_sites": specs,
         "ffn_bypass": list(anatomy.family.bypass),
+        **({"ffn_activation": anatomy.activation} if anatomy.family.activation is None else {}),
         "dtype": checkpoint.config["dtype"],
         "moesaic": {"method": "by hand"},
     }

@@ -79,7 +79,10 @@ def _activation(config: Config, family: Family, model_type: str) -> str:
     else:
         name = require(config, family.activation or "hidden_act", model_type)
     known = ACTIVATIONS | LEARNED if family.names.learned else ACTIVATIONS
-    if not isinstance(name, str) or name.partition("(")[0] not in known:  # constants stand behind it
+    plain, _, constants = str(name).partition("(")  # only our own tables write constants: see nn/ffn.py
+    if constants and family.activation_of is not None and plain in {*known, "clamped"}:
+        return str(name)
+    if not isinstance(name, str) or name not in known:
         raise UnsupportedModelError(
             f"this {model_type} model uses the activation {name!r}", f"supported: {', '.join(sorted(known))}"
         )

@@ -48,7 +48,7 @@ KINDS: tuple[Kind, ...] = (
     _kind(
         "is a Mixture of Experts that nobody has described yet",
         "aria_text axk1 axk2 beam dbrx deepseek_v32 dots3_note_text flint inkling2_loop_text inkling2_text inkling_text"
-        " kolibri1 qwen3_5_moe_text sarvam_mla",
+        " kolibri1 minimax_m3_vl_text qwen3_5_moe_text sarvam_mla",
         HOW_TO_ADD,
         "possible",
     ),
@@ -67,11 +67,6 @@ KINDS: tuple[Kind, ...] = (
     _kind(
         "is a Mixture of Experts that weighs what its experts read, and not what they give",
         "llama4_text",
-        FAMILIES_PAGE,
-    ),
-    _kind(
-        "is a Mixture of Experts that only occurs inside a multimodal wrapper",
-        "minimax_m3_vl_text",
         FAMILIES_PAGE,
     ),
     _kind(

@@ -12,9 +12,7 @@ from moesaic.anatomy.wrappers import CHANGED, WRAPPERS
 from moesaic.errors import UnsupportedModelError
 
 # Activations that moesaic computes; moesaic.nn.ffn holds the functions (a test keeps the two alike).
-ACTIVATIONS = frozenset(
-    {"silu", "swish", "relu", "relu2", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "clamped"}
-)
+ACTIVATIONS = frozenset({"silu", "swish", "relu", "relu2", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"})
 LEARNED = frozenset({"xielu"})
 """Activations with tensors of their own, in families that name these (``FFNNames.learned``)."""
 
