@@ -288,6 +288,21 @@ def test_broken_config_is_named(change: dict, message: str) -> None:
         read_anatomy({**config_of("llama"), **change})
 
 
+@pytest.mark.parametrize(
+    ("family", "change", "reason"),
+    [
+        ("deepseek_v3", {"first_k_dense_replace": "3"}, "TypeError"),
+        ("falcon_h1", {"mlp_multipliers": [1.0, 0.5, 2.0]}, "ValueError: too many values"),
+        ("gpt_oss", {"swiglu_limit": "seven"}, "ValueError: could not convert"),
+        ("ernie4_5_moe", {"moe_layer_start_index": None}, "TypeError"),
+    ],
+)
+def test_a_value_of_another_kind_is_no_internal_error(family: str, change: dict, reason: str) -> None:
+    config = {**config_of(family), **change}
+    with pytest.raises(UnsupportedModelError, match=f"{family} model has a value of another kind.*{reason}"):
+        read_anatomy(config, hierarchical=FAMILIES[config["model_type"]].moe is not None)
+
+
 def test_no_torch() -> None:
     code = "import moesaic.anatomy, moesaic.checkpoint.ffn, moesaic.checkpoint.reader, moesaic.checkpoint.source, sys"
     code += "; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy import'"

@@ -26,8 +26,18 @@ def read_anatomy(config: Config, *, hierarchical: bool = False) -> Anatomy:
             encoder-decoder, multimodal, converted already, or a MoE without ``hierarchical`` (or the other way round).
     """
     refuse_foreign(config, FAMILIES)
-    model_type = config["model_type"]
-    family = FAMILIES[model_type]
+    try:
+        return _read(config, FAMILIES[config["model_type"]], hierarchical)
+    except (TypeError, ValueError, LookupError) as error:  # a family's own functions trust what they compute with
+        reason = f"{type(error).__name__}: {error}"
+        raise UnsupportedModelError(
+            f"config.json of this {config['model_type']} model has a value of another kind than it must be ({reason})",
+            "compare it with the published one",
+        ) from error
+
+
+def _read(config: Config, family: Family, hierarchical: bool) -> Anatomy:
+    model_type = family.model_type
     if family.refuse is not None and (reason := family.refuse(config)):
         raise UnsupportedModelError(f"this {model_type} model cannot be converted: {reason}")
     if family.moe is not None and not hierarchical:

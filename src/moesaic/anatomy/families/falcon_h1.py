@@ -6,7 +6,10 @@ from moesaic.anatomy.base import Config, Family
 def _activation(config: Config) -> str:
     """SiLU with the factors: d act(g gate) up, where the model has the factor d of the output behind it."""
     act, factors = config.get("hidden_act", "silu"), config.get("mlp_multipliers")
-    return act if factors in (None, [1, 1]) else "{}({!r},{!r})".format(act, *map(float, factors))
+    if factors in (None, [1, 1]):
+        return act
+    gate, down = map(float, factors)
+    return f"{act}({gate!r},{down!r})"
 
 
 def _refuse(config: Config) -> str | None:
