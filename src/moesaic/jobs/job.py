@@ -12,6 +12,7 @@ import moesaic
 from moesaic.adjust.budget import check_budget
 from moesaic.anatomy.base import Anatomy, max_positions
 from moesaic.blueprint.model import Blueprint, blueprint_folder
+from moesaic.blueprint.shape import row_bytes
 from moesaic.calibration.skeleton import Skeleton
 from moesaic.calibration.text import Windows, build_windows
 from moesaic.checkpoint.ffn import load_ffn
@@ -133,6 +134,13 @@ def _check_blueprint(given: Blueprint, anatomy: Anatomy) -> None:
             raise InputError(
                 f"the blueprint's {path} has {plan.d_ff} neurons, this model's {sites[path].d_ff}", "use its own model"
             )
+        if plan.router.kind == "low_bit":
+            if plan.router.tensors["up_codes"].shape[1] != row_bytes(anatomy.d_model, plan.router.bits):
+                raise InputError(
+                    f"the blueprint's router of {path} reads another width than this model's {anatomy.d_model}",
+                    "use its own model",
+                )
+            continue
         low_rank = plan.router.kind == "low_rank"
         reads = [plan.router.tensors["reduce"]] if low_rank else plan.router.tensors.values()
         widths = {tensor.shape[1] for tensor in reads if tensor.dim() == 2}
