@@ -118,6 +118,11 @@ class FFNShape:
         per_expert = {"static": 0, "linear": 1, "low_rank": 1, "gated": 2 if gated else 1, "low_bit": 0}
         return per_expert[self.router] * self.experts
 
+    def router_parameters(self, d_model: int, *, gated: bool) -> int:
+        """Weights of the router; ``gated`` as above."""
+        copies = (2 if gated else 1) * self.experts if self.router == "low_bit" else 0
+        return (copies + self.router_rows(gated=gated)) * d_model
+
     def router_bytes(self, d_model: int, *, gated: bool) -> int:
         """Bytes of the router's tensors in the ``moesaic`` architecture; ``gated`` as above."""
         if self.router != "low_bit":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +85,19 @@ def _loaded(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
     if hasattr(loaded[0], "exact_prefill"):  # else a conversion to single neurons would be measured as the dense model
         loaded[0].exact_prefill(False)
     return loaded
+
+
+@contextmanager
+def prefill_as_loaded(model: Any) -> Iterator[None]:
+    """Within the block, a model of :func:`load_model` computes prompts as its config says, as for who generates."""
+    if not hasattr(model, "exact_prefill"):
+        yield
+        return
+    model.exact_prefill(model.config.exact_prefill)
+    try:
+        yield
+    finally:
+        model.exact_prefill(False)
 
 
 def _text_model(checkpoint: Checkpoint, **options: Any) -> Any:

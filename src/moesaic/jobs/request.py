@@ -160,6 +160,10 @@ def check_split(outline: Outline) -> None:
             f"the router of {settings.method} counts what experts of different widths cost, another would not",
             "leave --router out, or add --set widths=equal",
         )
+    if settings.router is not None and shape.router == "low_bit":
+        raise InputError(
+            f"the experts of {settings.method} are single neurons, too many for a linear router", "leave --router out"
+        )
     check_allocation(outline)
     if settings.target != AUTO:
         reasons = TARGETS[settings.target].split_reasons(outline.split)
@@ -177,7 +181,8 @@ def _remedy(outline: Outline) -> str:
     options = []
     if outline.shape.varied and helps(lambda shape: replace(shape, varied=False)):
         options.append("add --set widths=equal")
-    if settings.router is None and not outline.shape.varied and helps(FFNShape.fitted):
+    fits = not outline.shape.varied and outline.shape.router != "low_bit"
+    if settings.router is None and fits and helps(FFNShape.fitted):
         options.append("add --router oracle")
     options.append(f"use --target {likely_target(outline.split, AUTO, settings.target_options)}")
     return ", or ".join(options)

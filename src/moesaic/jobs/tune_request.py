@@ -73,6 +73,11 @@ def check_tune(
             f"{folder} cannot be tuned again: {reason}, and its architecture is {target}",
             "tune the folder that it came from for longer, or tune an output of --target moesaic",
         )
+    if any(spec.get("router") == "low_bit" for spec in source.config.get("ffn_sites", {}).values()):
+        raise InputError(
+            f"{folder} cannot be tuned: its routers are copies of the FFNs' weights, and training would part the two",
+            "tune the dense model, and convert it then",
+        )
     check_sources(config.train.data)
     _check_processes(config)
     dense = None

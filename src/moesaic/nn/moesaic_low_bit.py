@@ -1,9 +1,9 @@
 """The `moesaic` architecture: the FFN's own matrices in a few bits as the router (see `modeling_moesaic.py`).
 
-A weight is scale * code + offset, with a scale and an offset per group of weights along a row. Codes are packed in blocks
-of 64 weights w_0 .. w_63, the last one padded with 0:
+A weight is scale * code + offset, with a scale and an offset per group of weights along a row. Codes are packed in
+blocks of 64 weights w_0 .. w_63, the last one padded with 0:
 
-* 4 bits, 32 bytes: byte 16 h + j (h = 0, 1; j = 0 .. 15) has w_(32 h + j) in its low half, w_(32 h + 16 + j) in the high.
+* 4 bits, 32 bytes: byte 16 h + j (h = 0, 1; j = 0 .. 15) has w_(32 h + j) in its low half, w_(32 h + 16 + j) above.
 * 3 bits, 24 bytes: byte j has the low two bits of w_j, w_(16 + j), w_(32 + j), w_(48 + j), from its lowest bits on;
   byte 16 + m (m = 0 .. 7) the third bits of w_(8 m) .. w_(8 m + 7), from its lowest bit on.
 * 2 bits, 16 bytes: the first 16 of these.

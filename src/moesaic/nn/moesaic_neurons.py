@@ -41,9 +41,14 @@ class NeuronFeedForward(MoEFeedForward):
         return cast(LowBitRouter, self._modules["router"])
 
     @property
+    def by_threshold(self) -> bool:
+        """Whether tokens have as many neurons as reach a score, and not all the same number."""
+        return self.low_bit.threshold is not None
+
+    @property
     def routed(self) -> bool:
         """Whether some neurons may be left out."""
-        return super().routed and (self.top_k < self.experts or self.low_bit.threshold is not None)
+        return super().routed and (self.top_k < self.experts or self.by_threshold)
 
     def scores(self, x_TD: Tensor) -> Tensor:
         """What neurons are chosen by, e_TF in fp32."""
@@ -55,7 +60,7 @@ class NeuronFeedForward(MoEFeedForward):
         return self.low_bit.choose(self.scores(x_TD))
 
     def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.low_bit.threshold is not None:
+        if self.by_threshold:
             raise TypeError("by a threshold, tokens have different numbers of neurons: see `chosen`")
         return super()._route(x_TD)
 

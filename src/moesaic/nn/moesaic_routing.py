@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 
 class KeptAsStored(nn.Module):
-    """A module whose tensors stay as they are under .to(bfloat16), .half(), .double(): rounded decisions would differ."""
+    """A module whose tensors stay as they are under .to(bfloat16), .half(), .double(): decisions would be others."""
 
     def kept(self) -> dict[str, Tensor]:
         """The tensors that keep their dtype."""

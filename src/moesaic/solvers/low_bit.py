@@ -5,8 +5,8 @@ w_0 .. w_63 is packed so that a vector register of 16 codes needs a shift and a 
 
 * 4 bits, 32 bytes: byte 16 h + j (h = 0, 1; j = 0 .. 15) has the code of w_(32 h + j) in its low half and that of
   w_(32 h + 16 + j) in its high half.
-* 3 bits, 24 bytes: byte j has the low two bits of the codes of w_j, w_(16 + j), w_(32 + j), w_(48 + j), the first in its
-  lowest bits; byte 16 + m (m = 0 .. 7) has the third bits of w_(8 m) .. w_(8 m + 7), the first in its lowest bit.
+* 3 bits, 24 bytes: byte j has the low two bits of the codes of w_j, w_(16 + j), w_(32 + j), w_(48 + j), the first in
+  its lowest bits; byte 16 + m (m = 0 .. 7) has the third bits of w_(8 m) .. w_(8 m + 7), the first in its lowest bit.
 * 2 bits, 16 bytes: the first 16 of these.
 
 The runtime reads them (:mod:`moesaic.nn.moesaic_low_bit`).
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from moesaic.blueprint.shape import BLOCK, row_groups
 
-_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
+_SHRINK = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Widths of the grid that are tried, over the range of the group's weights."""
 _ROWS = 1024  # quantised at a time: bounds the memory
 
@@ -30,8 +30,8 @@ _ROWS = 1024  # quantised at a time: bounds the memory
 def low_bit(matrix_FD: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Packed codes uint8 [F, B], scales and offsets bfloat16 [F, G] that are nearest to a matrix.
 
-    Of each group, grids from its smallest to its largest weight, and narrower ones about their middle, are tried; that of
-    least squared error is taken. Codes are chosen with the rounded scale and offset [OURS].
+    Of each group, grids from its smallest to its largest weight, and narrower ones about their middle, are tried; that
+    of least squared error is taken. Codes are chosen with the rounded scale and offset [OURS].
 
     Args:
         matrix_FD: Any floating dtype.

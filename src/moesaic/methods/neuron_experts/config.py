@@ -22,7 +22,7 @@ class Config(MethodConfig):
     active: float = Field(default=0.5, gt=0, le=1, description="Fraction of the neurons that one token uses.")
     bits: Literal[2, 3, 4] = Field(default=4, description="Bits of a weight of the router.")
     group: Literal[32, 64, 128] = Field(
-        default=32, description="Weights of the router that share a scale and an offset; smaller is more precise."
+        default=64, description="Weights of the router that share a scale and an offset; smaller is more precise."
     )
     choice: Literal["top_k", "threshold"] = Field(
         default="top_k",
@@ -46,8 +46,8 @@ class Config(MethodConfig):
         chosen = round(self.active * d_ff)
         if chosen < 1:
             raise InputError(f"{self.active:g} of {d_ff} neurons leaves none", "raise active")
-        parts = {"rewritten": int(self.refit), "bits": self.bits, "group": self.group}
-        return FFNShape(d_ff, 0, (1,) * d_ff, chosen, "low_bit", **parts)
+        singles, rewritten = (1,) * d_ff, int(self.refit)
+        return FFNShape(d_ff, 0, singles, chosen, "low_bit", rewritten=rewritten, bits=self.bits, group=self.group)
 
     def needs_calibration(self) -> bool:
         """Whether this config reads calibration inputs: for a threshold, and for a refit."""

@@ -1,8 +1,8 @@
 """Neuron experts: every neuron an expert, and the FFN's own gate and up projections in a few bits as the router.
 
 Source: ours [OURS], after CMoE's analytic router and the low-precision predictors of contextual sparsity;
-docs/methods/neuron_experts.md says more. With G^ and U^ the low-bit copies of the projections, neuron i scores
-e_i = |act(G^ x + b)_i (U^ x + b')_i| |d_i|, without a gate |act(U^ x + b')_i| |d_i|, d_i its column of the down projection.
+docs/methods/neuron_experts.md says more. With G^ and U^ the low-bit copies of the projections and d_i the column of the
+down projection, neuron i scores e_i = |act(G^ x + b)_i (U^ x + b')_i| |d_i|, without a gate |act(U^ x + b')_i| |d_i|.
 
 * ``top_k``: a token's neurons are the ``active`` F of largest score. No data.
 * ``threshold``: those that score at least tau, the (1 - ``active``) quantile of the scores on the calibration text.
@@ -31,7 +31,7 @@ from moesaic.solvers.refit import refit, token_weights
 
 @torch.no_grad()
 def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, seed: int) -> LayerPlan:
-    """Decide one FFN; see :class:`moesaic.methods.base.MethodModule`. Raises InputError without tokens that it needs."""
+    """Decide one FFN; see :class:`moesaic.methods.base.MethodModule`. Raises InputError without the tokens it needs."""
     if config.needs_calibration() and (inputs is None or inputs.tokens == 0):
         raise InputError("a threshold and a refit need calibration inputs", "give calibration text, or choice=top_k")
     router = Router("low_bit", _copies(weights, config), bits=config.bits, group=config.group)
