@@ -22,9 +22,11 @@ METHODS = {
     "mlpmoe": {"branches": 5},  # 5 does not divide 37
     "cmoe": {"layout": "S2A3E5"},
     "token_clusters": {"split": "disjoint", "experts": 5, "active": 0.5, "refit": "none"},
+    "neuron_experts": {"active": 0.3},
 }
 CASES = [
-    (family, list(METHODS)[turn % 3], ("bfloat16", "float32")[turn % 2]) for turn, family in enumerate(MORE_FAMILIES)
+    (family, list(METHODS)[turn % len(METHODS)], ("bfloat16", "float32")[turn // 2 % 2])
+    for turn, family in enumerate(MORE_FAMILIES)
 ]
 
 
@@ -56,6 +58,7 @@ def _runs(source: Path, out: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     ids = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+    model.exact_prefill(False)  # else all is a prompt without the cache
     generated = [model.generate(ids[:1, :5], use_cache=cached, **options) for cached in (True, False)]
     assert torch.equal(*generated)
     model.all_experts_on()

@@ -107,10 +107,10 @@ class FFNShape:
         return self.router == "static" or (self.all_on and self.weighs_one)
 
     def fitted(self) -> FFNShape:
-        """With the router replaced by a linear one and weights of 1."""
-        if self.router == "static":
+        """With the router replaced by a linear one and weights of 1; single neurons keep theirs."""
+        if self.router in ("static", "low_bit"):
             return self
-        plain = {"normalised": False, "router_bias": False, "selection_bias": False, "bits": 0, "group": 0}
+        plain = {"normalised": False, "router_bias": False, "selection_bias": False}
         return replace(self, router="linear", gate="uniform", **plain)
 
     def router_rows(self, *, gated: bool) -> int:

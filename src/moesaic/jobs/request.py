@@ -181,8 +181,7 @@ def _remedy(outline: Outline) -> str:
     options = []
     if outline.shape.varied and helps(lambda shape: replace(shape, varied=False)):
         options.append("add --set widths=equal")
-    fits = not outline.shape.varied and outline.shape.router != "low_bit"
-    if settings.router is None and fits and helps(FFNShape.fitted):
+    if settings.router is None and not outline.shape.varied and helps(FFNShape.fitted):
         options.append("add --router oracle")
     options.append(f"use --target {likely_target(outline.split, AUTO, settings.target_options)}")
     return ", or ".join(options)

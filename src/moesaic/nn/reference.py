@@ -104,7 +104,7 @@ def choose_neurons(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor, undecided
     that come first; or all that reach its threshold.
 
     Scores are sums in fp32, and another order of summation gives slightly others. Where ``undecided_TF``, which another
-    computation chose, has as many neurons as the router allows, it decides those within :data:`UNDECIDED`.
+    computation chose, has as many neurons as the router allows and differs only within :data:`UNDECIDED`, it is right.
     """
     t = plan.router.tensors
     up_FD = decoded(plan, "up", weights.d_model)
@@ -120,9 +120,11 @@ def choose_neurons(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor, undecided
         else:
             order = sorted(range(plan.d_ff), key=lambda j, score_F=score_F: (-float(score_F[j]), j))
             chosen_TF[i, order[: plan.top_k]], least = True, float(score_F[order[plan.top_k - 1]])
-        if undecided_TF is not None and ("threshold" in t or int(undecided_TF[i].sum()) == plan.top_k):
-            near_F = (score_F - least).abs() <= UNDECIDED * least
-            chosen_TF[i] = torch.where(near_F, undecided_TF[i], chosen_TF[i])
+        if undecided_TF is not None:
+            far_F = (score_F - least).abs() > UNDECIDED * least
+            agrees = torch.equal(undecided_TF[i] & far_F, chosen_TF[i] & far_F)
+            if agrees and ("threshold" in t or int(undecided_TF[i].sum()) == plan.top_k):
+                chosen_TF[i] = undecided_TF[i]
     return chosen_TF
 
 
