@@ -27,7 +27,7 @@ from moesaic.errors import VerificationError
 from moesaic.materialise.attention import pack_attention
 from moesaic.materialise.pack import TENSOR_NAMES, pack
 from moesaic.nn.ffn import FFNWeights
-from moesaic.nn.moesaic_ffn import MoEFeedForward
+from moesaic.nn.moesaic_ffn import MoEFeedForward, use_path
 from moesaic.nn.moesaic_neurons import NeuronFeedForward
 from moesaic.nn.moesaic_union import build_feed_forward
 from moesaic.nn.reference import reference_ffn
@@ -125,10 +125,14 @@ def stream_parity(
 def oracle_difference(module: MoEFeedForward, weights: FFNWeights, plan: LayerPlan, x_TD: Tensor) -> float:
     """:func:`relative_difference` of a converted FFN's output from the oracle's.
 
-    Where every neuron is an expert, two of thousands are often equal to within rounding: then the module may choose.
+    Where every neuron is an expert, two of thousands are often equal to within rounding: then the module may choose, and
+    computes by the path that chooses as ``chosen`` does.
     """
-    undecided_TF = module.chosen(x_TD) if isinstance(module, NeuronFeedForward) and module.routed else None
-    return relative_difference(module(x_TD), reference_ffn(weights, plan, x_TD, undecided_TF=undecided_TF))
+    if not isinstance(module, NeuronFeedForward):
+        return relative_difference(module(x_TD), reference_ffn(weights, plan, x_TD))
+    with use_path(module, "masked", "every"):
+        made_TD, chosen_TF = module(x_TD), module.chosen(x_TD)
+    return relative_difference(made_TD, reference_ffn(weights, plan, x_TD, undecided_TF=chosen_TF))
 
 
 def load_written_ffn(output: Checkpoint, path: str, spec: dict[str, Any], anatomy: Anatomy) -> MoEFeedForward:
