@@ -20,8 +20,9 @@ from moesaic.blueprint.layer import LayerPlan
 from moesaic.blueprint.model import Blueprint
 from moesaic.calibration.inputs import SiteInputs
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.errors import InputError
+from moesaic.errors import InputError, UnsupportedModelError
 from moesaic.jobs.evaluate import evaluate_model
+from moesaic.jobs.export_gguf import export_gguf
 from moesaic.jobs.plan import plan as forecast
 from moesaic.jobs.tune_request import check_tune
 from moesaic.jobs.undo import undo
@@ -182,5 +183,7 @@ def test_tuning_and_stock_exports_are_refused_with_the_reason(tiny: Tiny, tmp_pa
         check_tune(out, TuneConfig(), tmp_path / "tuned", tiny("llama"))
     with pytest.raises(InputError, match="every neuron is an expert"):
         moesaic.export(out, tmp_path / "stock", target="glm4_moe")
+    with pytest.raises(UnsupportedModelError, match="no experts of one neuron"):
+        export_gguf(out, tmp_path / "model.gguf")
     with pytest.raises(InputError, match="single neurons"):
         moesaic.convert(tiny("llama"), tmp_path / "linear", blueprint=out, router={"mode": "oracle"})

@@ -125,8 +125,8 @@ def stream_parity(
 def oracle_difference(module: MoEFeedForward, weights: FFNWeights, plan: LayerPlan, x_TD: Tensor) -> float:
     """:func:`relative_difference` of a converted FFN's output from the oracle's.
 
-    Where every neuron is an expert, two of thousands are often equal to within rounding: then the module may choose, and
-    computes by the path that chooses as ``chosen`` does.
+    Where every neuron is an expert, two of thousands are often equal to within rounding: then the module may choose,
+    and computes by the path that chooses as ``chosen`` does.
     """
     if not isinstance(module, NeuronFeedForward):
         return relative_difference(module(x_TD), reference_ffn(weights, plan, x_TD))
