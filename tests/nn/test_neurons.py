@@ -69,7 +69,7 @@ def test_of_equal_scores_the_earlier_are_chosen() -> None:
 
 
 @over("options", [{}, {"threshold": 0.05}])
-def test_the_oracle_takes_a_choice_only_between_equal_scores(options: dict[str, float]) -> None:
+def test_the_oracle_takes_a_choice_only_between_equal_scores(options: dict[str, Any]) -> None:
     weights = random_ffn(37, dtype=torch.float32)
     plan, x_TD = neuron_plan(weights, **options), random_inputs(5, dtype=torch.float32)
     right_TF = choose_neurons(weights, plan, x_TD)
