@@ -118,8 +118,9 @@ def choose_neurons(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor, undecided
         if "threshold" in t:
             chosen_TF[i], least = score_F >= t["threshold"], float(t["threshold"])
         else:
-            order = sorted(range(plan.d_ff), key=lambda j, score_F=score_F: (-float(score_F[j]), j))
-            chosen_TF[i, order[: plan.top_k]], least = True, float(score_F[order[plan.top_k - 1]])
+            scores = score_F.tolist()
+            order = sorted(range(plan.d_ff), key=lambda j, scores=scores: (-scores[j], j))
+            chosen_TF[i, order[: plan.top_k]], least = True, scores[order[plan.top_k - 1]]
         if undecided_TF is not None:
             far_F = (score_F - least).abs() > UNDECIDED * least
             agrees = torch.equal(undecided_TF[i] & far_F, chosen_TF[i] & far_F)

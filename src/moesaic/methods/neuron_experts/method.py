@@ -55,14 +55,16 @@ def _copies(weights: FFNWeights, config: Config) -> dict[str, Tensor]:
 
 
 def _readout(plan: LayerPlan, weights: FFNWeights, inputs: SiteInputs, config: Config) -> Tensor:
-    """The refitted down projection, float32 [D, F]: outputs of the dense FFN from the chosen neurons."""
-    work = weights.to(torch.float32)
-    ffn = neuron_ffn(weights, plan)
+    """The refitted down projection, float32 [D, F]: outputs of the dense FFN from the chosen neurons.
+
+    Activations are computed in the dtype of the inputs, in which the model runs.
+    """
+    work, ffn = weights.to(inputs.x_TD.dtype), neuron_ffn(weights, plan)
 
     def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for x_TD in inputs.batches(dtype=torch.float32):
+        for x_TD in inputs.batches():
             h_TF = work.hidden(x_TD)
-            y_TD = h_TF @ work.down_DF.T
-            yield h_TF.masked_fill_(~ffn.chosen(x_TD), 0), y_TD, token_weights(y_TD)
+            y_TD = (h_TF @ work.down_DF.T).float()
+            yield h_TF.masked_fill_(~ffn.chosen(x_TD), 0).float(), y_TD, token_weights(y_TD)
 
-    return refit(work.down_DF, batches(), config.ridge)
+    return refit(weights.down_DF.float(), batches(), config.ridge)
