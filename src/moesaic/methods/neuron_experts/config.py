@@ -21,7 +21,7 @@ class Config(MethodConfig):
 
     active: float = Field(default=0.5, gt=0, le=1, description="Fraction of the neurons that one token uses.")
     bits: Literal[2, 3, 4] = Field(default=4, description="Bits of a weight of the router.")
-    group: Literal[32, 64, 128] = Field(
+    group: Literal[32, 64, 128] = study(
         default=64, description="Weights of the router that share a scale and an offset; smaller is more precise."
     )
     choice: Literal["top_k", "threshold"] = Field(
