@@ -36,6 +36,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "token_clusters-disjoint": ("token_clusters", {"split": "disjoint", "active": 0.5, "experts": 12}),
     "secret_moe": ("secret_moe", {"steps": 3, "width": 8}),
     "tomoe": ("tomoe", {"active": 0.5, "counted": "ffn", "experts": 2, "train": TRAIN}),
+    "neuron_experts": ("neuron_experts", {"active": 0.5}),
+    "neuron_experts-refit": ("neuron_experts", {"active": 0.3, "bits": 3, "choice": "threshold", "refit": True}),
     "static": ("static", {"active": 0.5}),
     "random": ("random", {"layout": "S1A2E5"}),
 }

@@ -103,6 +103,11 @@ ROWS = {
         ({"max_params": 0.5, "split": "overlapping"}, 40),
         random=True,
     ),
+    "neuron_experts": Row("neuron_experts", "partition", {"active": 0.5}, ({"active": 0.01}, 37)),
+    "neuron_experts, threshold": Row(
+        "neuron_experts", "partition", {"choice": "threshold", "bits": 3}, ({"active": 0.01}, 37)
+    ),
+    "neuron_experts, refitted": Row("neuron_experts", "once", {"refit": True, "bits": 2}, ({"active": 0.01}, 37)),
     "static": Row("static", "some", {"active": 0.75}),
     "random": Row("random", "partition", {"layout": "S3A3E8"}, random=True),
 }

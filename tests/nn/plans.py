@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moesaic.blueprint.layer import LayerPlan, Router, WeightFade
+from moesaic.blueprint.layer import LayerPlan, Router, WeightFade, single_neurons
 from moesaic.blueprint.layout import Layout
 from moesaic.nn.ffn import FFNWeights
+from moesaic.solvers.low_bit import low_bit
 
 ROUTERS = ("static", "linear", "linear_bias_normalised", "low_rank", "gated", "gated_biases", "gated_ungated")
 EXTRAS = ("plain", "selection_bias", "changed_weights")
@@ -100,6 +101,33 @@ def plan_of(member_EF: Tensor, shared: Tensor | None = None, top_k: int = 1, **f
 def random_members(experts: int, neurons: int, share: float, seed: int = 0) -> Tensor:
     """A table of memberships, each neuron in each expert with probability ``share``."""
     return torch.rand(experts, neurons, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def neuron_plan(
+    weights: FFNWeights,
+    bits: int = 4,
+    group: int = 32,
+    active: float = 0.5,
+    threshold: float | None = None,
+    readout: bool = False,
+) -> LayerPlan:
+    """Every neuron an expert under a low-bit router."""
+    tensors = {"norm": weights.down_DF.float().norm(dim=0)}
+    for part, matrix_FD in (("up", weights.up_FD), ("gate", weights.gate_FD)):
+        if matrix_FD is not None:
+            made = low_bit(matrix_FD, bits, group)
+            tensors |= dict(zip((f"{part}_codes", f"{part}_scale", f"{part}_offset"), made, strict=True))
+    if threshold is not None:
+        tensors["threshold"] = torch.tensor([threshold])
+    generator = torch.Generator().manual_seed(3)
+    return LayerPlan(
+        weights.d_ff,
+        torch.arange(0),
+        single_neurons(weights.d_ff),
+        round(active * weights.d_ff),
+        Router("low_bit", tensors, bits=bits, group=group),
+        readout=torch.randn(weights.down_DF.shape, generator=generator) if readout else None,
+    )
 
 
 def as_union(plan: LayerPlan) -> LayerPlan:

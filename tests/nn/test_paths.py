@@ -22,7 +22,7 @@ from moesaic.nn.moesaic_ffn import MoEFeedForward, use_path
 from moesaic.nn.moesaic_paths import ANY, PATHS, Row, choose
 from moesaic.nn.reference import reference_ffn
 from tests.ffns import random_ffn, random_inputs, relative_error
-from tests.nn.plans import as_union, plan_of, random_members, random_plan, unpadded
+from tests.nn.plans import as_union, neuron_plan, plan_of, random_members, random_plan, unpadded
 
 BOUNDS = {
     torch.float32: 2e-6,
@@ -46,9 +46,10 @@ class Knows(NamedTuple):
 
 
 BOTH = frozenset({"packed", "union"})
+ALL = BOTH | {"neurons"}
 PATHS_KNOWN = {
-    "every": Knows(unrouted=BOTH),
-    "masked": Knows(routed=BOTH),
+    "every": Knows(unrouted=ALL),
+    "masked": Knows(routed=ALL),
     "sorted": Knows(routed=BOTH),
     "rows": Knows(
         routed=BOTH,
@@ -101,6 +102,17 @@ def union(
     return make
 
 
+def neurons(d_model: int = 16, readout: bool = False, threshold: float | None = None, **options: Any) -> Case:
+    """Every neuron an expert; ``options`` of the FFN, and of the router bits and group."""
+    router = {name: options.pop(name) for name in ("bits", "group", "active") if name in options}
+
+    def make(dtype: torch.dtype) -> tuple[FFNWeights, LayerPlan]:
+        ffn = random_ffn(37, d_model, dtype=dtype, **options)
+        return ffn, neuron_plan(ffn, threshold=threshold, readout=readout, **router)
+
+    return make
+
+
 CASES: dict[str, Case] = {
     "shared": packed("S3A3E8"),
     "none shared": packed("S0A3E7"),
@@ -121,6 +133,13 @@ CASES: dict[str, Case] = {
     "union, none shared, weighed": union(as_union, 0, gate="sigmoid"),
     "union, widths of their own": union(unpadded, 9, 1, biases=True),
     "union, ungated": union(unpadded, 0, 5, gated=False, activation="gelu_new"),
+    "neurons": neurons(),
+    "neurons, 3 bits, an odd width": neurons(69, bits=3, biases=True),
+    "neurons, 2 bits, wide groups": neurons(200, bits=2, group=128, active=0.2, readout=True),
+    "neurons, ungated": neurons(130, group=64, gated=False, biases=True, activation="gelu_new"),
+    "neurons, ungated, by threshold": neurons(threshold=0.1, gated=False, activation="relu"),
+    "neurons, by threshold": neurons(96, threshold=0.05, bits=3, biases=True),
+    "neurons, all": neurons(active=1.0),
 }
 
 
@@ -128,7 +147,7 @@ CASES: dict[str, Case] = {
 def expected(name: str, dtype: torch.dtype, all_on: bool) -> Tensor:
     """The oracle's output for the most tokens, in float64 from the weights in ``dtype``."""
     weights, plan = CASES[name](dtype)
-    x_TD = random_inputs(max(TOKENS), dtype=dtype)
+    x_TD = random_inputs(max(TOKENS), weights.d_model, dtype=dtype)
     return reference_ffn(weights.to(torch.float64), plan, x_TD.double(), all_experts_on=all_on)
 
 
@@ -144,7 +163,7 @@ def test_a_path_computes_what_the_oracle_says_or_is_refused(
     path: str, case: str, dtype: torch.dtype, device: str
 ) -> None:
     knows, ffn = PATHS_KNOWN[path], build_ffn(*CASES[case](dtype)).to(device)
-    x_TD = random_inputs(max(TOKENS), dtype=dtype).to(device)
+    x_TD = random_inputs(max(TOKENS), ffn.up_proj.in_features, dtype=dtype).to(device)
     for all_on in (False, True):
         ffn.all_experts_on = all_on
         layouts = knows.routed if ffn.routed else knows.unrouted

@@ -27,13 +27,22 @@ class Router:
     optional ``bias`` [E].
     ``gated``: scores ``|(W_u x + b_u) * act(W_g x + b_g)|`` (CMoE section 5); tensors ``up`` [E, D], optional ``gate``
     [E, D], ``up_bias`` [E], ``gate_bias`` [E]. Without ``gate`` the score is ``|act(W_u x + b_u)|`` (ungated FFN).
+    ``low_bit``: every neuron is an expert, and the FFN's own gate and up projections in a few bits score it:
+    ``|act(G^ x + b_g) (U^ x + b_u)| norm``, ungated ``|act(U^ x + b_u)| norm``, with the FFN's own biases. Tensors:
+    ``up_codes`` uint8 [F, B], packed as :mod:`moesaic.solvers.low_bit` says, ``up_scale`` and ``up_offset`` bfloat16
+    [F, G], the same three of ``gate`` where there is one, ``norm`` float32 [F], the length of the neuron's column of
+    the down projection. A weight is scale * code + offset. With ``threshold`` float32 [1] a token's experts are those
+    that score at least that, else the ``top_k`` of largest score.
 
     ``normalise_input``: the router sees x / |x|_2 in place of x (MoEfication's similarity).
+    ``bits``, ``group``: of ``low_bit``: bits of a weight, and weights along D that share a scale and an offset.
     """
 
     kind: RouterKind
     tensors: dict[str, Tensor] = field(default_factory=dict)
     normalise_input: bool = False
+    bits: int = 0
+    group: int = 0
 
     @property
     def affine(self) -> bool:
@@ -47,6 +56,12 @@ class Router:
 
 
 STATIC = Router("static")
+
+
+def single_neurons(d_ff: int) -> tuple[Tensor, ...]:
+    """Every neuron an expert of its own, in their order: ``experts`` under a ``low_bit`` router."""
+    return torch.arange(d_ff, device="cpu").split(1)
+
 
 OPTIONAL_TENSORS = ("selection_bias", "gate_scale", "expert_scale", "readout", "bias", "load", "worth")
 """Fields of :class:`LayerPlan` that are a tensor or None."""
@@ -72,7 +87,8 @@ class LayerPlan:
         shared: Neuron indices of the always-on part, int64 [S]; S may be 0.
         experts: Neuron indices per routed expert, int64 [M] each; -1 is a padding neuron of zeros. Equal widths, except
             under the static router, where every expert is always on, and in a union. Experts may overlap.
-        top_k: Routed experts per token; ``len(experts)`` under the static router.
+        top_k: Routed experts per token; ``len(experts)`` under the static router. Of a ``low_bit`` router with a
+            threshold, how many there are in the mean, as planned.
         router: How experts are chosen.
         gate: Weight of a chosen expert. ``uniform``: 1. ``scaled``: 1 + p_j s_j with p the softmax of the scores over
             all experts and s = ``gate_scale``. ``softmax_topk``: K times the softmax over the chosen scores.
@@ -134,11 +150,14 @@ class LayerPlan:
             raise InputError(f"routed experts of widths {sorted(widths)}", "pad them to one width with -1")
         if not static and not 1 <= self.top_k <= len(self.experts):
             raise InputError(f"top-k {self.top_k} of {len(self.experts)} experts", "choose 1 <= top-k <= experts")
-        for index in (self.shared, *self.experts):
-            if len(index) and (int(index.max()) >= self.d_ff or int(index.min()) < -1):
-                raise InputError(
-                    f"a neuron index lies outside 0..{self.d_ff - 1}", "rebuild the blueprint for this model"
-                )
+        every = torch.cat([self.shared, *self.experts])
+        if len(every) and (int(every.max()) >= self.d_ff or int(every.min()) < -1):
+            raise InputError(f"a neuron index lies outside 0..{self.d_ff - 1}", "rebuild the blueprint for this model")
+        if self.router.kind == "low_bit" and not torch.equal(every.long(), torch.arange(self.d_ff, device="cpu")):
+            raise InputError(
+                "a low_bit router whose experts are not the neurons, one by one, in their order",
+                "rebuild the blueprint for this model",
+            )
         if self.union and static:
             raise InputError("experts stored as a union under a static router", "what is always on is the shared part")
         if self.load is not None and (len(self.load) != len(self.experts) or float(self.load.min()) < 0):
@@ -217,6 +236,8 @@ class LayerPlan:
     def active_neurons(self) -> float:
         """Neurons that one token uses, padding not counted. Where experts differ: the mean by :attr:`load`, or over
         experts without that."""
+        if self.router.kind == "low_bit":
+            return float(self.top_k)
         shared = int((self.shared >= 0).sum())
         if not self.experts:
             return float(shared)
@@ -245,6 +266,8 @@ class LayerPlan:
             router_bias=self.router.affine and "bias" in self.router.tensors,
             selection_bias=biased,
             output_bias=self.bias is not None,
+            bits=self.router.bits,
+            group=self.router.group,
         )
 
     def spec(self) -> dict[str, Any]:
@@ -252,9 +275,11 @@ class LayerPlan:
         # Absent where they do not apply: specs of earlier versions lack them.
         union = {"union": True} if self.union else {}
         rank = {"router_rank": len(self.router.tensors["reduce"])} if self.router.kind == "low_rank" else {}
+        low_bit = {"router_bits": self.router.bits, "router_group": self.router.group}
         return (
             union
             | rank
+            | (low_bit if self.router.kind == "low_bit" else {})
             | {
                 "neurons": len(self.packed),
                 "shared": len(self.shared),
@@ -286,7 +311,7 @@ class LayerPlan:
 
     def diff(self, other: LayerPlan) -> list[str]:
         """Human-readable differences."""
-        absent = {"union": False, "router_rank": None}
+        absent = {"union": False, "router_rank": None, "router_bits": None, "router_group": None}
         a, b = (absent | {"fade": plan.fade, "trained": plan.trained} | plan.spec() for plan in (self, other))
         changed = [f"{key} {value!r} -> {b[key]!r}" for key, value in a.items() if value != b[key]]
         if not torch.equal(torch.unique(self.shared), torch.unique(other.shared)):
@@ -294,7 +319,7 @@ class LayerPlan:
             changed.append(f"shared neurons: {kept} of {len(self.shared)} kept")
         if len(self.experts) == len(other.experts):
             pairs = zip(self.experts, other.experts, strict=True)
-            moved = sum(not torch.equal(torch.unique(x), torch.unique(y)) for x, y in pairs)
+            moved = sum(not (torch.equal(x, y) or torch.equal(torch.unique(x), torch.unique(y))) for x, y in pairs)
             if moved:
                 changed.append(f"{moved} of {len(self.experts)} experts have other neurons")
         ours, theirs = self.tensors(), other.tensors()

@@ -149,6 +149,8 @@ def _encode(blueprint: Blueprint) -> tuple[dict[str, Any], dict[str, Tensor]]:
             sites[site]["union"] = True
         if plan.trained:
             sites[site]["trained"] = True
+        if plan.router.kind == "low_bit":
+            sites[site] |= {"bits": plan.router.bits, "group": plan.router.group}
         tensors |= {f"{site}:{name}": tensor for name, tensor in plan.tensors().items()}
     structure: dict[str, Any] = {
         "format": FORMAT,
@@ -193,6 +195,8 @@ def _decode(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Blue
                 entry["router"],
                 _under("router.", own),
                 entry["normalise_input"],
+                entry.get("bits", 0),
+                entry.get("group", 0),
             ),
             gate=entry["gate"],
             fade=None if fade is None else WeightFade(tuple(fade["fractions"]), fade["scope"]),

@@ -7,8 +7,20 @@ from typing import Literal
 
 from moesaic.blueprint.layout import Layout
 
-RouterKind = Literal["static", "linear", "low_rank", "gated"]
+RouterKind = Literal["static", "linear", "low_rank", "gated", "low_bit"]
 GateKind = Literal["uniform", "scaled", "softmax_topk", "sigmoid"]
+BLOCK = 64
+"""Weights of a row that a ``low_bit`` router packs together; rows are padded to a multiple of it."""
+
+
+def row_bytes(d_model: int, bits: int) -> int:
+    """Bytes of a packed row of ``d_model`` codes."""
+    return -(-d_model // BLOCK) * BLOCK * bits // 8
+
+
+def row_groups(d_model: int, group: int) -> int:
+    """Groups of ``group`` weights in a row, the last one perhaps shorter: each has a scale and an offset."""
+    return -(-d_model // group)
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,7 @@ class FFNShape:
         router_bias: Its scores have a bias.
         selection_bias: A bias for choosing only decides something: it differs between experts, not all are chosen.
         output_bias: The FFN's output has a bias of the plan's own.
+        bits, group: Of a ``low_bit`` router: bits of a weight, weights that share a scale and an offset.
     """
 
     d_ff: int
@@ -46,6 +59,8 @@ class FFNShape:
     router_bias: bool = False
     selection_bias: bool = False
     output_bias: bool = False
+    bits: int = 0
+    group: int = 0
 
     def __post_init__(self) -> None:
         if not self.own:
@@ -92,15 +107,28 @@ class FFNShape:
         return self.router == "static" or (self.all_on and self.weighs_one)
 
     def fitted(self) -> FFNShape:
-        """With the router replaced by a linear one and weights of 1."""
-        if self.router == "static":
+        """With the router replaced by a linear one and weights of 1; single neurons keep theirs."""
+        if self.router in ("static", "low_bit"):
             return self
         plain = {"normalised": False, "router_bias": False, "selection_bias": False}
         return replace(self, router="linear", gate="uniform", **plain)
 
     def router_rows(self, *, gated: bool) -> int:
-        """Rows of width D that the router stores. ``gated``: the FFN has a gate path, so has a gated router."""
-        return {"static": 0, "linear": 1, "low_rank": 1, "gated": 2 if gated else 1}[self.router] * self.experts
+        """Rows of width D that the router stores in fp32. ``gated``: the FFN has a gate path, so has a gated router."""
+        per_expert = {"static": 0, "linear": 1, "low_rank": 1, "gated": 2 if gated else 1, "low_bit": 0}
+        return per_expert[self.router] * self.experts
+
+    def router_parameters(self, d_model: int, *, gated: bool) -> int:
+        """Weights of the router; ``gated`` as above."""
+        copies = (2 if gated else 1) * self.experts if self.router == "low_bit" else 0
+        return (copies + self.router_rows(gated=gated)) * d_model
+
+    def router_bytes(self, d_model: int, *, gated: bool) -> int:
+        """Bytes of the router's tensors in the ``moesaic`` architecture; ``gated`` as above."""
+        if self.router != "low_bit":
+            return 4 * self.router_rows(gated=gated) * d_model
+        row = row_bytes(d_model, self.bits) + 2 * 2 * row_groups(d_model, self.group)  # scales and offsets are bf16
+        return self.experts * ((2 if gated else 1) * row + 4)  # and each neuron's norm in fp32
 
 
 def layout_shape(layout: Layout, d_ff: int, router: RouterKind = "linear") -> FFNShape:

@@ -17,7 +17,7 @@ from torch import Tensor
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy
 from moesaic.blueprint.attention import VALUE_TENSORS, AttentionPlan
-from moesaic.blueprint.layer import LayerPlan, Router
+from moesaic.blueprint.layer import LayerPlan, Router, single_neurons
 from moesaic.blueprint.model import JSON_NAME, TENSORS_NAME, Blueprint
 from moesaic.checkpoint.mark import saved_again
 from moesaic.checkpoint.reader import CONFIG, INDEX, Checkpoint, read_json
@@ -51,6 +51,11 @@ def provenance(checkpoint: Checkpoint) -> Mapping[str, Any]:
             "give the folder of a converted model",
         )
     return made
+
+
+def has_neuron_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a folder with this config.json has FFNs whose every neuron is an expert."""
+    return any(spec.get("router") == "low_bit" for spec in config.get("ffn_sites", {}).values())
 
 
 def read_blueprint(checkpoint: Checkpoint, *, hashed: bool = True) -> Blueprint | None:
@@ -130,6 +135,8 @@ def _layer_plan(checkpoint: Checkpoint, path: str, spec: Mapping[str, Any], d_ff
             spec["router"],
             {name: tensor(f"router.{name}") for name in spec["router_tensors"]},
             spec["normalise_input"],
+            spec.get("router_bits", 0),
+            spec.get("router_group", 0),
         ),
         gate=spec["gate"],
         selection_bias=tensor("selection_bias") if spec["selection_bias"] else None,
@@ -146,6 +153,8 @@ def _members(tensor: Any, spec: Mapping[str, Any], d_ff: int) -> tuple[Tensor, t
     Where experts overlap there are more rows than the FFN had neurons, and labels are used again.
     """
     shared, experts = spec["shared"], spec["experts"]
+    if spec["router"] == "low_bit":
+        return torch.arange(0), single_neurons(d_ff)
     if spec.get("union"):
         member_EU = tensor("membership")
         of_experts = tuple(row_U.nonzero().flatten() + shared for row_U in member_EU)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,12 +84,27 @@ def _loaded(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
         raise CheckpointError(
             f"transformers cannot load {folder}: {reason}", "try AutoModelForCausalLM.from_pretrained on it"
         ) from error
+    if hasattr(loaded[0], "exact_prefill"):  # else a conversion to single neurons would be measured as the dense model
+        loaded[0].exact_prefill(False)
     return loaded
 
 
 def _odd(experts: torch.Tensor) -> bool:
     """Whether the experts of a block have rows that stock grouped products refuse: they want whole 16 bytes."""
     return experts.dim() == 3 and experts.shape[-1] * experts.element_size() % 16 != 0
+
+
+@contextmanager
+def prefill_as_loaded(model: Any) -> Iterator[None]:
+    """Within the block, a model of :func:`load_model` computes prompts as its config says, as for who generates."""
+    if not hasattr(model, "exact_prefill"):
+        yield
+        return
+    model.exact_prefill(model.config.exact_prefill)
+    try:
+        yield
+    finally:
+        model.exact_prefill(False)
 
 
 def _text_model(checkpoint: Checkpoint, **options: Any) -> Any:

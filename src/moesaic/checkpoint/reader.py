@@ -38,8 +38,9 @@ _DTYPES = {
     "BOOL": ("bool", 1),
     "U8": ("uint8", 1),
 }
-# Attention masks of old GPT-NeoX and GPT-2 files are bytes; every other integer tensor is a quantised weight.
-_BYTE_BUFFERS = (".attention.bias", ".attn.bias")
+# Attention masks of old GPT-NeoX and GPT-2 files are bytes, and so are the codes of our own routers; every other
+# integer tensor is a quantised weight.
+_BYTE_BUFFERS = (".attention.bias", ".attn.bias", ".router.gate_codes", ".router.up_codes")
 
 
 @dataclass(frozen=True)

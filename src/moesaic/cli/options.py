@@ -69,7 +69,7 @@ Budget = Annotated[
     typer.Option(
         "--budget",
         help="With --blueprint: the fraction of the FFN neurons that text like --calib may use, where the experts have "
-        "widths of their own.",
+        "widths of their own or are single neurons.",
     ),
 ]
 Target = Annotated[

@@ -1,4 +1,5 @@
-"""How many neurons the tokens of a text really use: where experts differ in width, the router decides that anew.
+"""How many neurons the tokens of a text really use: where experts differ in width, or a threshold chooses them, the
+router decides that anew.
 
 Axes: N sequences, T tokens, E routed experts.
 """
@@ -14,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.blueprint.layer import LayerPlan
+from moesaic.nn.moesaic_neurons import NeuronFeedForward
 from moesaic.nn.moesaic_union import UnionFeedForward
+
+Counted = UnionFeedForward | NeuronFeedForward
 
 
 @dataclass
 class Activity:
-    """Neurons used and tokens seen, by module path, of the FFNs whose experts share neurons."""
+    """Neurons used and tokens seen, by module path, of the FFNs whose experts share neurons or are single neurons."""
 
     neurons: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -39,7 +43,7 @@ def counting(model: nn.Module) -> Iterator[Activity]:
     activity, passes = Activity(), _Pass()
     handles = [model.register_forward_pre_hook(passes.begin, with_kwargs=True)]
     for path, module in model.named_modules():
-        if isinstance(module, UnionFeedForward):
+        if isinstance(module, Counted):
             handles.append(module.register_forward_pre_hook(_counter(activity, path, passes)))
     try:
         yield activity
@@ -59,18 +63,24 @@ class _Pass:
         self.mask_NT = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _counter(activity: Activity, path: str, passes: _Pass) -> Callable[[UnionFeedForward, tuple[Tensor, ...]], None]:
+def _counter(activity: Activity, path: str, passes: _Pass) -> Callable[[Counted, tuple[Tensor, ...]], None]:
     """For ``register_forward_pre_hook``: counts what the FFN is about to use."""
 
     @torch.no_grad()
-    def count(ffn: UnionFeedForward, arguments: tuple[Tensor, ...]) -> None:
+    def count(ffn: Counted, arguments: tuple[Tensor, ...]) -> None:
         x_TD = arguments[0].reshape(-1, arguments[0].shape[-1])
         if passes.mask_NT is not None:
             new = len(x_TD) // len(passes.mask_NT)
             x_TD = x_TD[passes.mask_NT[:, -new:].flatten().bool()]
-        index_TK, _ = ffn.route(x_TD)
-        used = ffn.shared * len(x_TD) + int(ffn.membership.sum(dim=1)[index_TK].sum())
-        activity.neurons[path] = activity.neurons.get(path, 0.0) + used
+        activity.neurons[path] = activity.neurons.get(path, 0.0) + _used(ffn, x_TD)
         activity.tokens[path] = activity.tokens.get(path, 0) + len(x_TD)
 
     return count
+
+
+def _used(ffn: Counted, x_TD: Tensor) -> int:
+    """Neurons that these tokens use together."""
+    if isinstance(ffn, NeuronFeedForward):
+        return int(ffn.chosen(x_TD).sum()) if ffn.by_threshold else ffn.top_k * len(x_TD)
+    index_TK, _ = ffn.route(x_TD)
+    return ffn.shared * len(x_TD) + int(ffn.membership.sum(dim=1)[index_TK].sum())

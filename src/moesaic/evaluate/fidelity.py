@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moesaic.calibration.inputs import SiteInputs
 from moesaic.nn.moesaic_ffn import MoEFeedForward
+from moesaic.nn.moesaic_neurons import NeuronFeedForward
 from moesaic.nn.moesaic_slices import down, hidden
 from moesaic.nn.moesaic_union import UnionFeedForward
 
@@ -33,7 +34,8 @@ class SiteFidelity:
         chance: K/E.
         energy_router: Share of the routed experts' summed output energy that the router's choice keeps.
         energy_oracle: The same for the oracle: the ceiling.
-        load: Share of all assignments that each expert received; sums to 1.
+        load: Share of all assignments that each expert received; sums to 1. Left out, (), where every neuron is an
+            expert: they are thousands.
         load_entropy: Entropy of ``load`` over log E: 1 is perfectly balanced.
         dead: Experts that no token chose.
     """
@@ -57,7 +59,7 @@ class _Tally:
     def __init__(self, site: str, ffn: MoEFeedForward) -> None:
         self.site, self.ffn = site, ffn
         self.tokens = 0
-        self.hits = self.kept = self.best = self.total = 0.0
+        self.hits = self.kept = self.best = 0.0
         self.load_E = torch.zeros(ffn.experts, dtype=torch.float64)
 
     def hook(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -66,14 +68,14 @@ class _Tally:
 
     def add(self, x_TD: Tensor) -> None:
         energy_TE = expert_energy(self.ffn, x_TD)
-        index_TK, _ = self.ffn.route(x_TD)
-        oracle_TK = energy_TE.topk(index_TK.shape[1], dim=1).indices
-        chosen_TE = torch.zeros_like(energy_TE).scatter_(1, index_TK, 1.0)
-        oracle_TE = torch.zeros_like(energy_TE).scatter_(1, oracle_TK, 1.0)
+        chosen_TE = _chosen(self.ffn, x_TD)
+        count_T1 = chosen_TE.sum(dim=1, keepdim=True)
+        rank_TE = energy_TE.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        oracle_TE = (rank_TE < count_T1).float()
         # Per-token shares: a few tokens own most of a layer's energy and would otherwise be all that is measured.
         share_TE = energy_TE / energy_TE.sum(dim=1, keepdim=True).clamp(min=1e-30)
         self.tokens += len(x_TD)
-        self.hits += (chosen_TE * oracle_TE).sum().item() / index_TK.shape[1]
+        self.hits += ((chosen_TE * oracle_TE) / count_T1.clamp(min=1)).sum().item()
         self.kept += (share_TE * chosen_TE).sum().item()
         self.best += (share_TE * oracle_TE).sum().item()
         self.load_E += chosen_TE.sum(dim=0).double()
@@ -90,15 +92,27 @@ class _Tally:
             chance=self.ffn.top_k / experts,
             energy_router=self.kept / tokens,
             energy_oracle=self.best / tokens,
-            load=tuple(load_E.tolist()),
+            load=() if isinstance(self.ffn, NeuronFeedForward) else tuple(load_E.tolist()),
             load_entropy=entropy / math.log(experts) if experts > 1 else 1.0,
             dead=int((self.load_E == 0).sum()),
         )
 
 
+def _chosen(ffn: MoEFeedForward, x_TD: Tensor) -> Tensor:
+    """Experts of each token, 0/1 fp32 [T, E]."""
+    if isinstance(ffn, NeuronFeedForward):
+        return ffn.chosen(x_TD).float()
+    index_TK, _ = ffn.route(x_TD)
+    return torch.zeros(len(x_TD), ffn.experts, device=x_TD.device).scatter_(1, index_TK, 1.0)
+
+
 def expert_energy(ffn: MoEFeedForward, x_TD: Tensor) -> Tensor:
     """Output energy |E_j(x)|^2 of every routed expert at gate weight 1, fp32 [T, E]."""
     alone = (ffn.expert(j, x_TD) for j in range(ffn.experts))
+    if isinstance(ffn, NeuronFeedForward):
+        matrices = ffn.matrices()
+        h_TF = hidden(matrices, ffn.act_fn, x_TD, 0, ffn.neurons)
+        return (h_TF.float() * matrices.down_DP.float().norm(dim=0)).square()
     each = _of_union(ffn, x_TD) if isinstance(ffn, UnionFeedForward) else alone
     return torch.stack([y_TD.float().square().sum(dim=1) for y_TD in each], dim=1)
 

@@ -6,10 +6,11 @@ architectures, no choice of router normalisation in qwen2moe, no sliding window 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moesaic.checkpoint.converted import has_neuron_experts
 from moesaic.errors import InputError, UnsupportedModelError
 
 _SIGMOID = 2  # llama.cpp's number of this gating function
@@ -135,8 +136,14 @@ _WITHOUT = {
 }
 
 
-def architecture_of(model_type: str) -> Architecture:
-    """Raises UnsupportedModelError for a folder that has no place in llama.cpp."""
+def architecture_of(raw: Mapping[str, Any]) -> Architecture:
+    """That of a folder by its config.json. Raises UnsupportedModelError for one that has no place in llama.cpp."""
+    model_type = str(raw.get("model_type"))
+    if has_neuron_experts(raw):
+        raise UnsupportedModelError(
+            "llama.cpp has no experts of one neuron, and no stock architecture has their routers",
+            "serve the folder with transformers, or write a GGUF of the dense model",
+        )
     if model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
     reason = _WITHOUT.get(model_type, f"no GGUF is written from {model_type} folders")

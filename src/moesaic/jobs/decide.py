@@ -206,7 +206,7 @@ def _decide_site(
 ) -> LayerPlan | None:
     if job.given is not None:
         plan = job.given.sites.get(site.path)
-        if plan is None or inputs is None or job.settings.budget is None:
+        if plan is None or job.settings.budget is None:
             return plan
         return with_budget(plan, weights, inputs, job.settings.budget)
     if inputs is not None and job.anatomy.family.moe is not None:

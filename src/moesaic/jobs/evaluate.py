@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moesaic.adjust.budget import budget_reads_text
 from moesaic.anatomy.base import Config, clipped, vocabulary
 from moesaic.blueprint.model import Blueprint
 from moesaic.calibration.config import CalibrationConfig, check_sources
@@ -20,7 +21,7 @@ from moesaic.calibration.documents import read_text
 from moesaic.calibration.samples import evaluation_text
 from moesaic.calibration.text import check_ids
 from moesaic.checkpoint.converted import WEIGHTS_KEY, as_written, check_source, current_results, read_blueprint
-from moesaic.checkpoint.loading import load_model
+from moesaic.checkpoint.loading import load_model, prefill_as_loaded
 from moesaic.checkpoint.mark import tuned
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
@@ -147,8 +148,8 @@ def evaluate_model(
     if blueprint is not None:
         results["active_ffn_fraction"] = run.activity["model"].fraction(blueprint.sites)
         results["active_ffn_planned"] = active_fraction(blueprint)
-        priced = any(plan.worth is not None for plan in blueprint.sites.values())
-        results["other_budgets"] = priced and not tuned(checkpoint.config)
+        several = any(budget_reads_text(plan) for plan in blueprint.sites.values())
+        results["other_budgets"] = several and not tuned(checkpoint.config)
     if controls and dense_folder is not None and blueprint is not None:
         _measure_controls(run, dense_folder, blueprint, _calibration(checkpoint))
     results["perplexity"] = run.table()
@@ -204,8 +205,8 @@ def _window(asked: int | None, config: Config) -> int:
 
 
 def _speed_beside(dense_folder: Path, converted: Any) -> dict[str, Any]:
-    """Speed of the dense and of the converted model, measured in turn."""
-    with _loaded(dense_folder) as dense:
+    """Speed of the dense and of the converted model, measured in turn, each as transformers loads it."""
+    with _loaded(dense_folder) as dense, prefill_as_loaded(converted):
         return {label: speed.to_dict() for label, speed in measure({"dense": dense, "model": converted}).items()}
 
 

@@ -82,7 +82,7 @@ def export_gguf(
     from moesaic.gguf.tensors import gguf_tensors
 
     checkpoint = Checkpoint(folder)
-    architecture = architectures.architecture_of(str(checkpoint.config.get("model_type")))
+    architecture = architectures.architecture_of(checkpoint.config)
     config = architectures.read_config(checkpoint.config)
     architectures.check(architecture, config)
     _check_pad(folder, config)

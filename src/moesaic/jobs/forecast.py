@@ -82,13 +82,16 @@ def disk(split: Split, target: str, options: TargetOptions, source: Source, toke
     for shape in shapes.values():
         neurons, router_rows = TARGETS[target].stored(shape, split, options)
         weights += (neurons - shape.d_ff) * per_neuron * source.element + router_rows * anatomy.d_model * _FP32
+        low_bit = shape.router_bytes(anatomy.d_model, gated=anatomy.gated) if shape.router == "low_bit" else 0
+        if target == OWN:
+            weights += low_bit
         if target == OWN and shape.union is not None:
             weights += shape.experts * shape.union  # which expert holds which neuron, a byte each
         rewritten = min(shape.rewritten, 3 if anatomy.gated else 2)
         rows = shape.router_rows(gated=anatomy.gated) + rewritten * shape.neurons
         indices = shape.shared + shape.experts * shape.width  # of each expert, also in a union
         worth = shape.experts * shape.d_ff * _FP16 if shape.varied else 0
-        plans += (indices + rows * anatomy.d_model) * _FP32 + worth + _SITE_JSON
+        plans += (indices + rows * anatomy.d_model) * _FP32 + low_bit + worth + _SITE_JSON
     if TARGETS[target].stock and source.tied:
         weights += int(anatomy.config.get("vocab_size") or 0) * anatomy.d_model * source.element
     files = sum(len(text.encode()) for text in TARGETS[target].files().values())

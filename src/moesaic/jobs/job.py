@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 import moesaic
-from moesaic.adjust.budget import check_budget
+from moesaic.adjust.budget import budget_reads_text, check_budget
 from moesaic.anatomy.base import Anatomy, max_positions
 from moesaic.blueprint.model import Blueprint, blueprint_folder
+from moesaic.blueprint.shape import row_bytes
 from moesaic.calibration.skeleton import Skeleton
 from moesaic.calibration.text import Windows, build_windows
 from moesaic.checkpoint.ffn import load_ffn
@@ -88,8 +89,10 @@ def prepare(request: Request) -> Job:
     if settings.target != AUTO:
         choose_target(request.split, settings.target)
     windows = None
-    decides = given is None and request.config.needs_calibration()
-    if decides or any(value is not None for value in (settings.router, settings.allocation, settings.budget)):
+    reads = given is None and request.config.needs_calibration()
+    if given is not None and settings.budget is not None:
+        reads = any(budget_reads_text(plan) for plan in given.sites.values())
+    if reads or settings.router is not None or settings.allocation is not None:
         tokenizer = load_tokenizer(checkpoint.folder)
         longest = max_positions(checkpoint.config)
         windows = build_windows(settings.calibration, tokenizer, longest, skeleton.vocabulary)
@@ -107,6 +110,10 @@ def _check_given(given: Blueprint, settings: ConvertSettings) -> None:
         raise InputError(
             "the blueprint's router counts what experts of different widths cost, another would not",
             "leave --router out",
+        )
+    if settings.router is not None and any(plan.router.kind == "low_bit" for plan in given.sites.values()):
+        raise InputError(
+            "the blueprint's experts are single neurons, too many for a linear router", "leave --router out"
         )
     if settings.budget is not None:
         check_budget(given.sites)
@@ -133,6 +140,13 @@ def _check_blueprint(given: Blueprint, anatomy: Anatomy) -> None:
             raise InputError(
                 f"the blueprint's {path} has {plan.d_ff} neurons, this model's {sites[path].d_ff}", "use its own model"
             )
+        if plan.router.kind == "low_bit":
+            if plan.router.tensors["up_codes"].shape[1] != row_bytes(anatomy.d_model, plan.router.bits):
+                raise InputError(
+                    f"the blueprint's router of {path} reads another width than this model's {anatomy.d_model}",
+                    "use its own model",
+                )
+            continue
         low_rank = plan.router.kind == "low_rank"
         reads = [plan.router.tensors["reduce"]] if low_rank else plan.router.tensors.values()
         widths = {tensor.shape[1] for tensor in reads if tensor.dim() == 2}

@@ -31,6 +31,7 @@ from moesaic.targets import AUTO, OWN, TARGETS
 from moesaic.targets.backbone import no_backbone
 
 if TYPE_CHECKING:
+    from moesaic.blueprint.shape import FFNShape
     from moesaic.gguf_input.model import GGUFModel
 
 GFLOPS_PER_CORE = 45.0
@@ -68,6 +69,7 @@ class PlanReport:
     ffn_parameters: int
     active_ffn_parameters: int
     router_parameters: int
+    router_bytes: int
     seconds: float
     peak_bytes: int
     mapped_bytes: int
@@ -188,7 +190,8 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
         active_ffn_fraction=fraction,
         ffn_parameters=total,
         active_ffn_parameters=round(total - converted * (1 - fraction)),
-        router_parameters=len(sites) * shape.router_rows(gated=anatomy.gated) * anatomy.d_model,
+        router_parameters=len(sites) * shape.router_parameters(anatomy.d_model, gated=anatomy.gated),
+        router_bytes=len(sites) * shape.router_bytes(anatomy.d_model, gated=anatomy.gated),
         seconds=_seconds(outline, total, fraction),
         peak_bytes=memory.private,
         mapped_bytes=memory.mapped,
@@ -196,7 +199,8 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
         output_bytes=space.output,
         staging_bytes=space.staging,
         remarks=(
-            *_remarks(0 if shape.varied else shape.width, shape.padding),
+            *_remarks(0 if shape.varied or shape.router == "low_bit" else shape.width, shape.padding),
+            *_router_remarks(shape, anatomy, source),
             _target_remark(outline),
             *_allocation_remarks(outline),
             *_size_remarks(memory, space),
@@ -270,6 +274,18 @@ def _size_remarks(memory: forecast.MemoryForecast, space: forecast.DiskForecast)
     )
 
 
+def _router_remarks(shape: FFNShape, anatomy: Anatomy, source: forecast.Source) -> tuple[str, ...]:
+    """What a token reads of an FFN whose router is a copy of its weights, beside the dense FFN."""
+    if shape.router != "low_bit":
+        return ()
+    dense = shape.d_ff * (3 if anatomy.gated else 2) * anatomy.d_model * source.element
+    router = shape.router_bytes(anatomy.d_model, gated=anatomy.gated) / dense
+    return (
+        f"a token reads {router + shape.active / shape.d_ff:.3f} of an FFN's bytes, {router:.3f} of them the router of "
+        f"{shape.bits} bits; a prompt is computed by the dense FFN",
+    )
+
+
 def _remarks(width: int, padding: int) -> tuple[str, ...]:
     """About the common width of the experts, 0 where they have none."""
     remarks = []
@@ -296,6 +312,8 @@ def _target_remark(outline: Outline) -> str:
         return f"written in {loads}; no stock architecture has pruned attention"
     if shape.router == "static" and shape.experts:
         return f"written in {loads}; --target dense writes the same function for any engine"
+    if shape.router == "low_bit":
+        return f"written in {loads}; no stock architecture has single neurons as experts"
     if shape.varied:
         return f"written in {loads}; for a stock architecture, with a copy per expert, add --set widths=equal"
     if shape.union is not None:

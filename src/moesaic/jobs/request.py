@@ -161,6 +161,10 @@ def check_split(outline: Outline) -> None:
             f"the router of {settings.method} counts what experts of different widths cost, another would not",
             "leave --router out, or add --set widths=equal",
         )
+    if settings.router is not None and shape.router == "low_bit":
+        raise InputError(
+            f"the experts of {settings.method} are single neurons, too many for a linear router", "leave --router out"
+        )
     check_allocation(outline)
     if settings.target != AUTO:
         reasons = TARGETS[settings.target].split_reasons(outline.split)

@@ -59,8 +59,9 @@ class ConvertSettings(BaseModel):
         default=None,
         gt=0,
         le=1,
-        description="For a given blueprint whose experts have widths of their own: the fraction of each converted "
-        "FFN's neurons that the calibration text may use in the mean; other text than made the blueprint.",
+        description="For a given blueprint whose experts have widths of their own, or are single neurons: the fraction "
+        "of each converted FFN's neurons that the calibration text may use in the mean; other text than made the "
+        "blueprint.",
     )
     seed: int = Field(default=0, description="Seed of everything random in the method.")
 

@@ -12,7 +12,7 @@ from typing import Any
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy
 from moesaic.calibration.config import check_sources
-from moesaic.checkpoint.converted import check_source
+from moesaic.checkpoint.converted import check_source, has_neuron_experts
 from moesaic.checkpoint.mark import tuned
 from moesaic.checkpoint.reader import CONFIG, Checkpoint
 from moesaic.checkpoint.source import resolve_model
@@ -72,6 +72,11 @@ def check_tune(
         raise InputError(
             f"{folder} cannot be tuned again: {reason}, and its architecture is {target}",
             "tune the folder that it came from for longer, or tune an output of --target moesaic",
+        )
+    if has_neuron_experts(source.config):
+        raise InputError(
+            f"{folder} cannot be tuned: its routers are copies of the FFNs' weights, and training would part the two",
+            "tune the dense model, and convert it then",
         )
     check_sources(config.train.data)
     _check_processes(config)

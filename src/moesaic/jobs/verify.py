@@ -30,7 +30,7 @@ from moesaic.errors import CheckpointError, InputError, VerificationError
 from moesaic.evaluate.engine_parity import WINDOW, EngineParity
 from moesaic.evaluate.llama_cpp import stock_logits
 from moesaic.evaluate.native_parity import APPROXIMATE_KL, parity_ids
-from moesaic.evaluate.parity import TOLERANCE, check_copied, relative_difference
+from moesaic.evaluate.parity import TOLERANCE, check_copied, oracle_difference, relative_difference
 from moesaic.evaluate.vllm import otherwise_in_vllm, vllm_parity
 from moesaic.materialise.pack import pack
 from moesaic.staging.manifest import check_manifest
@@ -290,7 +290,6 @@ def _oracle_difference(model: PreTrainedModel, dense: Checkpoint, anatomy: Anato
     which takes minutes for a real model.
     """
     from moesaic.nn.modeling_moesaic import MoEFeedForward
-    from moesaic.nn.reference import reference_ffn
 
     x_TD = torch.randn(ORACLE_TOKENS, anatomy.d_model, generator=torch.Generator().manual_seed(0))
     modules = {path: module for path, module in model.named_modules() if isinstance(module, MoEFeedForward)}
@@ -304,8 +303,7 @@ def _oracle_difference(model: PreTrainedModel, dense: Checkpoint, anatomy: Anato
         if plan.fade is not None:
             _check_packed(site.path, modules[site.path].state_dict(), pack(weights, plan))
             continue
-        expected_TD = reference_ffn(weights, plan, x_TD)
-        difference = relative_difference(modules[site.path](x_TD), expected_TD)
+        difference = oracle_difference(modules[site.path], weights, plan, x_TD)
         if difference > TOLERANCE:
             raise VerificationError(
                 f"{site.path} does not compute what its blueprint says: relative difference {difference:.1e}",

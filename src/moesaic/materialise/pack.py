@@ -37,7 +37,8 @@ TENSOR_NAMES = {
 def pack(weights: FFNWeights, plan: LayerPlan) -> dict[str, Tensor]:
     """The tensors of the converted FFN, by name relative to its module path; new memory, contiguous.
 
-    Projections and biases keep the dtype of ``weights``; router, ``selection_bias`` and ``gate_scale`` are fp32. Order:
+    Projections and biases keep the dtype of ``weights``; router, ``selection_bias`` and ``gate_scale`` are fp32, but a
+    ``low_bit`` router has its own dtypes. Order:
     neurons are picked (-1 gives zeros), ``projections`` replace what they read, ``readout`` replaces the down
     projection, ``fade`` zeroes the smallest weights of each expert, ``expert_scale`` multiplies each expert's down
     projection, ``bias`` replaces the output bias. A union has its table ``membership`` as well, bool.
@@ -67,8 +68,12 @@ def pack(weights: FFNWeights, plan: LayerPlan) -> dict[str, Tensor]:
     if plan.gate == "scaled":
         zeros_E = torch.zeros(len(plan.experts))
         routing["gate_scale"] = zeros_E if plan.gate_scale is None else plan.gate_scale
-    fp32 = {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in routing.items()}
-    return tensors | fp32 | ({"membership": plan.membership} if plan.union else {})
+    kept = plan.router.kind == "low_bit"
+    routing = {
+        name: tensor.detach().to(tensor.dtype if kept else torch.float32, copy=True).contiguous()
+        for name, tensor in routing.items()
+    }
+    return tensors | routing | ({"membership": plan.membership} if plan.union else {})
 
 
 def site_spec(weights: FFNWeights, plan: LayerPlan) -> dict[str, Any]:

@@ -18,6 +18,7 @@ METHODS: dict[str, str] = {
     "tomoe": "overlapping experts and attention pruning learned with frozen weights (ToMoE, arXiv 2501.15316)",
     "token_clusters": "overlapping experts for predictable token groups, top-1, refitted; our own, no training",
     "secret_moe": "shared network and small routed experts, distilled layer by layer (arXiv 2512.18452)",
+    "neuron_experts": "every neuron an expert, the FFN's own weights in a few bits as the router; our own, no training",
     "static": "control: keep the neurons of largest mean output energy, no routing",
     "random": "control: random balanced partition with a random linear router",
 }

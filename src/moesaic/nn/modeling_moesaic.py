@@ -22,6 +22,9 @@ from .moesaic_attention import swap_attention
 from .moesaic_ffn import MoEFeedForward, MoesaicExperts, use_path
 from .moesaic_kernel import kernel  # noqa: F401
 from .moesaic_kernel_source import SOURCE  # noqa: F401
+from .moesaic_low_bit import LowBitRouter  # noqa: F401
+from .moesaic_neurons import NeuronFeedForward
+from .moesaic_path_neurons import NeuronsMasked  # noqa: F401
 from .moesaic_path_packed import Masked  # noqa: F401
 from .moesaic_path_rows import Rows  # noqa: F401
 from .moesaic_path_sorted import Sorted  # noqa: F401
@@ -42,6 +45,9 @@ class MoesaicConfig(PreTrainedConfig):
         ffn_bypass: Siblings of a converted FFN that become the identity, as it does their work (OPT's `fc2`).
         attention_sites: Module path of each pruned attention -> its spec (see :class:`PrunedAttention`).
         ffn_activation: The FFNs' activation where the dense model's config does not name it (LFM2, Falcon-H1).
+        exact_prefill: FFNs whose every neuron is an expert compute a prompt by the dense network, and only the tokens
+            that are generated one by one by the chosen neurons. False: all tokens by the chosen ones, as perplexity is
+            to be measured.
     """
 
     model_type = "moesaic"
@@ -59,6 +65,7 @@ class MoesaicConfig(PreTrainedConfig):
         ffn_bypass: Sequence[str] = (),
         attention_sites: dict[str, dict[str, Any]] | None = None,
         ffn_activation: str | None = None,
+        exact_prefill: bool = True,
         **kwargs: Any,
     ) -> None:
         if text_config is None:
@@ -70,6 +77,7 @@ class MoesaicConfig(PreTrainedConfig):
         self.ffn_bypass = list(ffn_bypass)
         self.attention_sites = dict(attention_sites or {})
         self.ffn_activation = ffn_activation
+        self.exact_prefill = exact_prefill
         super().__init__(**kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -120,9 +128,9 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = [  # noqa: RUF012
-        r"\.router\.",
+        r"\.router\.(?:weight|reduce|bias|up|gate|up_bias|gate_bias|norm|threshold)$",
         r"\.selection_bias$",
-        r"\.gate_scale$",
+        r"(?<!\.router)\.gate_scale$",  # a low-bit router's is bf16
         r"\.value_mask\.",
     ]
 
@@ -140,6 +148,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         self.__dict__["_modules"] = dense._modules
         self.base_model_prefix = dense.base_model_prefix
         self._tied_weights_keys = dense._tied_weights_keys
+        self.exact_prefill(config.exact_prefill)
         self.post_init()
 
     @classmethod
@@ -203,6 +212,13 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     def use_path(self, *names: str) -> AbstractContextManager[None]:
         """Within the block, FFNs compute by the first of these paths that supports the input; see `moesaic_ffn.py`."""
         return use_path(self, *names)
+
+    def exact_prefill(self, on: bool = True) -> None:
+        """Whether prompts are computed by the dense network: see :class:`MoesaicConfig`. Others than FFNs whose every
+        neuron is an expert have no such choice."""
+        for module in self.modules():
+            if isinstance(module, NeuronFeedForward):
+                module.exact_prefill = on
 
     def all_experts_on(self, on: bool = True) -> None:
         """Switch routing off in every converted FFN (all experts, unit weights), or on again. For parity checks."""

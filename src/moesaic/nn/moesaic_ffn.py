@@ -57,11 +57,14 @@ class MoEFeedForward(KeptInFloat32):
         self.gate_proj = nn.Linear(d_model, self.neurons, bias=spec["gate_bias"]) if spec["gated"] else None
         self.up_proj = nn.Linear(d_model, self.neurons, bias=spec["up_bias"])
         self.down_proj = nn.Linear(self.neurons, d_model, bias=spec["down_bias"])
-        self.router = None if self.static else Router(spec, d_model)
+        self.router: Any = None if self.static else self._make_router(spec, d_model)
         bias_E = torch.zeros(self.experts, dtype=torch.float32) if spec["selection_bias"] else None
         self.register_buffer("selection_bias", bias_E)
         scale_E = torch.zeros(self.experts, dtype=torch.float32) if self.gate == "scaled" else None
         self.gate_scale = None if scale_E is None else nn.Parameter(scale_E)
+
+    def _make_router(self, spec: dict[str, Any], d_model: int) -> nn.Module:
+        return Router(spec, d_model)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         take_apart(self)  # its layers are saved after it

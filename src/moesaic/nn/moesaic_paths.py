@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .moesaic_path_neurons import NeuronsEvery, NeuronsMasked
 from .moesaic_path_packed import Every, Masked
 from .moesaic_path_rows import Rows
 from .moesaic_path_sorted import Sorted
@@ -28,7 +29,8 @@ class Path(Protocol):
 
     Attributes:
         name: What a user asks for. Paths of different layouts may share one.
-        layout: How the experts it knows are stored: ``packed``, or ``union`` (:class:`UnionFeedForward`).
+        layout: How the experts it knows are stored: ``packed``, ``union`` (:class:`UnionFeedForward`), or ``neurons``
+            (:class:`NeuronFeedForward`).
     """
 
     @property
@@ -41,7 +43,8 @@ class Path(Protocol):
         ...
 
     def run(self, ffn: Any, x_TD: Tensor) -> Tensor:
-        """y_TD without the output bias. ``ffn`` has :meth:`choice` of experts and :meth:`matrices`."""
+        """y_TD without the output bias, but for ``neurons``, which have it. ``ffn`` has :meth:`choice` of experts, or
+        ``chosen`` neurons, and :meth:`matrices`."""
         ...
 
 
@@ -94,6 +97,8 @@ PATHS: tuple[Row, ...] = (
     Row(Sorted("union"), {ANY: (64, None)}, per_expert=True),
     Row(UnionMasked(), {ANY: (0, None)}),
     Row(UnionEvery(), {ANY: (0, None)}),
+    Row(NeuronsMasked(), {ANY: (0, None)}),
+    Row(NeuronsEvery(), {ANY: (0, None)}),
 )
 
 

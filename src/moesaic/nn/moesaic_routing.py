@@ -15,6 +15,22 @@ from torch.nn import functional as F
 from .moesaic_activation import gated
 
 
+class KeptAsStored(nn.Module):
+    """A module whose tensors stay as they are under .to(bfloat16), .half(), .double(): decisions would be others."""
+
+    def kept(self) -> dict[str, Tensor]:
+        """The tensors that keep their dtype."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: tensor.data for name, tensor in self.kept().items()}
+        super()._apply(fn, recurse)
+        for name, tensor in self.kept().items():
+            if tensor.dtype != before[name].dtype:
+                tensor.data = before[name].to(tensor.device)
+        return self
+
+
 class KeptInFloat32(nn.Module):
     """A module that stays in fp32 under .to(bfloat16), .half(), .double(): rounded decisions would be others."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,14 @@ from moesaic.blueprint.layer import LayerPlan
 from moesaic.nn.ffn import FFNWeights, combine
 
 
-def reference_ffn(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor, *, all_experts_on: bool = False) -> Tensor:
+def reference_ffn(
+    weights: FFNWeights,
+    plan: LayerPlan,
+    x_TD: Tensor,
+    *,
+    all_experts_on: bool = False,
+    undecided_TF: Tensor | None = None,
+) -> Tensor:
     """Output y_TD of the converted FFN, computed in the dtype of ``x_TD``.
 
     Args:
@@ -28,9 +36,14 @@ def reference_ffn(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor, *, all_exp
         plan: Its split, with fade, readout, expert scale and bias.
         x_TD: Inputs, at least as precise as ``weights``; the router reads them in fp32.
         all_experts_on: Every expert counts once with weight 1, whatever the router says.
+        undecided_TF: Of a ``low_bit`` router, what another computation chose, bool: it decides where scores are equal
+            to within rounding; see :func:`choose_neurons`.
 
     The work per token is one product with the shared neurons and one with each chosen expert.
     """
+    if plan.router.kind == "low_bit":
+        chosen_TF = None if all_experts_on else choose_neurons(weights, plan, x_TD, undecided_TF)
+        return _of_neurons(weights, plan, x_TD, chosen_TF)
     part = cache(lambda e: _part(weights, plan, e).to(x_TD.dtype))
     bias_D = weights.down_bias_D if plan.bias is None else plan.bias.to(weights.down_DF.dtype)
     rows = []
@@ -80,6 +93,80 @@ def choose(weights: FFNWeights, plan: LayerPlan, x_D: Tensor) -> list[tuple[int,
         return [(e, 2 * p_E[e]) for e in chosen]
     weight_K = plan.top_k * torch.softmax(z_E[chosen], dim=0)
     return list(zip(chosen, weight_K, strict=True))
+
+
+UNDECIDED = 1e-5
+"""Scores that differ by less, relative to the least that is chosen, are equal to within the rounding of fp32 sums."""
+
+
+def choose_neurons(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor, undecided_TF: Tensor | None = None) -> Tensor:
+    """The neurons that a ``low_bit`` router chooses, bool [T, F]: the ``top_k`` of largest score, of equal ones those
+    that come first; or all that reach its threshold.
+
+    Scores are sums in fp32, and another order of summation gives slightly others. Where ``undecided_TF``, which another
+    computation chose, has as many neurons as the router allows and differs only within :data:`UNDECIDED`, it is right.
+    """
+    t = plan.router.tensors
+    up_FD = decoded(plan, "up", weights.d_model)
+    gate_FD = decoded(plan, "gate", weights.d_model) if weights.gated else None
+    score_TF = []
+    for x_D in x_TD.float():
+        up_F = up_FD @ x_D
+        score_TF.append(_neuron_scores(weights, up_F, None if gate_FD is None else gate_FD @ x_D) * t["norm"])
+    chosen_TF = torch.zeros(len(x_TD), plan.d_ff, dtype=torch.bool)
+    for i, score_F in enumerate(score_TF):
+        if "threshold" in t:
+            chosen_TF[i], least = score_F >= t["threshold"], float(t["threshold"])
+        else:
+            scores = score_F.tolist()
+            order = sorted(range(plan.d_ff), key=lambda j, scores=scores: (-scores[j], j))
+            chosen_TF[i, order[: plan.top_k]], least = True, scores[order[plan.top_k - 1]]
+        if undecided_TF is not None:
+            far_F = (score_F - least).abs() > UNDECIDED * least
+            agrees = torch.equal(undecided_TF[i] & far_F, chosen_TF[i] & far_F)
+            if agrees and ("threshold" in t or int(undecided_TF[i].sum()) == plan.top_k):
+                chosen_TF[i] = undecided_TF[i]
+    return chosen_TF
+
+
+def _neuron_scores(weights: FFNWeights, up_F: Tensor, gate_F: Tensor | None) -> Tensor:
+    if weights.up_bias_F is not None:
+        up_F = up_F + weights.up_bias_F.float()
+    if gate_F is None:
+        return weights.act(up_F).abs()
+    if weights.gate_bias_F is not None:
+        gate_F = gate_F + weights.gate_bias_F.float()
+    return combine(weights.activation, weights.act, gate_F, up_F).abs()
+
+
+def decoded(plan: LayerPlan, part: Literal["up", "gate"], d_model: int) -> Tensor:
+    """The low-bit copy of a projection, fp32 [F, D], weight by weight of a block as the format says."""
+    bits, group, t = plan.router.bits, plan.router.group, plan.router.tensors
+    block_FNB = t[f"{part}_codes"].int().unflatten(1, (-1, 8 * bits))
+    codes = []
+    for i in range(64):
+        if bits == 4:
+            codes.append(block_FNB[:, :, 16 * (i // 32) + i % 16] >> 4 * (i // 16 % 2) & 15)
+            continue
+        low_FN = block_FNB[:, :, i % 16] >> 2 * (i // 16) & 3
+        high_FN = block_FNB[:, :, 16 + i // 8] >> i % 8 & 1 if bits == 3 else 0
+        codes.append(low_FN + 4 * high_FN)
+    codes_FD = torch.stack(codes, dim=2).flatten(1)[:, :d_model]
+    of_group_D = torch.arange(d_model) // group
+    return t[f"{part}_scale"].float()[:, of_group_D] * codes_FD + t[f"{part}_offset"].float()[:, of_group_D]
+
+
+def _of_neurons(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor, chosen_TF: Tensor | None) -> Tensor:
+    """Each token's chosen neurons, alone; None for all."""
+    down_DF = weights.down_DF if plan.readout is None else plan.readout.to(weights.down_DF.dtype)
+    stored = replace(weights, down_DF=down_DF).to(x_TD.dtype)
+    if chosen_TF is None:
+        return stored(x_TD)
+    rows = [
+        stored.take(chosen_F.nonzero().flatten(), keep_down_bias=True)(x_D)
+        for x_D, chosen_F in zip(x_TD, chosen_TF, strict=True)
+    ]
+    return torch.stack(rows) if rows else torch.zeros_like(x_TD)
 
 
 def _part(weights: FFNWeights, plan: LayerPlan, e: int) -> FFNWeights:

@@ -112,6 +112,8 @@ def _width_reason(shape: FFNShape, _limits: Limits) -> str | None:
 
 
 def _router_reason(shape: FFNShape, limits: Limits) -> str | None:
+    if shape.router == "low_bit":
+        return "every neuron is an expert, which a copy of the FFN in a few bits chooses: no stock router does that"
     if shape.router == "gated":
         return "router of kind 'gated': only linear ones exist there; convert with --router oracle"
     if shape.router_bias and not shape.all_on:

@@ -1,0 +1,67 @@
+"""Options of neuron experts. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from moesaic.blueprint.shape import FFNShape
+from moesaic.errors import InputError
+from moesaic.methods.base import MethodConfig
+from moesaic.options import study
+from moesaic.solvers.limits import MIN_RIDGE
+
+
+class Config(MethodConfig):
+    """Options of neuron experts."""
+
+    has_active = True
+    min_tokens_per_neuron = 1.0  # where text is read, experts of an existing MoE that got less stay whole
+
+    active: float = Field(default=0.5, gt=0, le=1, description="Fraction of the neurons that one token uses.")
+    bits: Literal[2, 3, 4] = Field(default=4, description="Bits of a weight of the router.")
+    group: Literal[32, 64, 128] = study(
+        default=64, description="Weights of the router that share a scale and an offset; smaller is more precise."
+    )
+    choice: Literal["top_k", "threshold"] = Field(
+        default="top_k",
+        description="top_k: every token uses as many neurons. threshold: those whose score reaches a bound, so that "
+        "`active` is the mean over calibration text, in each layer.",
+    )
+    refit: bool = Field(
+        default=False,
+        description="Least squares for the down projection on calibration text, layer by layer: it makes up for "
+        "neurons that are left out.",
+    )
+    ridge: float = study(
+        default=0.1,
+        ge=MIN_RIDGE,
+        allow_inf_nan=False,
+        description="Shrinkage of the refit to the dense projection, relative to the mean square activation.",
+    )
+
+    def sizes(self, d_ff: int) -> FFNShape:
+        """Every neuron an expert. Raises InputError when none would be chosen."""
+        chosen = round(self.active * d_ff)
+        if chosen < 1:
+            raise InputError(f"{self.active:g} of {d_ff} neurons leaves none", "raise active")
+        singles, rewritten = (1,) * d_ff, int(self.refit)
+        return FFNShape(d_ff, 0, singles, chosen, "low_bit", rewritten=rewritten, bits=self.bits, group=self.group)
+
+    def needs_calibration(self) -> bool:
+        """Whether this config reads calibration inputs: for a threshold, and for a refit."""
+        return self.refit or self.choice == "threshold"
+
+    def operations(self, d_ff: int, d_model: int, tokens: int) -> float:
+        """See :class:`MethodConfig`: scores, activations and outputs, Gram matrix and its factor."""
+        if not self.needs_calibration():
+            return 0.0
+        gram = tokens * d_ff**2 + d_ff**3 / 3 if self.refit else 0
+        return (10 if self.refit else 4) * tokens * d_model * d_ff + gram
+
+    def held(self, d_ff: int, tokens: int) -> float:
+        """See :class:`MethodConfig`: scores of all tokens and a copy for a threshold; a Gram matrix, its factor and a
+        copy in float64 for a refit."""
+        scores = 2 * tokens * d_ff if self.choice == "threshold" else 0
+        return max(scores, 6 * d_ff**2 if self.refit else 0)

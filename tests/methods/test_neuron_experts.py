@@ -1,0 +1,189 @@
+"""Neuron experts: what a token computes, thresholds, refits, families, other budgets, and what is refused.
+
+Axes: T tokens, D model width, F neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moesaic
+from moesaic.adjust.budget import with_budget
+from moesaic.anatomy import FAMILIES as KNOWN
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.blueprint.model import Blueprint
+from moesaic.calibration.inputs import SiteInputs
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.errors import InputError, UnsupportedModelError
+from moesaic.jobs.evaluate import evaluate_model
+from moesaic.jobs.export_gguf import export_gguf
+from moesaic.jobs.plan import plan as forecast
+from moesaic.jobs.tune_request import check_tune
+from moesaic.jobs.undo import undo
+from moesaic.jobs.verify import verify_output
+from moesaic.methods.neuron_experts.config import Config
+from moesaic.methods.neuron_experts.method import plan_site
+from moesaic.methods.neuron_experts.threshold import neuron_ffn
+from moesaic.nn.ffn import FFNWeights
+from moesaic.tune.config import TuneConfig
+from tests.ffns import random_ffn, random_inputs
+from tests.tiny_models import FAMILIES, MOE_FAMILIES, build_tiny
+
+over = pytest.mark.parametrize
+TEXT = {"sources": ["tiny"], "tokens": 256, "window": 64, "compute_dtype": "float32"}
+Tiny = Callable[[str], Path]
+
+
+def planned(inputs: Tensor | None = None, **options: Any) -> tuple[FFNWeights, LayerPlan]:
+    weights = random_ffn(64, 48, dtype=torch.float32)
+    return weights, plan_site(weights, None if inputs is None else SiteInputs(inputs), Config(**options), 0)
+
+
+@torch.no_grad()
+def error(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor) -> float:
+    """Relative to each token's output, in the mean."""
+    wanted_TD = weights(x_TD)
+    energy_T = (neuron_ffn(weights, plan)(x_TD) - wanted_TD).square().sum(dim=1)
+    return float((energy_T / wanted_TD.square().sum(dim=1)).mean())
+
+
+@over("bits", [4, 3, 2])
+def test_the_chosen_are_nearly_those_that_do_most(bits: int) -> None:
+    weights, plan = planned(active=0.5, bits=bits)
+    x_TD = random_inputs(200, 48, dtype=torch.float32)
+    does_TF = weights.hidden(x_TD).abs() * weights.down_DF.norm(dim=0)
+    best_TF = torch.zeros(200, 64, dtype=torch.bool).scatter(1, does_TF.topk(32, dim=1).indices, True)
+    chosen_TF = neuron_ffn(weights, plan).chosen(x_TD)
+    assert bool((chosen_TF.sum(dim=1) == 32).all())
+    share = float((chosen_TF & best_TF).sum() / best_TF.sum())
+    assert share > {4: 0.92, 3: 0.85, 2: 0.72}[bits]  # 0.5 by chance
+
+
+@over("active", [0.2, 0.5, 1.0])
+def test_a_threshold_gives_the_mean_and_hard_tokens_more(active: float) -> None:
+    x_TD = random_inputs(300, 48, dtype=torch.float32) * torch.linspace(0.3, 3, 300)[:, None]
+    weights, plan = planned(x_TD, active=active, choice="threshold")
+    count_T = neuron_ffn(weights, plan).chosen(x_TD).sum(dim=1).float()
+    assert float(count_T.mean()) / 64 == pytest.approx(active, abs=1e-4)
+    assert plan.top_k == round(64 * active)
+    if active < 1:
+        assert count_T[:100].mean() < count_T[-100:].mean()
+    else:
+        assert float(plan.router.tensors["threshold"]) == 0
+
+
+@over("choice", ["top_k", "threshold"])
+def test_a_refit_makes_up_for_what_is_left_out(choice: str) -> None:
+    mix_DD = torch.randn(48, 48, generator=torch.Generator().manual_seed(5))
+    mix_DD[:, 8:] *= 0.05  # text lies near a few directions
+    x_TD = random_inputs(1500, 48, dtype=torch.float32) @ mix_DD.T / 4
+    (weights, plain), (_, refitted) = (planned(x_TD[:1000], active=0.25, choice=choice, refit=r) for r in (False, True))
+    assert error(weights, refitted, x_TD[1000:]) < 0.9 * error(weights, plain, x_TD[1000:])
+    assert torch.equal(refitted.router.tensors["norm"], weights.down_DF.norm(dim=0))
+
+
+@over("family", [*FAMILIES, "llama_bias", *MOE_FAMILIES[:2]])
+def test_every_family_is_converted_without_text_verified_and_undone(family: str, tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny(family)
+    moe = KNOWN[Checkpoint(source).config["model_type"]].moe is not None
+    done = moesaic.convert(
+        source, tmp_path / "out", method="neuron_experts", options={"active": 0.4, "group": 32}, hierarchical=moe
+    )
+    assert done.target == "moesaic"
+    assert all(plan.is_partition for plan in done.blueprint.sites.values())
+    report = verify_output(done.output, baseline=source)
+    assert report.partition
+    assert report.oracle is not None
+    assert report.oracle < 1e-5
+    before, after = Checkpoint(source), Checkpoint(undo(done.output, tmp_path / "back"))
+    assert set(before.names) == set(after.names)
+    assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in before.names)
+
+
+def test_a_damaged_router_is_found(tiny: Tiny, tmp_path: Path) -> None:
+    from tests.dtypes import rehash, rewrite
+
+    out = moesaic.convert(tiny("llama"), tmp_path / "out", method="neuron_experts").output
+
+    def change(name: str, tensor: Tensor) -> Tensor:
+        return tensor.flip(0) if name.endswith("layers.1.mlp.router.up_codes") else tensor
+
+    rewrite(out, change)
+    rehash(out)
+    with pytest.raises(moesaic.errors.VerificationError, match=r"layers\.1\.mlp does not compute"):
+        verify_output(out, baseline=tiny("llama"))
+
+
+@over("choice", ["top_k", "threshold"])
+def test_the_share_that_a_text_uses_is_counted_and_perplexity_is_that_of_masked_tokens(
+    choice: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    settings = {"method": "neuron_experts", "options": {"active": 0.25, "choice": choice}, "calibration": TEXT}
+    out = moesaic.convert(tiny("llama"), tmp_path / "out", settings=settings).output
+    found = evaluate_model(out, baseline=tiny("llama"), window=64, limit=2)
+    used = found["active_ffn_fraction"]
+    assert used == pytest.approx(0.25, abs=0.01 if choice == "top_k" else 0.1)
+    assert (used == found["active_ffn_planned"]) == (choice == "top_k")
+    assert found["perplexity"]["model"]["value"] != found["perplexity"]["dense"]["value"]
+    summary = found["fidelity"]["summary"]
+    assert summary["overlap"] > 0.8
+    assert summary["energy_router"] <= summary["energy_oracle"]
+
+
+def test_another_budget_needs_text_for_thresholds_alone(tiny: Tiny, tmp_path: Path) -> None:
+    x_TD = random_inputs(300, 48, dtype=torch.float32)
+    weights, plan = planned(active=0.5)
+    assert with_budget(plan, weights, None, 0.25).top_k == 16
+    weights, plan = planned(x_TD, active=0.5, choice="threshold")
+    other = with_budget(plan, weights, SiteInputs(x_TD), 0.25)
+    assert float(neuron_ffn(weights, other).chosen(x_TD).float().mean()) == pytest.approx(0.25, abs=1e-3)
+    out = moesaic.convert(tiny("llama"), tmp_path / "out", method="neuron_experts").output
+    again = moesaic.convert(tiny("llama"), tmp_path / "again", blueprint=out, budget=0.25)
+    fresh = moesaic.convert(tiny("llama"), tmp_path / "fresh", method="neuron_experts", options={"active": 0.25})
+    assert again.results["conversion"]["target"] == "moesaic"
+    assert [p.top_k for p in again.blueprint.sites.values()] == [p.top_k for p in fresh.blueprint.sites.values()]
+    assert not Blueprint.load(fresh.output).diff(Blueprint.load(again.output))
+
+
+def test_the_forecast_knows_the_routers_bytes(tiny: Tiny, tmp_path: Path) -> None:
+    source = build_tiny("llama", tmp_path / "dense", d_ff=96, dtype="bfloat16")
+    report = forecast(source, method="neuron_experts", options={"bits": 3, "group": 32})
+    out = moesaic.convert(source, tmp_path / "out", method="neuron_experts", options={"bits": 3, "group": 32}).output
+    stored = Checkpoint(out)
+    assert report.router_bytes == sum(stored.info(name).nbytes for name in stored.names if ".router." in name)
+    assert any("of an FFN's bytes" in remark for remark in report.remarks)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    assert report.output_bytes == pytest.approx(size, rel=0.25)
+
+
+@over(
+    ("settings", "words"),
+    [
+        ({"target": "mixtral"}, "every neuron is an expert"),
+        ({"target": "dense"}, "chooses experts per token"),
+        ({"router": "oracle"}, "single neurons"),
+        ({"options": {"active": 0.001}}, "leaves none"),
+        ({"options": {"bits": 5}}, "bits"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_work(settings: dict[str, Any], words: str, tiny: Tiny) -> None:
+    with pytest.raises(InputError, match=words):
+        forecast(tiny("llama"), method="neuron_experts", **settings)
+
+
+def test_tuning_and_stock_exports_are_refused_with_the_reason(tiny: Tiny, tmp_path: Path) -> None:
+    out = moesaic.convert(tiny("llama"), tmp_path / "out", method="neuron_experts").output
+    with pytest.raises(InputError, match="copies of the FFNs' weights"):
+        check_tune(out, TuneConfig(), tmp_path / "tuned", tiny("llama"))
+    with pytest.raises(InputError, match="every neuron is an expert"):
+        moesaic.export(out, tmp_path / "stock", target="glm4_moe")
+    with pytest.raises(UnsupportedModelError, match="no experts of one neuron"):
+        export_gguf(out, tmp_path / "model.gguf")
+    with pytest.raises(InputError, match="single neurons"):
+        moesaic.convert(tiny("llama"), tmp_path / "linear", blueprint=out, router={"mode": "oracle"})
