@@ -1,6 +1,6 @@
 """Every family, converted by each kind of method in two dtypes: what all experts on differ from the original.
 
-    python -m benchmarks.exactness                       # all; about six minutes on one core
+    python -m benchmarks.exactness                       # all, some five hundred conversions
     python -m benchmarks.exactness deepseek_v3 apertus   # these rows of tests/tiny_models.py
 
 Widths are odd and every bias of a family is on in one of its rows. Each conversion is verified, generates with and
