@@ -43,7 +43,10 @@ _MOE = """
 _WRAPPERS = """
 ## Multimodal wrappers whose text model is converted
 
-{wrappers}: [how](checkpoints.md#multimodal-models). The text model in it, `text_config` in config.json, must be of a
+{wrappers}: [how](checkpoints.md#multimodal-models).
+
+Each is converted in place with `--whole`: all else is carried unchanged, and the result reads images. Without, the output
+is the text model alone. No stock architecture holds one in place. The text model in it, `text_config` in config.json, must be of a
 family above; {plain}.
 """
 

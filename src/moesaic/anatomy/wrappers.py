@@ -7,7 +7,8 @@ torch here: :mod:`moesaic.checkpoint.text_model` reads their configs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from moesaic.anatomy.base import Config
 from moesaic.errors import UnsupportedModelError
@@ -50,19 +51,57 @@ does it."""
 CHANGES_LOGITS = ("gemma4",)
 
 HEAD = "lm_head.weight"
+_TEXT = "model."
 _SPELLINGS = (
     (re.compile(r"language_model\.(model\..+|lm_head\..+)"), ""),  # transformers 4: a causal model inside
     (re.compile(r"model\.language_model\.(lm_head\..+)"), ""),
-    (re.compile(r"model\.(?:language_model|text_model)\.(.+)"), "model."),
+    (re.compile(r"model\.(?:language_model|text_model)\.(.+)"), _TEXT),
     (re.compile(r"((?:model\.(?:embed_tokens|layers|norm)|lm_head)\..+)"), ""),  # Qwen2-VL
 )
 """A name in the wrapper, with a group around its end -> what stands before that end in the text model."""
+
+
+WHOLE_CONFIG = "whole_config"
+"""Key of a conversion in place, in its config.json: the wrapper's config.json as it was."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A wrapper as a conversion in place sees it.
+
+    Attributes:
+        config: Its config.json.
+        names: The text model's tensors: their names there -> in the wrapper.
+        carried: Tensors of its other parts.
+    """
+
+    config: Config
+    names: Mapping[str, str]
+    carried: tuple[str, ...]
+
+    @property
+    def model_type(self) -> str:
+        """Of the wrapper."""
+        return str(self.config["model_type"])
+
+    def spelt(self, name: str) -> str:
+        """The name in the wrapper of a tensor of the text model, of one that a conversion adds as well."""
+        if name in self.names:
+            return self.names[name]
+        known = next(name for name in self.names if name.startswith(_TEXT))
+        return self.names[known].removesuffix(known.removeprefix(_TEXT)) + name.removeprefix(_TEXT)
 
 
 def wrapper_of(config: Config) -> str | None:
     """The wrapper's ``model_type`` where the text model of this config.json is read in its place; else None."""
     model_type = config.get("model_type")
     return model_type if model_type in WRAPPERS else None
+
+
+def whole_config(config: Config) -> Config | None:
+    """The wrapper's config, of a wrapper or of a conversion in place; else None."""
+    inside = config.get(WHOLE_CONFIG, config)
+    return inside if isinstance(inside, Mapping) and wrapper_of(inside) else None
 
 
 def text_names(stored: Iterable[str]) -> dict[str, str]:

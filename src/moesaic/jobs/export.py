@@ -27,7 +27,7 @@ from moesaic.progress import Progress, Silent
 from moesaic.staging.writer import StagedOutput
 from moesaic.targets import AUTO, OWN, Choice, choose_target, get_target
 from moesaic.targets.base import Split, TargetOptions
-from moesaic.targets.write import ConvertedSource, write_model, write_side_files
+from moesaic.targets.write import ConvertedSource, wrapper_of_text, write_model, write_side_files
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ def export(
         write_model(ConvertedSource(checkpoint, split), split, choice.target, settings, staged, progress)
         provenance = {
             **checkpoint.config["moesaic"],
+            **wrapper_of_text(checkpoint),
             "blueprint": blueprint.digest(),
             "target": choice.name,
             "target_options": settings.model_dump(),

@@ -220,7 +220,7 @@ def _split(request: TuneRequest, blueprint: Blueprint) -> Split:
         path: {**spec, **{key: blueprint.sites[path].spec()[key] for key in _ROUTING}}
         for path, spec in request.source.config["ffn_sites"].items()
     }
-    return Split(request.anatomy, blueprint.sites, specs, blueprint.attention)
+    return Split(request.anatomy, blueprint.sites, specs, blueprint.attention, whole=request.source.whole)
 
 
 def _train(job: _Job, folder: Path, progress: Progress) -> tuple[TrainReport, list[str]]:
@@ -333,6 +333,10 @@ class _Stored:
         """The tensors outside the decoder layers, which are not trained."""
         layers = layer_prefixes(self._anatomy)
         return {out: self._base.finite_tensor(name) for name, out in self._names.items() if not out.startswith(layers)}
+
+    def beside(self) -> dict[str, Tensor]:
+        """The tensors beside the text model, which are not trained."""
+        return self._job.request.source.beside()
 
     def _tensor(self, out: str, name: str) -> Tensor:
         kept = self._base.finite_tensor(name)
