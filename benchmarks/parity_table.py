@@ -141,8 +141,8 @@ def page(results: dict[str, Any], versions: dict[str, str]) -> str:
         "# Parity: families x targets x engines",
         "",
         "`python -m benchmarks.parity_table`; versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
-        "Rows of fp32 were measured with transformers 5.23.0, but those of ministral, seed_oss, helium, ernie4_5, glm and "
-        "cwm.",
+        "Rows of fp32 were measured with transformers 5.23.0.",
+        "Exceptions are ministral, seed_oss, helium, ernie4_5, glm and cwm.",
         "",
         INTRODUCTION,
     ]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Glm4MoeConfig
 
-from moesaic.anatomy.wrappers import WRAPPERS, text_names
+from moesaic.anatomy.wrappers import ANY_TEXT, WRAPPERS, text_names
 from moesaic.checkpoint.loading import load_whole
 from moesaic.checkpoint.reader import CONFIG, WEIGHTS, Checkpoint
 from moesaic.errors import MoesaicError
@@ -109,6 +109,12 @@ def logits(model: Any) -> torch.Tensor:
 
 def test_every_wrapper_is_tried() -> None:
     assert set(TABLE) == set(WRAPPERS)
+
+
+def test_which_of_them_take_any_text_model() -> None:
+    text = {"model_type": "glm4_moe"}
+    built = {kind: AutoConfig.for_model(kind, text_config=dict(text)).get_text_config() for kind in TABLE}
+    assert {kind for kind, config in built.items() if isinstance(config, Glm4MoeConfig)} == set(ANY_TEXT)
 
 
 @pytest.mark.parametrize("kind", TABLE)

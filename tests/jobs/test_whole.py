@@ -69,7 +69,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 def in_place(kind: str, folder: Path, layout: dict[str, str] = ALL_ON) -> tuple[Path, Conversion]:
     source = build(kind, folder / "whole", **LAYERS.get(kind, {}))
-    return source, convert(source, folder / "moe", method="random", options=layout, whole=True)
+    return source, convert(source, folder / "moe", method="random", options=layout, whole=True, target="moesaic")
 
 
 @pytest.mark.parametrize("kind", IMAGES)
@@ -114,7 +114,7 @@ def test_tensors_spelt_as_the_modules_are(tmp_path: Path) -> None:
     new = {name.replace("language_model.model", "language_model"): tensor for name, tensor in new.items()}
     new = {name if name.startswith("lm_head") else f"model.{name}": tensor for name, tensor in new.items()}
     save_file(new, source / WEIGHTS, {"format": "pt"})
-    made = convert(source, tmp_path / "moe", method="random", options=ALL_ON, whole=True)
+    made = convert(source, tmp_path / "moe", method="random", options=ALL_ON, whole=True, target="moesaic")
     assert "model.language_model.layers.0.mlp.router.weight" in tensors(made.output)
     torch.testing.assert_close(
         seen(load_multimodal(made.output), "llava"), seen(load_multimodal(source), "llava"), rtol=1e-4, atol=1e-4
@@ -163,11 +163,38 @@ def test_it_loads_without_moesaic(tmp_path: Path) -> None:
     assert done.stdout.startswith("Qwen2VLForConditionalGeneration")
 
 
-def test_the_text_model_is_exported_and_the_whole_is_tuned(tmp_path: Path) -> None:
-    source, made = in_place("llava", tmp_path, {"layout": "S2A2E6"})
+def test_another_wrapper_gives_its_text_model_alone_to_a_stock_architecture(tmp_path: Path) -> None:
+    _, made = in_place("qwen2_vl", tmp_path, {"layout": "S2A2E6"})
     stock = export(made.output, tmp_path / "stock", target="glm4_moe").output
     assert not list(stock.glob("*processor*"))
-    assert json.loads((stock / CONFIG).read_text())["moesaic"]["wrapper"]["left_out"]
+    config = json.loads((stock / CONFIG).read_text())
+    assert (config["model_type"], config["moesaic"]["wrapper"]["left_out"]) == ("glm4_moe", ["visual"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "layout"),
+    [("llava", "auto", "S2A2E6"), ("llava", "mixtral", "S2A1E6"), ("internvl", "qwen3_moe", "S2A1E6")],
+)
+def test_a_stock_architecture_stays_inside(kind: str, target: str, layout: str, tmp_path: Path) -> None:
+    """No code of ours is in it: the wrapper's own class loads the folder."""
+    source, made = in_place(kind, tmp_path, {"layout": layout})
+    stock = convert(source, tmp_path / "stock", method="random", options={"layout": layout}, whole=True, target=target)
+    model: Any = type(load_multimodal(source)).from_pretrained(stock.output, dtype=torch.float32)
+    assert model.get_decoder().config.model_type == stock.target == ("glm4_moe" if target == "auto" else target)
+    torch.testing.assert_close(seen(model.eval(), kind), seen(load_multimodal(made.output), kind), rtol=1e-4, atol=1e-4)
+    after = tensors(stock.output)
+    assert all(torch.equal(after[name], tensor) for name, tensor in Checkpoint(source).beside().items())
+    assert verify_output(stock.output, baseline=source).files
+    if target == "auto":
+        exported = export(made.output, tmp_path / "exported", target=stock.target).output
+        assert {name: tensor.tolist() for name, tensor in tensors(exported).items()} == {
+            name: tensor.tolist() for name, tensor in after.items()
+        }
+        assert json.loads((exported / CONFIG).read_text())["vision_config"]
+
+
+def test_the_text_model_is_tuned_and_the_rest_is_carried(tmp_path: Path) -> None:
+    source, made = in_place("llava", tmp_path, {"layout": "S2A2E6"})
     with pytest.raises(ValueError, match="load it with AutoModelForImageTextToText"):
         AutoModelForCausalLM.from_pretrained(made.output)
     alone = convert(source, tmp_path / "text", method="random", options=ALL_ON, target="moesaic").output
@@ -185,12 +212,12 @@ def test_the_text_model_is_exported_and_the_whole_is_tuned(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"target": "glm4_moe"}, "target glm4_moe cannot hold this model: the text model stays in its llava"),
+        ({"target": "glm4_moe"}, "target glm4_moe cannot hold this model: the text model stays in its qwen2_vl"),
         ({"method": "tomoe", "options": {"attention": "both"}}, "with --whole the attention stays as it is"),
     ],
 )
 def test_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
-    source = build("llava", tmp_path / "whole")
+    source = build("qwen2_vl", tmp_path / "whole")
     settings = {"method": "random", "options": ALL_ON, "whole": True, **values}
     with pytest.raises(InputError, match=message):
         plan(source, settings)

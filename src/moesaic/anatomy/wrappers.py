@@ -34,6 +34,21 @@ WRAPPERS = (
 )
 """``model_type`` of config.json."""
 
+ANY_TEXT = (
+    "aya_vision",
+    "cohere2_vision",
+    "idefics3",
+    "internvl",
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "mistral3",
+    "smolvlm",
+    "vipllava",
+)
+"""Those whose class builds whatever text model their config names: a stock MoE as well."""
+
 PLAIN = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 """Text models that have no class of their own -> what computes the same. Their rotary positions count text, height and
 width; without images the three are equal, and so the positions are the plain ones."""
@@ -84,12 +99,21 @@ class Whole:
         """Of the wrapper."""
         return str(self.config["model_type"])
 
+    @property
+    def takes_stock(self) -> bool:
+        """Whether its class builds a text model of a stock MoE architecture."""
+        return self.model_type in ANY_TEXT
+
     def spelt(self, name: str) -> str:
         """The name in the wrapper of a tensor of the text model, of one that a conversion adds as well."""
         if name in self.names:
             return self.names[name]
         known = next(name for name in self.names if name.startswith(_TEXT))
-        return self.names[known].removesuffix(known.removeprefix(_TEXT)) + name.removeprefix(_TEXT)
+        body = self.names[known].removesuffix(known.removeprefix(_TEXT))
+        if name.startswith(_TEXT):
+            return body + name.removeprefix(_TEXT)
+        outside = body.removesuffix(_TEXT)  # of language_model.model. as transformers 4 spells it
+        return outside + name if body != outside else name
 
 
 def wrapper_of(config: Config) -> str | None:

@@ -158,11 +158,14 @@ def check_copied(checkpoint: Checkpoint, anatomy: Anatomy, output: Checkpoint, b
                 "convert again; is the disk sound?",
             )
     if output.whole is not None:
-        _check_beside(checkpoint, output)
+        check_beside(checkpoint, output)
 
 
-def _check_beside(checkpoint: Checkpoint, output: Checkpoint) -> None:
-    """The tensors beside the text model of a conversion in place: those of the source, bit for bit."""
+def check_beside(checkpoint: Checkpoint, output: Checkpoint) -> None:
+    """The tensors beside the text model of a conversion in place: those of the source, bit for bit.
+
+    Raises VerificationError, naming the first that is not.
+    """
     wanted, found = checkpoint.beside(), output.beside()
     wrong = [
         name

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesaic.anatomy.wrappers import WHOLE_CONFIG
+from moesaic.anatomy.wrappers import whole_config
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.checkpoint.mark import KEY, saved_again, tuned
 from moesaic.checkpoint.origin import CARD, is_hub_id
@@ -165,7 +165,7 @@ def _what(config: Mapping[str, Any], made: Mapping[str, Any]) -> str:
         )
     elif config["model_type"] != "moesaic":
         text += f" It is a {config['model_type']} model: engines that load this architecture need no code of moesaic."
-    if whole := config.get(WHOLE_CONFIG):
+    if whole := whole_config(config):
         text += (
             f" It is a {whole['model_type']} model with all its parts: its text model was converted, the others are "
             "unchanged."
@@ -189,7 +189,7 @@ def _what(config: Mapping[str, Any], made: Mapping[str, Any]) -> str:
 
 def _loading(config: Mapping[str, Any]) -> str:
     native = config["model_type"] != "moesaic"
-    auto = "AutoModelForImageTextToText" if WHOLE_CONFIG in config else "AutoModelForCausalLM"
+    auto = "AutoModelForImageTextToText" if whole_config(config) else "AutoModelForCausalLM"
     load = f"{auto}.from_pretrained(folder" + (")" if native else ", trust_remote_code=True)")
     remark = "" if native else "\n`moesaic.register()` before loading makes `trust_remote_code` unnecessary.\n"
     return f"```python\nfrom transformers import {auto}\nmodel = {load}\n```\n{remark}"

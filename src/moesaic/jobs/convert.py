@@ -199,7 +199,7 @@ def _check(
     job: Job, folder: Path, blueprint: Blueprint, split: Split, choice: Choice, progress: Progress
 ) -> dict[str, Any]:
     """Parity of the staged folder, for results.json; raises VerificationError before the output appears."""
-    from moesaic.evaluate.parity import stream_parity
+    from moesaic.evaluate.parity import check_beside, stream_parity
     from moesaic.jobs.native import check_native, too_large
     from moesaic.jobs.verify import check_tensors
 
@@ -208,6 +208,8 @@ def _check(
         check_tensors(Checkpoint(folder))
         parity = stream_parity(job.checkpoint, job.anatomy, folder, blueprint, _parity_ids(job))
         return {"parity": parity.to_dict()}
+    if split.whole is not None:
+        check_beside(job.checkpoint, Checkpoint(folder))
     if reason := too_large(job.checkpoint, Checkpoint(folder)):
         progress.note(f"not verified in stock transformers: {reason}; run moesaic verify --parity where there is room")
         return {"native_parity_skipped": reason}

@@ -215,7 +215,8 @@ def _split(request: TuneRequest, blueprint: Blueprint) -> Split:
     """The model under a blueprint, as targets see it."""
     if not request.own:
         assert request.dense is not None
-        return read_split(request.dense, request.anatomy, blueprint.sites, blueprint.attention)
+        split = read_split(request.dense, request.anatomy, blueprint.sites, blueprint.attention)
+        return replace(split, whole=request.source.whole)
     specs = {
         path: {**spec, **{key: blueprint.sites[path].spec()[key] for key in _ROUTING}}
         for path, spec in request.source.config["ffn_sites"].items()

@@ -41,7 +41,7 @@ def layer_reasons(split: Split, limits: Limits) -> list[str]:
 
 def own_reasons(split: Split) -> list[str]:
     """Why only target moesaic holds what is planned beside the FFNs; [] if nothing is."""
-    if split.whole is not None:
+    if split.whole is not None and not split.whole.takes_stock:
         return [f"the text model stays in its {split.whole.model_type}: only target moesaic holds that"]
     if not split.attention:
         return []

@@ -11,12 +11,12 @@ from torch import Tensor
 
 import moesaic
 from moesaic.anatomy.base import Anatomy, FFNSite
-from moesaic.anatomy.wrappers import Whole
+from moesaic.anatomy.wrappers import WHOLE_CONFIG, Whole
 from moesaic.blueprint.attention import AttentionPlan
 from moesaic.blueprint.layer import LayerPlan
 from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.ffn import ffn_tensor_names, load_ffn
-from moesaic.checkpoint.head import with_true_tie
+from moesaic.checkpoint.head import FLAG, with_true_tie
 from moesaic.checkpoint.origin import read_origin
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.materialise.pack import pack
@@ -220,8 +220,19 @@ def write_side_files(
     for name, text in target.files().items():
         staged.write_text(name, text)
     blueprint.save(staged.folder)
-    config = with_true_tie(target.config_json(split, provenance, options), checkpoint)
+    config = target.config_json(split, provenance, options)
+    if split.whole is not None and WHOLE_CONFIG not in config:
+        config = _inside(config, split.whole.config)
+    config = with_true_tie(config, checkpoint)
     staged.write_text("config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _inside(config: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a multimodal model around the text model of a stock architecture, from its own and from that."""
+    of_text = {key: value for key, value in config.items() if key not in ("moesaic", "architectures")}
+    # Without the version that wrote the source: it would say that transformers has saved this folder.
+    around = {key: value for key, value in whole.items() if key != "transformers_version"}
+    return {**around, "text_config": of_text, FLAG: bool(config.get(FLAG)), "moesaic": config["moesaic"]}
 
 
 def _spec(checkpoint: Checkpoint, anatomy: Anatomy, site: FFNSite, plan: LayerPlan) -> dict[str, Any]:
