@@ -15,7 +15,7 @@ from tests.tiny_models import TINY, tiny_config
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy, Family, MoENames
 from moesaic.anatomy.others import KINDS
-from moesaic.anatomy.wrappers import CHANGED, PLAIN, WRAPPERS
+from moesaic.anatomy.wrappers import ANY_TEXT, CHANGED, PLAIN, WRAPPERS
 from moesaic.targets import TARGETS
 from moesaic.targets.backbone import no_backbone
 from moesaic.targets.limits import Limits
@@ -54,8 +54,14 @@ _NEW = """
 _WRAPPERS = """
 ## Multimodal wrappers whose text model is converted
 
-{wrappers}: [how](checkpoints.md#multimodal-models). The text model in it, `text_config` in config.json, must be of a
-family above; {plain}.
+{wrappers}: [how](checkpoints.md#multimodal-models).
+
+Each is converted in place with `--whole`: all else is carried unchanged, and the result reads images. Without, the
+output is the text model alone. A stock architecture stays inside {any_text}: their classes build
+whatever text model config.json names. The others build one class only, so that there the `moesaic` architecture holds
+it, or a stock one the text model alone.
+
+The text model, `text_config` in config.json, must be of a family above; {plain}.
 """
 
 
@@ -91,7 +97,7 @@ def page() -> str:
     parts += [f"| {family.model_type} | {_ffn(family)} | {_prunes(family)} | {_stock(family)} |\n" for family in dense]
     parts += [_MOE, *(_moe(family, family.moe) for family in FAMILIES.values() if family.moe)]
     plain = ", ".join(f"`{text}` counts as `{family}`" for text, family in PLAIN.items())
-    parts.append(_WRAPPERS.format(wrappers=_listed(list(WRAPPERS)), plain=plain))
+    parts.append(_WRAPPERS.format(wrappers=_listed(list(WRAPPERS)), any_text=_listed(list(ANY_TEXT)), plain=plain))
     for status, title in (("possible", "Possible"), ("refused", "Refused")):
         parts.append(f"\n## {title}\n")
         for kind in KINDS:

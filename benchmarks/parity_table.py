@@ -50,16 +50,8 @@ largest difference of logits (transformers: 256 tokens, against our runtime) or 
 vLLM: 24 or 32 tokens, against transformers on the same folder). Beside it: how often the likeliest next token is the
 same. [n] is the reason why there is no figure. ~ marks a target that only approaches weights of 1. Experts count with
 weight 1 in glm4_moe and qwen2_moe, elsewhere with the softmax over the chosen."""
-OTHERS = [
-    name
-    for name in [
-        *tiny_models.FAMILIES,
-        *tiny_models.VARIANTS,
-        *tiny_models.MOE_FAMILIES,
-        *tiny_models.MOE_VARIANTS,
-    ]
-    if name not in {family for family, _, _ in CASES.values()}
-]
+OTHERS = [name for name in tiny_models.TINY if name not in {family for family, _, _ in CASES.values()}]
+ORDER = [case + dtype for dtype in DTYPES.values() for case in [*CASES, *OTHERS]]
 
 
 def converted(case: str, work: Path, dtype: str) -> dict[str, Path]:
@@ -150,12 +142,13 @@ def page(results: dict[str, Any], versions: dict[str, str]) -> str:
         "",
         "`python -m benchmarks.parity_table`; versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
         "Rows of fp32 were measured with transformers 5.23.0.",
+        "Exceptions are ministral, seed_oss, helium, ernie4_5, glm and cwm.",
         "",
         INTRODUCTION,
     ]
     for engine in ENGINES:
         rows = []
-        for case, targets in results.items():
+        for case, targets in sorted(results.items(), key=lambda row: ORDER.index(row[0])):
             rows.append(f"| {case} | " + " | ".join(cell(targets[target], engine, reasons) for target in STOCK) + " |")
         lines += ["", f"## {engine}", "", f"| model | {' | '.join(STOCK)} |", "| --- |" + " --- |" * len(STOCK), *rows]
     lines += ["", "## Reasons", ""]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Glm4MoeConfig
 
-from moesaic.anatomy.wrappers import WRAPPERS, text_names
+from moesaic.anatomy.wrappers import ANY_TEXT, WRAPPERS, text_names
 from moesaic.checkpoint.loading import load_whole
 from moesaic.checkpoint.reader import CONFIG, WEIGHTS, Checkpoint
 from moesaic.errors import MoesaicError
@@ -56,7 +56,7 @@ TABLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma4": (
         "gemma4_text",
         {**HEAD, "global_head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB},
-        CLIP,
+        {**CLIP, "num_key_value_heads": 2, "head_dim": 8},
     ),
     "idefics3": ("llama", TEXT, CLIP),
     "internvl": ("qwen3", HEAD, {**CLIP, "image_size": [8, 8], "patch_size": [4, 4]}),
@@ -76,6 +76,15 @@ TABLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "smolvlm": ("llama", TEXT, CLIP),
     "vipllava": ("llama", TEXT, CLIP),
 }
+IMAGE = 5
+READS = {  # what of their config differs, so that the tiny models read an image of 8 x 8
+    "gemma3": {"mm_tokens_per_image": 4},
+    "idefics3": {"scale_factor": 2},
+    "qwen2_5_vl": {"vision_start_token_id": 6},
+    "qwen2_vl": {"vision_start_token_id": 6},
+    "qwen3_5": {"vision_start_token_id": 6},
+    "qwen3_vl": {"vision_start_token_id": 6},
+}
 OWN_TYPE = ("gemma4", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5", "gemma3")  # of the text model inside
 
 
@@ -83,7 +92,8 @@ def build(kind: str, folder: Path, **text: Any) -> Path:
     """A tiny random wrapper in bf16, with a tokenizer and a processor's settings."""
     text_type, config, vision = TABLE[kind]
     typed = {} if kind in OWN_TYPE else {"model_type": text_type}
-    whole = AutoConfig.for_model(kind, text_config={**config, **typed, **text}, vision_config=dict(vision))
+    reads = {"image_token_id": IMAGE, **READS.get(kind, {})}
+    whole = AutoConfig.for_model(kind, text_config={**config, **typed, **text}, vision_config=dict(vision), **reads)
     model = AutoModelForImageTextToText.from_config(whole, dtype=torch.float32)
     randomise(model, 0)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -99,6 +109,12 @@ def logits(model: Any) -> torch.Tensor:
 
 def test_every_wrapper_is_tried() -> None:
     assert set(TABLE) == set(WRAPPERS)
+
+
+def test_which_of_them_take_any_text_model() -> None:
+    text = {"model_type": "glm4_moe"}
+    built = {kind: AutoConfig.for_model(kind, text_config=dict(text)).get_text_config() for kind in TABLE}
+    assert {kind for kind, config in built.items() if isinstance(config, Glm4MoeConfig)} == set(ANY_TEXT)
 
 
 @pytest.mark.parametrize("kind", TABLE)

@@ -35,7 +35,7 @@ from moesaic.evaluate.vllm_child import fill
 from moesaic.targets.base import TargetOptions
 from tests.targets.helpers import IDS, plan_of, plans_for, write
 from tests.targets.test_matrix import CASES, PAIRS
-from tests.tiny_models import build_tiny
+from tests.tiny_models import D_MODEL, TINY, build_tiny
 
 Tiny = Callable[[str], Path]
 
@@ -131,11 +131,12 @@ def vllm_python() -> Path:
 def for_vllm(case: str, folder: Path, dtype: str = "bfloat16") -> Path:
     """The tiny model of a case of the matrix, with heads of 32 or more: vLLM's attention for CPUs has no narrower."""
     family, config, _ = CASES[case]
-    config = {"hidden_size": 128, "d_ff": 160, **config}
+    head_dim = {**TINY[family].config, **config}.get("head_dim")
+    config = {"hidden_size": 4 * D_MODEL, "d_ff": 160, **config}
     if family == "qwen3":
         config |= {"hidden_size": 64, "head_dim": 32}
-    if "head_dim" in config and family == "mistral":
-        config |= {"head_dim": 64}
+    elif head_dim is not None:
+        config["head_dim"] = 4 * head_dim
     if "longrope" in str(config):  # a factor for every second one of the 24 rotated dimensions
         factors = {"short_factor": [1 + i / 12 for i in range(12)], "long_factor": [4 + i / 12 for i in range(12)]}
         config["rope_parameters"] = {**config["rope_parameters"], **factors}

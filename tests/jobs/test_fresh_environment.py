@@ -30,11 +30,12 @@ except ModuleNotFoundError:
 else:
     sys.exit("moesaic can be imported: this is no fresh environment")
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoTokenizer
 
 folder, trust = sys.argv[1], sys.argv[2] == "trust"
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, dtype=torch.float32)
+model = getattr(transformers, sys.argv[3]).from_pretrained(folder, trust_remote_code=trust, dtype=torch.float32)
 ids = tokenizer("The expert that reads", return_tensors="pt")
 out = model.generate(**ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
 assert out.shape[1] == ids["input_ids"].shape[1] + 4
@@ -43,9 +44,11 @@ print(type(model).__name__, out[0].tolist())
 """
 
 
-def generate(folder: Path, trust: bool, modules: Path) -> subprocess.CompletedProcess[str]:
-    """In a process that cannot import moesaic, and with a cache of remote code of its own."""
-    command = [sys.executable, "-I", "-c", GENERATE, str(folder), "trust" if trust else "no"]
+def generate(
+    folder: Path, trust: bool, modules: Path, auto: str = "AutoModelForCausalLM"
+) -> subprocess.CompletedProcess[str]:
+    """In a process that cannot import moesaic, and with a cache of remote code of its own. ``auto``: what loads it."""
+    command = [sys.executable, "-I", "-c", GENERATE, str(folder), "trust" if trust else "no", auto]
     environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(modules), "PATH": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, check=False, stdin=subprocess.DEVNULL

@@ -35,6 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "qwen2-yarn": ("qwen2", {"rope_parameters": {**ROPE, "rope_type": "yarn"}}, TINY["qwen2"].targets),
     "qwen3": ("qwen3", {"attention_bias": False}, ("glm4_moe", "qwen3_moe")),
     "qwen3-attention-bias": ("qwen3", {}, TINY["qwen3"].targets),
+    "cwm": ("cwm", {"layer_types": ["full_attention"] * 2, "mlp_bias": False}, TINY["llama"].targets),
     "phi3-partial-longrope": (
         "phi3",
         {"partial_rotary_factor": 0.75, "rope_parameters": LONG, "original_max_position_embeddings": 16},

@@ -131,7 +131,7 @@ class Family:
         ffn_bias: Whether the FFNs have biases: see :class:`Attention`. Only read for gated ones.
         multipliers: Whether it has the factors of Granite, under the keys in :data:`MULTIPLIERS`.
         residual_of: Computes what the FFN's output is multiplied by where that is no such key (MiniCPM3).
-        beyond_stock: What no stock MoE architecture has, beside what the other attributes say; None: nothing.
+        beyond_stock: What no stock target has, beside what the other attributes say; None: nothing.
     """
 
     model_type: str

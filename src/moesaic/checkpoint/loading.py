@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesaic.anatomy.wrappers import wrapper_of
+from moesaic.anatomy.wrappers import whole_config
 from moesaic.checkpoint.reader import CONFIG, Checkpoint, read_json
 from moesaic.errors import CheckpointError, VerificationError
 
@@ -28,7 +28,7 @@ def no_generation() -> GenerationConfig:
 
 
 def load_model(folder: Path, dtype: torch.dtype | str) -> Any:
-    """The causal language model in ``folder``, in evaluation mode; of a multimodal wrapper the text model.
+    """The causal language model in ``folder``, in evaluation mode; of a multimodal model the text model.
 
     Code of its own is never run.
 
@@ -52,15 +52,42 @@ def load_whole(folder: Path) -> Any:
     """
     import torch
 
+    return _complete(folder, lambda: _loaded(folder, torch.float32))
+
+
+def load_multimodal(folder: Path) -> Any:
+    """:func:`load_whole` of all of a multimodal model, dense or converted in place."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from moesaic.nn.register import register
+
+    register()
+    auto: Any = AutoModelForImageTextToText
+    return _complete(folder, lambda: auto.from_pretrained(folder, **_shared(torch.float32)))
+
+
+def _complete(folder: Path, load: Callable[[], tuple[Any, Any]]) -> Any:
     try:
-        model, info = _loaded(folder, torch.float32)
-    except CheckpointError as error:
-        raise VerificationError(error.message, "is it complete?") from error
+        model, info = load()
+    except (CheckpointError, *_FAULTS) as error:
+        message = error.message if isinstance(error, CheckpointError) else " ".join(str(error).split())[:200]
+        raise VerificationError(message, "is it complete?") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             name = min(map(str, info[kind]))
             raise VerificationError(f"{folder}: {kind.replace('_keys', '')} tensor {name}", "is it complete?")
     return model.eval()
+
+
+def _shared(dtype: torch.dtype | str) -> dict[str, Any]:
+    """What every ``from_pretrained`` here is told."""
+    return {
+        "dtype": dtype,
+        "output_loading_info": True,
+        "generation_config": no_generation(),
+        "trust_remote_code": False,
+    }
 
 
 def _loaded(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
@@ -70,13 +97,13 @@ def _loaded(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
     from moesaic.nn.register import register
 
     register()
-    shared = {"dtype": dtype, "output_loading_info": True, "generation_config": no_generation()}
-    wrapped = Checkpoint(folder) if (folder / CONFIG).is_file() and wrapper_of(read_json(folder / CONFIG)) else None
+    shared = _shared(dtype)
+    wrapped = Checkpoint(folder) if (folder / CONFIG).is_file() and whole_config(read_json(folder / CONFIG)) else None
     try:
         if wrapped is not None:
             loaded: Any = _text_model(wrapped, **shared)
         else:
-            loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **shared)
+            loaded = AutoModelForCausalLM.from_pretrained(folder, **shared)
         if any(".experts." in name and _odd(tensor) for name, tensor in loaded[0].named_parameters()):
             loaded[0].set_experts_implementation("eager")
     except _FAULTS as error:

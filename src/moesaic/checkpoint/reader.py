@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.anatomy.refusals import MERGE_HINT, RECIPES
-from moesaic.anatomy.wrappers import HEAD, parts, text_names, wrapper_of
+from moesaic.anatomy.wrappers import HEAD, Whole, parts, text_names, whole_config
 from moesaic.checkpoint.side_files import PROCESSORS, side_files
 from moesaic.checkpoint.text_model import text_config
 from moesaic.errors import CheckpointError, InputError, UnsupportedModelError
@@ -56,7 +56,8 @@ class TensorInfo:
 class StoredNames:
     """What a checkpoint folder is and which tensors it names: config.json, and the index or the header of the one file.
 
-    A multimodal wrapper is read as the checkpoint of its text model: config, names and tensors are that model's.
+    A multimodal wrapper is read as the checkpoint of its text model: config, names and tensors are that model's. So is
+    a conversion in place, whose config is that of the conversion.
     Needs neither torch nor numpy, but for a wrapper, and does not see all that :class:`Checkpoint` sees.
 
     Args:
@@ -66,7 +67,7 @@ class StoredNames:
         config: The content of config.json.
         names: Of the tensors.
         wrapper: ``model_type`` of the wrapper that the folder holds; None for all other models.
-        left_out: The wrapper's modules that are not read.
+        whole: All of the wrapper; None for all other models.
 
     Raises:
         As :class:`Checkpoint`, but for what is wrong in a shard.
@@ -78,11 +79,16 @@ class StoredNames:
         self.config: dict[str, Any] = read_json(self.folder / CONFIG)
         self._weight_map = self._read_weight_map()
         self._files = self._shards(self._weight_map)
-        self.wrapper = wrapper_of(self.config)
-        self.left_out: tuple[str, ...] = ()
+        self._whole_config = whole_config(self.config)
+        self.wrapper = None if self._whole_config is None else str(self._whole_config["model_type"])
         self._read_names(self._weight_map or _names_in(self._files[0]))
-        if self.wrapper is not None:
+        if self._whole_config is self.config:
             self.config = text_config(self.config, own_head=HEAD in self)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The wrapper's modules that are not read; () for all other models."""
+        return () if self.whole is None else parts(self.whole.carried)
 
     def __contains__(self, name: str) -> bool:
         return name in self._on_disk
@@ -95,14 +101,15 @@ class StoredNames:
 
     def _read_names(self, stored: Iterable[str]) -> None:
         on_disk = {name: name for name in stored}
-        if self.wrapper is not None and on_disk:
+        self.whole: Whole | None = None
+        if self._whole_config is not None:
             text = text_names(on_disk)
             if not text:
                 raise CheckpointError(
                     f"{self.folder}: no tensor has a name of the text model in {self.wrapper}, but {min(on_disk)}",
                     f"write them anew under its names: {RECIPES} has the lines",
                 )
-            self.left_out = parts(on_disk.keys() - text.values())
+            self.whole = Whole(self._whole_config, text, tuple(sorted(on_disk.keys() - text.values())))
             on_disk = text
         self._on_disk = on_disk
         self.names: tuple[str, ...] = tuple(on_disk)
@@ -178,6 +185,7 @@ class Checkpoint(StoredNames):
         if not self._tensors:
             raise CheckpointError(f"{self.folder}: the weight files hold no tensors", "download the checkpoint again")
         self._read_names(self._tensors)  # a shard can hold more than the index says
+        self._beside = {} if self.whole is None else {name: self._tensors[name] for name in self.whole.carried}
         self._tensors = {name: self._tensors[on_disk] for name, on_disk in self._on_disk.items()}
 
     @property
@@ -195,6 +203,11 @@ class Checkpoint(StoredNames):
         """Size of all tensors on disk."""
         return sum(info.nbytes for info in self._tensors.values())
 
+    @property
+    def nbytes_beside(self) -> int:
+        """Size on disk of a wrapper's tensors beside its text model."""
+        return sum(info.nbytes for info in self._beside.values())
+
     def info(self, name: str) -> TensorInfo:
         """File, dtype and shape of a tensor. Raises CheckpointError for an unknown name."""
         self.require(name)
@@ -202,14 +215,20 @@ class Checkpoint(StoredNames):
 
     def tensor(self, name: str) -> Tensor:
         """A tensor, memory-mapped. Raises CheckpointError when it is unknown or cannot be read."""
+        return self._mapped(self.info(name).file, self._on_disk[name])
+
+    def beside(self) -> dict[str, Tensor]:
+        """A wrapper's tensors beside its text model, memory-mapped, under their names in it."""
+        return {name: self._mapped(info.file, name) for name, info in self._beside.items()}
+
+    def _mapped(self, file: Path, name: str) -> Tensor:
         from safetensors import SafetensorError, safe_open
 
-        file = self.info(name).file
         try:
             handle = self._handles[file]
             if handle is None:
                 handle = self._handles[file] = safe_open(file, framework="pt")
-            return handle.get_tensor(self._on_disk[name])
+            return handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: cannot read tensor {name}: {error}", "has the file changed?") from error
 
@@ -247,11 +266,14 @@ class Checkpoint(StoredNames):
             self._fingerprint = sha.hexdigest()
         return self._fingerprint
 
-    def side_files(self) -> list[Path]:
-        """What goes along with the weights (:mod:`moesaic.checkpoint.side_files`), some of it in folders of its own."""
+    def side_files(self, *, whole: bool = False) -> list[Path]:
+        """What goes along with the weights (:mod:`moesaic.checkpoint.side_files`), some of it in folders of its own.
+
+        ``whole``: of a wrapper, the processors' settings too, of which its text model has no use.
+        """
         dense = self.config.get("text_config") if self.config.get("model_type") == "moesaic" else self.config
         files = side_files(self.folder, dense if isinstance(dense, dict) else {})
-        return files if self.wrapper is None else [file for file in files if not file.match(PROCESSORS)]
+        return files if self.wrapper is None or whole else [file for file in files if not file.match(PROCESSORS)]
 
     def _read_header(self, file: Path) -> None:
         from safetensors import SafetensorError, safe_open

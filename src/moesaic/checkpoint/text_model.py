@@ -47,6 +47,8 @@ def text_config(config: Config, *, own_head: bool | None = None) -> dict[str, An
         if (value := next((value for value in found if value is not None), None)) is not None:
             values[key] = value
     values |= {key: config[key] for key in _OF_ALL if key in config}
+    if "moesaic" in config:  # a conversion in place: what it says of itself, and who wrote it
+        values |= {key: config[key] for key in ("moesaic", "transformers_version") if key in config}
     values[FLAG] = own_head is False or bool(config.get(FLAG, read.get(FLAG)))
     if name := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(read["model_type"]):
         values["architectures"] = [name]

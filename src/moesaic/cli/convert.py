@@ -34,6 +34,7 @@ def run(
     calib_window: opt.CalibWindow = None,
     dense_layers: opt.DenseLayers = None,
     hierarchical: opt.Hierarchical = None,
+    whole: opt.Whole = None,
     seed: opt.Seed = None,
     router: opt.RouterText = None,
     target: opt.Target = None,
@@ -71,6 +72,7 @@ def run(
         router=router,
         target=target,
         budget=budget,
+        whole=whole,
     )
     from moesaic.jobs.request import check_request
     from moesaic.train.launch import is_worker

@@ -75,6 +75,14 @@ Budget = Annotated[
 Target = Annotated[
     str | None, typer.Option("--target", help="Architecture to write, see `moesaic targets`. Default: auto.")
 ]
+Whole = Annotated[
+    bool | None,
+    typer.Option(
+        "--whole",
+        help="Of a multimodal checkpoint: convert the text model in place and carry all else unchanged. Without, the "
+        "output is the text model alone.",
+    ),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of calibration windows and of the method.")]
 
 
@@ -94,6 +102,7 @@ def make_settings(
     router: str | None,
     target: str | None,
     budget: float | None = None,
+    whole: bool | None = None,
 ) -> ConvertSettings:
     """Flags over the YAML file over the defaults. Raises InputError for unknown keys and values that do not parse."""
     from moesaic.jobs.settings import ConvertSettings, load_settings
@@ -113,7 +122,7 @@ def make_settings(
     given = {"sources": calib, "tokens": calib_tokens, "window": calib_window, "seed": seed}
     calibration |= {key: value for key, value in given.items() if value is not None}
     flags: dict[str, Any] = {"method": method, "hierarchical": hierarchical, "seed": seed, "target": target}
-    flags["budget"] = budget
+    flags |= {"budget": budget, "whole": whole}
     if router is not None:  # --router gives the mode, the file may give the rest
         settings = values.get("router")
         flags["router"] = (settings if isinstance(settings, dict) else {}) | {"mode": router}

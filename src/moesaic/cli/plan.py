@@ -25,6 +25,7 @@ def run(
     calib_window: opt.CalibWindow = None,
     dense_layers: opt.DenseLayers = None,
     hierarchical: opt.Hierarchical = None,
+    whole: opt.Whole = None,
     seed: opt.Seed = None,
     router: opt.RouterText = None,
     target: opt.Target = None,
@@ -45,6 +46,7 @@ def run(
         seed=seed,
         router=router,
         target=target,
+        whole=whole,
     )
     from moesaic.jobs.plan import plan
 

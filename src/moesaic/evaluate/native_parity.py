@@ -45,10 +45,13 @@ _SCRIPT = """
 import json, sys
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL
 
 folder, work = sys.argv[1:]
-model, info = AutoModelForCausalLM.from_pretrained(
+multimodal = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type in MULTIMODAL
+auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+model, info = auto.from_pretrained(
     folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, generation_config=GenerationConfig()
 )
 assert "moesaic" not in sys.modules
@@ -56,7 +59,7 @@ wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
 if wrong:
     sys.exit("tensors do not fit the architecture: " + json.dumps(wrong)[:600])
 # Two experts to a group: an expert and its twin.
-slots = 2 if getattr(model.config, "n_group", 1) > 1 else 1
+slots = 2 if getattr(model.config.get_text_config(), "n_group", 1) > 1 else 1
 found = {}
 def keep(module, inputs, output):
     layer = len(found) // 2

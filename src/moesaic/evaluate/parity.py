@@ -172,6 +172,25 @@ def check_copied(checkpoint: Checkpoint, anatomy: Anatomy, output: Checkpoint, b
                 f"{output.folder.name}: tensor {out} is not that of the dense model",
                 "convert again; is the disk sound?",
             )
+    if output.whole is not None:
+        check_beside(checkpoint, output)
+
+
+def check_beside(checkpoint: Checkpoint, output: Checkpoint) -> None:
+    """The tensors beside the text model of a conversion in place: those of the source, bit for bit.
+
+    Raises VerificationError, naming the first that is not.
+    """
+    wanted, found = checkpoint.beside(), output.beside()
+    wrong = [
+        name
+        for name in sorted(wanted.keys() | found.keys())
+        if name not in wanted or name not in found or not torch.equal(wanted[name], found[name])
+    ]
+    if wrong:
+        raise VerificationError(
+            f"{output.folder.name}: tensor {wrong[0]} is not that of the source", "convert again; is the disk sound?"
+        )
 
 
 def _check_attention(checkpoint: Checkpoint, anatomy: Anatomy, output: Checkpoint, blueprint: Blueprint) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.anatomy.wrappers import whole_config
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.checkpoint.mark import KEY, saved_again, tuned
 from moesaic.checkpoint.origin import CARD, is_hub_id
@@ -164,7 +165,12 @@ def _what(config: Mapping[str, Any], made: Mapping[str, Any]) -> str:
         )
     elif config["model_type"] != "moesaic":
         text += f" It is a {config['model_type']} model: engines that load this architecture need no code of moesaic."
-    if inside := made.get("wrapper"):
+    if whole := whole_config(config):
+        text += (
+            f" It is a {whole['model_type']} model with all its parts: its text model was converted, the others are "
+            "unchanged."
+        )
+    elif inside := made.get("wrapper"):
         text += (
             f" It is the text model of a {inside['model_type']} checkpoint and reads only text. Left out are the other "
             f"parts: {', '.join(f'`{part}`' for part in inside['left_out']) or 'none was there'}."
@@ -183,9 +189,10 @@ def _what(config: Mapping[str, Any], made: Mapping[str, Any]) -> str:
 
 def _loading(config: Mapping[str, Any]) -> str:
     native = config["model_type"] != "moesaic"
-    load = "AutoModelForCausalLM.from_pretrained(folder" + (")" if native else ", trust_remote_code=True)")
+    auto = "AutoModelForImageTextToText" if whole_config(config) else "AutoModelForCausalLM"
+    load = f"{auto}.from_pretrained(folder" + (")" if native else ", trust_remote_code=True)")
     remark = "" if native else "\n`moesaic.register()` before loading makes `trust_remote_code` unnecessary.\n"
-    return f"```python\nfrom transformers import AutoModelForCausalLM\nmodel = {load}\n```\n{remark}"
+    return f"```python\nfrom transformers import {auto}\nmodel = {load}\n```\n{remark}"
 
 
 def _proven(results: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,8 @@ def convert_request(
     fault = generation_fault(job.checkpoint.folder)
     if job.checkpoint.wrapper is not None:
         parts = ", ".join(job.checkpoint.left_out) or "nothing"
-        progress.note(f"the text model of a {job.checkpoint.wrapper} checkpoint; left out: {parts}")
+        what = "carried unchanged" if settings.whole else "left out, but for --whole"
+        progress.note(f"the text model of a {job.checkpoint.wrapper} checkpoint; {what}: {parts}")
     for note in (*(() if job.windows is None else job.windows.notes), *([fault] if fault else [])):
         progress.note(note)
     with StagedOutput.open(
@@ -110,6 +111,7 @@ def convert_request(
         made = decide_layers(job, staged, progress, check=lambda plans: _check_first(job, plans))
         blueprint_made = blueprint_of(job, made)
         split = read_split(job.checkpoint, job.anatomy, made.plans, blueprint_made.attention)
+        split = replace(split, whole=job.split.whole)
         choice = choose(split, settings.target, settings.target_options, progress)
         _write(job, staged, blueprint_made, split, choice, progress)
         if trains_whole_model(job):
@@ -152,7 +154,7 @@ def expected_bytes(job: Job) -> int:
     source = forecast.read_source(job.checkpoint, job.anatomy)
     tokens = 0 if job.windows is None else job.windows.ids_NW.numel()
     needed = forecast.disk(job.split, job.target, job.settings.target_options, source, tokens)
-    return needed.output + needed.staging
+    return needed.output + needed.staging + (job.checkpoint.nbytes_beside if job.settings.whole else 0)
 
 
 def _check_first(job: Job, plans: Mapping[str, LayerPlan]) -> None:
@@ -181,7 +183,7 @@ def _write(
         "target": choice.name,
         "target_options": options.model_dump(mode="json"),
     }
-    provenance = provenance_of(job.checkpoint, blueprint, made)
+    provenance = provenance_of(job.checkpoint, blueprint, made, split.whole)
     write_side_files(job.checkpoint, staged, split, blueprint, provenance, choice.target, options)
 
 
@@ -197,7 +199,7 @@ def _check(
     job: Job, folder: Path, blueprint: Blueprint, split: Split, choice: Choice, progress: Progress
 ) -> dict[str, Any]:
     """Parity of the staged folder, for results.json; raises VerificationError before the output appears."""
-    from moesaic.evaluate.parity import stream_parity
+    from moesaic.evaluate.parity import check_beside, stream_parity
     from moesaic.jobs.native import check_native, too_large
     from moesaic.jobs.verify import check_tensors
 
@@ -206,6 +208,8 @@ def _check(
         check_tensors(Checkpoint(folder))
         parity = stream_parity(job.checkpoint, job.anatomy, folder, blueprint, _parity_ids(job))
         return {"parity": parity.to_dict()}
+    if split.whole is not None:
+        check_beside(job.checkpoint, Checkpoint(folder))
     if reason := too_large(job.checkpoint, Checkpoint(folder)):
         progress.note(f"not verified in stock transformers: {reason}; run moesaic verify --parity where there is room")
         return {"native_parity_skipped": reason}

@@ -6,7 +6,7 @@ Axes: W tokens of a window, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from moesaic.progress import Progress, Silent
 from moesaic.staging.writer import StagedOutput
 from moesaic.targets import AUTO, OWN, Choice, choose_target, get_target
 from moesaic.targets.base import Split, TargetOptions
-from moesaic.targets.write import ConvertedSource, write_model, write_side_files
+from moesaic.targets.write import ConvertedSource, wrapper_of_text, write_model, write_side_files
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,13 @@ def export(
     settings = options if isinstance(options, TargetOptions) else build(TargetOptions, dict(options or {}), "target")
     StagedOutput.check(output, folder)
     checkpoint, blueprint, split = read_converted(folder)
+    if (whole := checkpoint.whole) is not None and whole.takes_stock:
+        split = replace(split, whole=whole)
+    elif whole is not None:
+        parts = ", ".join(checkpoint.left_out)
+        progress.note(
+            f"no stock architecture stays in a {whole.model_type} model: its text model alone, without {parts}"
+        )
     earlier = current_results(checkpoint)
     earlier.pop(WEIGHTS_KEY, None)
     choice = _choose(split, target)
@@ -87,6 +94,7 @@ def export(
         write_model(ConvertedSource(checkpoint, split), split, choice.target, settings, staged, progress)
         provenance = {
             **checkpoint.config["moesaic"],
+            **wrapper_of_text(checkpoint, split.whole),
             "blueprint": blueprint.digest(),
             "target": choice.name,
             "target_options": settings.model_dump(),

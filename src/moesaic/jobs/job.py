@@ -64,6 +64,7 @@ class Job(Request):
             if self.settings.allocation is None
             else self.settings.allocation.model_dump(mode="json"),
             "hierarchical": self.settings.hierarchical,
+            **({"whole": True} if self.settings.whole else {}),
             "router": None if self.settings.router is None else self.settings.router.model_dump(mode="json"),
             "target": self.settings.target,
             "target_options": self.settings.target_options.model_dump(mode="json"),
@@ -83,7 +84,7 @@ def prepare(request: Request) -> Job:
         _check_blueprint(given, anatomy)
         _check_given(given, settings)
         expected = expected_split(settings, anatomy, {path: plan.shape for path, plan in given.sites.items()})
-        request = replace(request, split=replace(expected, attention=given.attention))
+        request = replace(request, split=replace(expected, attention=given.attention, whole=request.split.whole))
     # In the dtype of nearly all tensors: then looking at the weights copies none.
     skeleton = Skeleton(checkpoint, anatomy, getattr(torch, checkpoint.dtype))
     if settings.target != AUTO:

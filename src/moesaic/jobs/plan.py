@@ -17,13 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
-from moesaic.anatomy.wrappers import wrapper_of
+from moesaic.anatomy.wrappers import Whole, wrapper_of
 from moesaic.checkpoint.reader import StoredNames, has_weights, missing_config, refuse_adapter
 from moesaic.checkpoint.source import check_file
 from moesaic.checkpoint.text_model import text_config
 from moesaic.errors import InputError
 from moesaic.jobs import forecast
-from moesaic.jobs.request import Outline, active_neurons, check_headers, check_options, check_split, outline_of
+from moesaic.jobs.request import (
+    Outline,
+    active_neurons,
+    check_headers,
+    check_options,
+    check_split,
+    kept_whole,
+    outline_of,
+)
 from moesaic.jobs.settings import ConvertSettings
 from moesaic.options import build
 from moesaic.paths import cache_folder
@@ -89,7 +97,7 @@ class _Described:
 
     config: dict[str, Any]
     gguf: GGUFModel | None = None
-    wrapper: str | None = None
+    wrapper: Whole | None = None
 
     def source(self, folder: Path, anatomy: Anatomy) -> forecast.Source:
         if self.gguf is None:
@@ -98,9 +106,10 @@ class _Described:
         beside = _TOKENIZER_GROWTH * self.gguf.header.tokenizer_bytes
         return forecast.Source(self.gguf.nbytes, self.gguf.element, tied, 0, beside)
 
-    def remarks(self) -> tuple[str, ...]:
+    def remarks(self, *, whole: bool) -> tuple[str, ...]:
         if self.wrapper is not None:
-            return (f"converted is the text model of this {self.wrapper} checkpoint; all else is left out",)
+            rest = "carried unchanged" if whole else "left out, but for --whole"
+            return (f"converted is the text model of this {self.wrapper.model_type} checkpoint; all else is {rest}",)
         if self.gguf is None:
             return ()
         size = f"{self.gguf.nbytes / 1e9:.2f} GB"
@@ -123,8 +132,8 @@ def _describe(model: str | Path) -> _Described:
     except (OSError, RuntimeError) as error:
         raise InputError(f"cannot read {str(model)!r}: {error}") from error
     config = _read_config(path / "config.json")
-    if wrapper := wrapper_of(config):
-        return _Described(text_config(config), wrapper=wrapper)
+    if wrapper_of(config):
+        return _Described(text_config(config), wrapper=Whole(config, {}, ()))
     return _Described(config)
 
 
@@ -157,7 +166,7 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
     config = check_options(settings)
     described, folder = _describe(model), Path(model).expanduser()
     anatomy = read_anatomy(described.config, hierarchical=settings.hierarchical)
-    outline = outline_of(settings, config, anatomy)
+    outline = outline_of(settings, config, anatomy, kept_whole(settings, described.wrapper, anatomy))
     check_split(outline)
     if described.gguf is None and has_weights(folder):
         check_headers(StoredNames(folder), anatomy)
@@ -204,7 +213,7 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
             _target_remark(outline),
             *_allocation_remarks(outline),
             *_size_remarks(memory, space),
-            *described.remarks(),
+            *described.remarks(whole=settings.whole),
         ),
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
+from moesaic.anatomy.wrappers import Whole
 from moesaic.blueprint.shape import FFNShape
 from moesaic.calibration.config import check_sources
 from moesaic.checkpoint.ffn import ffn_tensor_names
@@ -101,11 +102,13 @@ def check_request(
         check_output(absolute(output), local_folder(model))
     checkpoint = Checkpoint(resolve_model(str(model)))
     anatomy = read_anatomy(checkpoint.config, hierarchical=settings.hierarchical)
+    whole = kept_whole(settings, checkpoint.whole, anatomy)
     if given is None:
-        outline = outline_of(settings, config, anatomy)
+        outline = outline_of(settings, config, anatomy, whole)
         check_split(outline)
     else:  # the method and its options count for nothing then
         outline = Outline(settings, config, anatomy, check_layers(anatomy, settings.dense_layers), Split(anatomy))
+        outline = replace(outline, split=replace(outline.split, whole=whole))
     check_headers(checkpoint, anatomy)
     return Request(**vars(outline), checkpoint=checkpoint, blueprint=given)
 
@@ -120,15 +123,28 @@ def check_options(settings: ConvertSettings) -> MethodConfig:
     return config
 
 
-def outline_of(settings: ConvertSettings, config: MethodConfig, anatomy: Anatomy) -> Outline:
-    """The conversion of a model. Refuses experts that do not fit, and layers that do not exist."""
+def kept_whole(settings: ConvertSettings, whole: Whole | None, anatomy: Anatomy) -> Whole | None:
+    """The multimodal model that the text model stays in, where the settings ask for that. Refuses any other model."""
+    if settings.whole and whole is None:
+        kind = anatomy.family.model_type
+        raise InputError(f"whole is for multimodal checkpoints, this is a {kind} model", "leave --whole out")
+    return whole if settings.whole else None
+
+
+def outline_of(
+    settings: ConvertSettings, config: MethodConfig, anatomy: Anatomy, whole: Whole | None = None
+) -> Outline:
+    """The conversion of a model. Refuses experts that do not fit, and layers that do not exist.
+
+    ``whole``: the multimodal model that it stays in.
+    """
     for width in {site.d_ff for site in anatomy.sites}:
         config.check(width)
     dense_layers = check_layers(anatomy, settings.dense_layers)
     sites = [site for site in anatomy.sites if site.layer not in dense_layers]
     by_width = {width: config.sizes(width) for width in {site.d_ff for site in sites}}
     split = expected_split(settings, anatomy, {site.path: by_width[site.d_ff] for site in sites})
-    return Outline(settings, config, anatomy, dense_layers, split)
+    return Outline(settings, config, anatomy, dense_layers, replace(split, whole=whole))
 
 
 def expected_split(settings: ConvertSettings, anatomy: Anatomy, shapes: Mapping[str, FFNShape]) -> Split:
@@ -227,6 +243,8 @@ def at_active(config: MethodConfig, active: float) -> MethodConfig:
 
 def _check_whole_model(settings: ConvertSettings, config: MethodConfig) -> None:
     """Refuse what a method that trains on the whole model leaves no room for."""
+    if settings.whole and config.prunes_attention:
+        raise InputError("with --whole the attention stays as it is", "add --set attention=none")
     if not config.whole_model:
         return
     if settings.router is not None:

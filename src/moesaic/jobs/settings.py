@@ -47,6 +47,11 @@ class ConvertSettings(BaseModel):
         default_factory=TargetOptions, description="How routing is put into a stock architecture."
     )
     hierarchical: bool = Field(default=False, description="Convert the experts of a model that is MoE already.")
+    whole: bool = Field(
+        default=False,
+        description="Of a multimodal checkpoint: convert the text model in place and carry all else unchanged. The "
+        "output then reads images as the checkpoint does. Without, it is the text model alone.",
+    )
     dense_layers: tuple[int, ...] = Field(
         default=(), description="Decoder layers to leave dense; negative counts from the end."
     )

@@ -215,12 +215,13 @@ def _split(request: TuneRequest, blueprint: Blueprint) -> Split:
     """The model under a blueprint, as targets see it."""
     if not request.own:
         assert request.dense is not None
-        return read_split(request.dense, request.anatomy, blueprint.sites, blueprint.attention)
+        split = read_split(request.dense, request.anatomy, blueprint.sites, blueprint.attention)
+        return replace(split, whole=request.source.whole)
     specs = {
         path: {**spec, **{key: blueprint.sites[path].spec()[key] for key in _ROUTING}}
         for path, spec in request.source.config["ffn_sites"].items()
     }
-    return Split(request.anatomy, blueprint.sites, specs, blueprint.attention)
+    return Split(request.anatomy, blueprint.sites, specs, blueprint.attention, whole=request.source.whole)
 
 
 def _train(job: _Job, folder: Path, progress: Progress) -> tuple[TrainReport, list[str]]:
@@ -333,6 +334,10 @@ class _Stored:
         """The tensors outside the decoder layers, which are not trained."""
         layers = layer_prefixes(self._anatomy)
         return {out: self._base.finite_tensor(name) for name, out in self._names.items() if not out.startswith(layers)}
+
+    def beside(self) -> dict[str, Tensor]:
+        """The tensors beside the text model, which are not trained."""
+        return self._job.request.source.beside()
 
     def _tensor(self, out: str, name: str) -> Tensor:
         kept = self._base.finite_tensor(name)

@@ -22,6 +22,7 @@ from moesaic.errors import InputError
 from moesaic.materialise.pack import TENSOR_NAMES, dense_tensors, unpack
 from moesaic.staging.manifest import check_manifest
 from moesaic.staging.writer import StagedOutput
+from moesaic.targets.write import BESIDE
 
 
 def undo(folder: str | Path, out: str | Path, *, restart: bool = False) -> Path:
@@ -29,8 +30,8 @@ def undo(folder: str | Path, out: str | Path, *, restart: bool = False) -> Path:
 
     Values and names of the tensors are those of the source (with the base model's prefix, where the source lacks it).
     config.json has its content, but for a flag that ties a head of its own to the embeddings. The division into shards
-    is the conversion's. One shard is in memory at a time.
-    Interrupted, the same call resumes.
+    is the conversion's. Of a conversion in place it is the whole multimodal checkpoint.
+    One shard is in memory at a time. Interrupted, the same call resumes.
 
     Args:
         folder: An output of ``moesaic convert``.
@@ -66,16 +67,20 @@ def undo(folder: str | Path, out: str | Path, *, restart: bool = False) -> Path:
     family = FAMILIES[dense_config["model_type"]]
     anatomy = read_anatomy(dense_config, hierarchical=family.moe is not None)
     key = {"undo": blueprint.digest(), "source": blueprint.source, "moesaic": converted.config.get("moesaic")}
-    with StagedOutput.open(
-        out, key, source=converted.folder, expected_bytes=converted.nbytes, restart=restart
-    ) as staged:
+    whole, size = converted.whole, converted.nbytes + converted.nbytes_beside
+    with StagedOutput.open(out, key, source=converted.folder, expected_bytes=size, restart=restart) as staged:
         for number, names in enumerate(_shards(converted)):
             step = f"shard-{number:05d}"
             if not staged.done(step):
-                staged.write_shard(step, _dense_shard(converted, anatomy, blueprint, names))
-        for path in converted.side_files():
+                tensors = _dense_shard(converted, anatomy, blueprint, names)
+                spelt = {name if whole is None else whole.spelt(name): tensor for name, tensor in tensors.items()}
+                staged.write_shard(step, spelt)
+        if whole is not None and whole.carried and not staged.done(BESIDE):
+            staged.write_shard(BESIDE, converted.beside())
+        for path in converted.side_files(whole=whole is not None):
             staged.copy_file(path, path.relative_to(converted.folder).as_posix())
-        staged.write_text("config.json", json.dumps(with_true_tie(dense_config, converted), indent=2) + "\n")
+        config = with_true_tie(dense_config, converted) if whole is None else whole.config
+        staged.write_text("config.json", json.dumps(config, indent=2) + "\n")
         return staged.finish(manifest=False)
 
 
@@ -102,7 +107,8 @@ def what_is_lost(plan: LayerPlan) -> str | None:
 
 def _shards(converted: Checkpoint) -> Iterator[list[str]]:
     for file in converted.files:
-        yield [name for name in converted.names if converted.info(name).file == file]
+        if names := [name for name in converted.names if converted.info(name).file == file]:
+            yield names
 
 
 def _dense_shard(

@@ -22,7 +22,7 @@ from moesaic.anatomy.base import Anatomy, max_positions
 from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.converted import as_written, check_source, provenance, read_blueprint, read_dense_anatomy
 from moesaic.checkpoint.ffn import load_ffn
-from moesaic.checkpoint.loading import load_whole
+from moesaic.checkpoint.loading import load_multimodal, load_whole
 from moesaic.checkpoint.mark import tuned
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
@@ -135,6 +135,9 @@ def verify_output(folder: str | Path, *, baseline: str | Path | None = None) -> 
         with _as_verification_error():
             check_copied(dense, anatomy, output, blueprint)
         oracle = _oracle_difference(model, dense, anatomy, blueprint)
+    if output.whole is not None:
+        del model
+        _check_whole(folder, _prompt(output), logits_TV)
     return VerifyReport(
         folder=str(folder),
         files=files,
@@ -262,6 +265,15 @@ def _prompt(output: Checkpoint) -> Tensor:
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, ids_1T: Tensor) -> Tensor:
     return model(input_ids=ids_1T, use_cache=False).logits[0].float()
+
+
+def _check_whole(folder: Path, ids_1T: Tensor, expected_TV: Tensor) -> None:
+    """A conversion in place loads as the multimodal model that it is, and computes on text what its text model does."""
+    difference = relative_difference(_logits(load_multimodal(folder), ids_1T), expected_TV)
+    if difference > TOLERANCE:
+        raise VerificationError(
+            f"{folder} differs from the text model in it: relative logit difference {difference:.1e}", "report it"
+        )
 
 
 def _all_on_difference(model: MoesaicForCausalLM, ids_1T: Tensor, expected_TV: Tensor, folder: Path) -> float:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
@@ -48,10 +48,11 @@ class MoesaicConfig(PreTrainedConfig):
         exact_prefill: FFNs whose every neuron is an expert compute a prompt by the dense network, and only the tokens
             that are generated one by one by the chosen neurons. False: all tokens by the chosen ones, as perplexity is
             to be measured.
+        whole_config: Config of the multimodal model around the dense one, where the folder holds all of it.
     """
 
     model_type = "moesaic"
-    sub_configs = {"text_config": PreTrainedConfig}  # type: ignore[assignment]  # noqa: RUF012
+    sub_configs = {"text_config": PreTrainedConfig, "whole_config": PreTrainedConfig}  # type: ignore[assignment]  # noqa: RUF012
     # Read through to the dense model's config, because tools look for them on the outer one.
     _dense_attributes = frozenset(
         {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
@@ -66,6 +67,7 @@ class MoesaicConfig(PreTrainedConfig):
         attention_sites: dict[str, dict[str, Any]] | None = None,
         ffn_activation: str | None = None,
         exact_prefill: bool = True,
+        whole_config: dict[str, Any] | PreTrainedConfig | None = None,
         **kwargs: Any,
     ) -> None:
         if text_config is None:
@@ -78,9 +80,15 @@ class MoesaicConfig(PreTrainedConfig):
         self.attention_sites = dict(attention_sites or {})
         self.ffn_activation = ffn_activation
         self.exact_prefill = exact_prefill
+        if isinstance(whole_config, dict):
+            whole_config = CONFIG_MAPPING[whole_config["model_type"]].from_dict(whole_config)
+        if whole_config is not None:
+            self.whole_config = whole_config
         super().__init__(**kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "whole_config":  # so that config.json has the key only where there is one
+            return None
         if name in type(self)._dense_attributes and "text_config" in self.__dict__:
             return getattr(self.text_config, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -111,7 +119,36 @@ def activation_name(config: PreTrainedConfig) -> str:
     raise ValueError(f"no activation in the config of {config.model_type}")
 
 
-class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
+_IN_FP32 = [
+    r"\.router\.(?:weight|reduce|bias|up|gate|up_bias|gate_bias|norm|threshold)$",
+    r"\.selection_bias$",
+    r"(?<!\.router)\.gate_scale$",  # a low-bit router's is bf16
+    r"\.value_mask\.",
+]
+
+
+class _Switches:
+    """What a model has with converted FFNs, and no other."""
+
+    def use_path(self, *names: str) -> AbstractContextManager[None]:
+        """Within the block, FFNs compute by the first of these paths that supports the input; see `moesaic_ffn.py`."""
+        return use_path(self, *names)  # type: ignore[arg-type]
+
+    def all_experts_on(self, on: bool = True) -> None:
+        """Switch routing off in every converted FFN (all experts, unit weights), or on again. For parity checks."""
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, MoEFeedForward):
+                module.all_experts_on = on
+
+    def exact_prefill(self, on: bool = True) -> None:
+        """Whether prompts are computed by the dense network: see :class:`MoesaicConfig`. Others than FFNs whose every
+        neuron is an expert have no such choice."""
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, NeuronFeedForward):
+                module.exact_prefill = on
+
+
+class MoesaicForCausalLM(_Switches, PreTrainedModel, GenerationMixin):
     """The dense family's own model with other FFNs.
 
     The dense `...ForCausalLM` is built and its children become this module's, so that every tensor keeps its name.
@@ -127,12 +164,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = [  # noqa: RUF012
-        r"\.router\.(?:weight|reduce|bias|up|gate|up_bias|gate_bias|norm|threshold)$",
-        r"\.selection_bias$",
-        r"(?<!\.router)\.gate_scale$",  # a low-bit router's is bf16
-        r"\.value_mask\.",
-    ]
+    _keep_in_fp32_modules_strict = _IN_FP32
 
     def __init__(self, config: MoesaicConfig) -> None:
         super().__init__(config)
@@ -155,7 +187,13 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any
     ) -> MoesaicForCausalLM:
-        """See transformers, which renames GPT-NeoX's head between disk and model only for its own class."""
+        """See transformers, which renames GPT-NeoX's head between disk and model only for its own class.
+
+        Raises ValueError for the folder of a multimodal model, whose tensors have other names.
+        """
+        folder = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if folder is not None and getattr(kwargs.get("config"), "whole_config", None) is not None:
+            raise ValueError(f"{folder} is a multimodal model: load it with AutoModelForImageTextToText")
         key_mapping = {r"^embed_out\.": "lm_head."} | (key_mapping or {})
         return super().from_pretrained(*args, key_mapping=key_mapping, **kwargs)
 
@@ -209,19 +247,57 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self._dense.set_output_embeddings(new_embeddings)
 
-    def use_path(self, *names: str) -> AbstractContextManager[None]:
-        """Within the block, FFNs compute by the first of these paths that supports the input; see `moesaic_ffn.py`."""
-        return use_path(self, *names)
 
-    def exact_prefill(self, on: bool = True) -> None:
-        """Whether prompts are computed by the dense network: see :class:`MoesaicConfig`. Others than FFNs whose every
-        neuron is an expert have no such choice."""
-        for module in self.modules():
-            if isinstance(module, NeuronFeedForward):
-                module.exact_prefill = on
+class MoesaicForImageTextToText(PreTrainedModel):
+    """Loads a multimodal model whose text model is converted: as its own class, with other FFNs.
 
-    def all_experts_on(self, on: bool = True) -> None:
-        """Switch routing off in every converted FFN (all experts, unit weights), or on again. For parity checks."""
-        for module in self.modules():
-            if isinstance(module, MoEFeedForward):
-                module.all_experts_on = on
+    What `from_pretrained` returns is of a subclass of that class, and its config is of that class's config. Only this
+    name of it stands in config.json, for `AutoModelForImageTextToText`.
+    """
+
+    config_class = MoesaicConfig
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """See transformers."""
+        config = config if isinstance(config, MoesaicConfig) else MoesaicConfig.from_pretrained(name)
+        return _converted(config).from_pretrained(name, *args, config=config.whole_config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: MoesaicConfig, **kwargs: Any) -> Any:
+        return _converted(config)._from_config(config.whole_config, **kwargs)
+
+
+def _converted(config: MoesaicConfig) -> Any:
+    """The multimodal model's own class, with converted FFNs in its text model.
+
+    Raises ValueError for a model of text alone.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    if config.whole_config is None:
+        raise ValueError("this is a model of text alone: load it with AutoModelForCausalLM")
+    dense: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config.whole_config)]
+    text_config = config.get_text_config()
+    sites = {path.removeprefix("model."): spec for path, spec in config.ffn_sites.items()}
+    activation = config.ffn_activation or activation_name(text_config)
+
+    class Converted(_Switches, dense):
+        _keep_in_fp32_modules_strict = [*(dense._keep_in_fp32_modules_strict or []), *_IN_FP32]  # noqa: RUF012
+
+        def __init__(self, whole_config: PreTrainedConfig) -> None:
+            dense.__init__(self, whole_config)
+            swap_ffns(self.get_decoder(), sites, config.ffn_bypass, text_config.hidden_size, activation)
+            self.exact_prefill(config.exact_prefill)
+            self.post_init()
+
+        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+            """See transformers. config.json is that of the conversion, by which the folder is loaded."""
+            super().save_pretrained(save_directory, *args, **kwargs)
+            config.dtype = self.dtype
+            config.save_pretrained(save_directory)
+
+    # transformers finds by name and module how old files of this class spell their tensors.
+    Converted.__name__, Converted.__qualname__ = dense.__name__, dense.__qualname__
+    Converted.__module__ = dense.__module__
+    return Converted

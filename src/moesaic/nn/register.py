@@ -12,16 +12,18 @@ import sys
 
 
 def register() -> None:
-    """Register with ``AutoConfig`` and ``AutoModelForCausalLM``. Imports transformers; may be called again."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Register with the Auto classes. Imports transformers; may be called again."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    from moesaic.nn.modeling_moesaic import MoesaicConfig, MoesaicForCausalLM
+    from moesaic.nn.modeling_moesaic import MoesaicConfig, MoesaicForCausalLM, MoesaicForImageTextToText
 
     AutoConfig.register(MoesaicConfig.model_type, MoesaicConfig, exist_ok=True)
     AutoModelForCausalLM.register(MoesaicConfig, MoesaicForCausalLM, exist_ok=True)
+    AutoModelForImageTextToText.register(MoesaicConfig, MoesaicForImageTextToText, exist_ok=True)
     # So that save_pretrained copies the modelling files into the folder and names them in config.json.
     MoesaicConfig.register_for_auto_class()
     MoesaicForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    MoesaicForImageTextToText.register_for_auto_class("AutoModelForImageTextToText")
 
 
 def register_if_imported() -> None:

@@ -61,16 +61,16 @@ class Backbone:
 
 
 def no_backbone(anatomy: Anatomy) -> str | None:
-    """Why no stock MoE architecture has this family's backbone or FFN, or None."""
+    """Why no stock target has this family's backbone or FFN, or None."""
     family, model_type = anatomy.family, anatomy.family.model_type
     if family.moe is not None:
         return f"{model_type} is a MoE whose experts were split: stock architectures have no experts inside experts"
     if not anatomy.gated:
         return f"the FFNs of {model_type} have no gate path: experts of stock architectures are gated"
     if family.beyond_stock is not None:
-        return f"no stock MoE architecture has {family.beyond_stock} as {model_type} has"
+        return f"no stock target has {family.beyond_stock} as {model_type} has"
     if family.attention is None:
-        return f"no stock MoE architecture is known to have the attention and norms of {model_type}"
+        return f"no stock target is known to have the attention and norms of {model_type}"
     if anatomy.activation not in ("silu", "swish"):
         return f"activation {anatomy.activation}: engines compute the experts of stock architectures with SiLU"
     return None

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from moesaic.anatomy.base import Anatomy
+from moesaic.anatomy.wrappers import Whole
 from moesaic.blueprint.shape import FFNShape
 from moesaic.targets.limits import Limits
 
@@ -67,6 +68,7 @@ class Split:
         specs: What the runtime must know of each (``materialise.site_spec``); only the ``moesaic`` target reads them.
         attention: Every pruned attention's plan, by module path; only the ``moesaic`` target can hold them.
         expected: Before anything is decided, what each converted FFN will be.
+        whole: The multimodal model that the dense one stays in; only the ``moesaic`` target can hold it.
     """
 
     anatomy: Anatomy
@@ -74,6 +76,7 @@ class Split:
     specs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
     expected: Mapping[str, FFNShape] = field(default_factory=dict)
+    whole: Whole | None = None
 
     @cached_property
     def shapes(self) -> Mapping[str, FFNShape]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic.anatomy.base import FFNSite
 from moesaic.blueprint.shape import FFNShape
 from moesaic.targets.base import Packed, Split, Target, TargetOptions
-from moesaic.targets.reasons import attention_reasons
+from moesaic.targets.reasons import own_reasons
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ class Dense(Target):
         """See :class:`Target`."""
         if split.anatomy.family.moe is not None:
             return ["the experts of a MoE were split: they differ in width, which its own architecture cannot hold"]
-        found = attention_reasons(split)
+        found = own_reasons(split)
         routed = [path for path, shape in split.shapes.items() if shape.router != "static"]
         if routed:
             found.append(

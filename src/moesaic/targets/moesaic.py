@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesaic.anatomy.attention import pruning_reasons
+from moesaic.anatomy.wrappers import WHOLE_CONFIG
 from moesaic.blueprint.shape import FFNShape
 from moesaic.targets.base import Packed, Split, Target, TargetOptions
 
@@ -33,6 +34,8 @@ class Moesaic(Target):
 
     def split_reasons(self, split: Split) -> list[str]:
         """See :class:`Target`."""
+        if split.whole is not None and split.attention:
+            return [f"the attention is pruned, which it cannot be inside a {split.whole.model_type} model"]
         return pruning_reasons(split.anatomy, split.attention)[:1]
 
     def stored(self, shape: FFNShape, split: Split, options: TargetOptions) -> tuple[int, int]:
@@ -43,14 +46,15 @@ class Moesaic(Target):
         """See :class:`Target`. The dense config stands verbatim in ``text_config``."""
         dense = split.anatomy.config
         attention = {path: plan.spec() for path, plan in split.attention.items()}
+        auto, kind = ("AutoModelForCausalLM", "MoesaicForCausalLM")
+        if split.whole is not None:
+            auto, kind = ("AutoModelForImageTextToText", "MoesaicForImageTextToText")
         return {
-            "architectures": ["MoesaicForCausalLM"],
+            "architectures": [kind],
             "model_type": "moesaic",
-            "auto_map": {
-                "AutoConfig": "modeling_moesaic.MoesaicConfig",
-                "AutoModelForCausalLM": "modeling_moesaic.MoesaicForCausalLM",
-            },
+            "auto_map": {"AutoConfig": "modeling_moesaic.MoesaicConfig", auto: f"modeling_moesaic.{kind}"},
             "text_config": dict(dense),
+            **({} if split.whole is None else {WHOLE_CONFIG: dict(split.whole.config)}),
             "ffn_sites": {path: dict(spec) for path, spec in split.specs.items()},
             "ffn_bypass": list(split.anatomy.family.bypass),
             **({"attention_sites": attention} if attention else {}),

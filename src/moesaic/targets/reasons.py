@@ -29,7 +29,7 @@ def layer_reasons(split: Split, limits: Limits) -> list[str]:
     """What of the split FFNs and pruned attentions does not fit; [] if all does, or nothing is decided yet."""
     if no_backbone(split.anatomy):  # that is reason enough
         return []
-    reasons = attention_reasons(split)
+    reasons = own_reasons(split)
     if split.shapes:
         reasons += _layer_reasons(split, limits)
         shapes = {path: shape for path, shape in split.shapes.items() if shape.experts}
@@ -39,8 +39,10 @@ def layer_reasons(split: Split, limits: Limits) -> list[str]:
     return reasons
 
 
-def attention_reasons(split: Split) -> list[str]:
-    """Why no stock architecture holds the plans for attention; [] if there are none."""
+def own_reasons(split: Split) -> list[str]:
+    """Why only target moesaic holds what is planned beside the FFNs; [] if nothing is."""
+    if split.whole is not None and not split.whole.takes_stock:
+        return [f"the text model stays in its {split.whole.model_type}: only target moesaic holds that"]
     if not split.attention:
         return []
     more = f" and {len(split.attention) - 1} more" if len(split.attention) > 1 else ""

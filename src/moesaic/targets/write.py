@@ -11,11 +11,12 @@ from torch import Tensor
 
 import moesaic
 from moesaic.anatomy.base import Anatomy, FFNSite
+from moesaic.anatomy.wrappers import WHOLE_CONFIG, Whole
 from moesaic.blueprint.attention import AttentionPlan
 from moesaic.blueprint.layer import LayerPlan
 from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.ffn import ffn_tensor_names, load_ffn
-from moesaic.checkpoint.head import with_true_tie
+from moesaic.checkpoint.head import FLAG, with_true_tie
 from moesaic.checkpoint.origin import read_origin
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.materialise.pack import pack
@@ -29,6 +30,8 @@ PackedFFNs = dict[str, dict[str, Tensor]]
 """Per converted FFN, by module path: its tensors as ``materialise.pack`` makes them."""
 REST = "rest"
 """Name of the step that writes what stands outside the decoder layers."""
+BESIDE = "beside"
+"""Name of the step that writes what stands beside the text model, of a conversion in place."""
 
 
 def step_of(layer: int) -> str:
@@ -47,20 +50,31 @@ class Source(Protocol):
         """The tensors outside the decoder layers."""
         ...
 
+    def beside(self) -> Copied:
+        """The tensors beside the text model, under their names in the multimodal model that it stays in."""
+        ...
+
 
 def write_model(
     source: Source, split: Split, target: Target, options: TargetOptions, staged: StagedOutput, progress: Progress
 ) -> None:
     """Write every tensor that the staging folder does not have yet, layer by layer."""
-    layers = split.anatomy.num_layers
+    layers, whole = split.anatomy.num_layers, split.whole
+
+    def write(step: str, tensors: Mapping[str, Tensor]) -> None:
+        names = tensors if whole is None else {whole.spelt(name): tensor for name, tensor in tensors.items()}
+        staged.write_shard(step, names)
+
     progress.start(f"{target.name}: writing", layers)
     for layer in range(layers):
         if not staged.done(step_of(layer)):
             copied, packed = source.layer(layer)
-            staged.write_shard(step_of(layer), target.layer_tensors(split, layer, copied, packed, options))
+            write(step_of(layer), target.layer_tensors(split, layer, copied, packed, options))
         progress.advance(f"layer {layer}")
     if not staged.done(REST):
-        staged.write_shard(REST, target.rest_tensors(split, source.rest()))
+        write(REST, target.rest_tensors(split, source.rest()))
+    if whole is not None and whole.carried and not staged.done(BESIDE):
+        staged.write_shard(BESIDE, source.beside())
 
 
 class DenseSource:
@@ -89,6 +103,10 @@ class DenseSource:
         return {
             out: self._checkpoint.finite_tensor(name) for name, out in self._names.items() if not out.startswith(layers)
         }
+
+    def beside(self) -> Copied:
+        """See :class:`Source`."""
+        return self._checkpoint.beside()
 
 
 class ConvertedSource:
@@ -121,6 +139,10 @@ class ConvertedSource:
         layers = layer_prefixes(self._split.anatomy)
         names = [name for name in self._checkpoint.names if not name.startswith(layers)]
         return {name: self._checkpoint.finite_tensor(name) for name in names}
+
+    def beside(self) -> Copied:
+        """See :class:`Source`."""
+        return self._checkpoint.beside()
 
 
 def layer_prefixes(anatomy: Anatomy) -> tuple[str, ...]:
@@ -159,19 +181,31 @@ def read_split(
     return Split(anatomy, plans, specs, attention)
 
 
-def provenance_of(checkpoint: Checkpoint, blueprint: Blueprint, made: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json's block ``moesaic`` for what is made from a dense model. ``made``: calibration, router, target."""
-    inside = {"model_type": checkpoint.wrapper, "left_out": list(checkpoint.left_out)}
+def provenance_of(
+    checkpoint: Checkpoint, blueprint: Blueprint, made: Mapping[str, Any], whole: Whole | None = None
+) -> dict[str, Any]:
+    """config.json's block ``moesaic`` for what is made from a dense model.
+
+    ``made``: calibration, router, target. ``whole``: the multimodal model that it stays in.
+    """
     return {
         "version": moesaic.__version__,
         **read_origin(checkpoint.folder, checkpoint.config).to_dict(),
-        **({} if checkpoint.wrapper is None else {"wrapper": inside}),
+        **wrapper_of_text(checkpoint, whole),
         "method": blueprint.method,
         "config": blueprint.config,
         "source": checkpoint.fingerprint(),
         "blueprint": blueprint.digest(),
         **made,
     }
+
+
+def wrapper_of_text(checkpoint: Checkpoint, whole: Whole | None = None) -> dict[str, Any]:
+    """For that block: the wrapper whose text model is read from ``checkpoint``, and what is left out of it."""
+    if checkpoint.wrapper is None:
+        return {}
+    left_out = checkpoint.left_out if whole is None else ()
+    return {"wrapper": {"model_type": checkpoint.wrapper, "left_out": list(left_out)}}
 
 
 def write_side_files(
@@ -184,13 +218,24 @@ def write_side_files(
     options: TargetOptions,
 ) -> None:
     """Write what stands beside the weights: tokenizer and licence of ``checkpoint``, blueprint, config.json."""
-    for path in checkpoint.side_files():
+    for path in checkpoint.side_files(whole=split.whole is not None):
         staged.copy_file(path, path.relative_to(checkpoint.folder).as_posix())
     for name, text in target.files().items():
         staged.write_text(name, text)
     blueprint.save(staged.folder)
-    config = with_true_tie(target.config_json(split, provenance, options), checkpoint)
+    config = target.config_json(split, provenance, options)
+    if split.whole is not None and WHOLE_CONFIG not in config:
+        config = _inside(config, split.whole.config)
+    config = with_true_tie(config, checkpoint)
     staged.write_text("config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _inside(config: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a multimodal model around the text model of a stock architecture, from its own and from that."""
+    of_text = {key: value for key, value in config.items() if key not in ("moesaic", "architectures")}
+    # Without the version that wrote the source: it would say that transformers has saved this folder.
+    around = {key: value for key, value in whole.items() if key != "transformers_version"}
+    return {**around, "text_config": of_text, FLAG: bool(config.get(FLAG)), "moesaic": config["moesaic"]}
 
 
 def _spec(checkpoint: Checkpoint, anatomy: Anatomy, site: FFNSite, plan: LayerPlan) -> dict[str, Any]:
