@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .moesaic_kernel import ACTIVATIONS, WEIGHTS
@@ -50,8 +50,10 @@ def usable(x_TD: Tensor, ffn: MoEFeedForward) -> bool:
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     if torch.is_grad_enabled() or tracing or torch.is_autocast_enabled(kind) or ffn.activation not in ACTIVATIONS:
         return False
-    weights = [layer.weight for layer in (ffn.gate_proj, ffn.up_proj, ffn.down_proj) if layer is not None]
-    return all(weight.dtype == x_TD.dtype and weight.device == x_TD.device for weight in weights)
+    own: list[Any] = [layer for layer in (ffn.gate_proj, ffn.up_proj, ffn.down_proj) if layer is not None]
+    if any(type(layer) is not nn.Linear and not hasattr(layer, "lora_A") for layer in own):  # parametrised, quantised
+        return False
+    return all((layer.weight.dtype, layer.weight.device) == (x_TD.dtype, x_TD.device) for layer in own)
 
 
 class TritonRows:

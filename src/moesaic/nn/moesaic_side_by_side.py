@@ -1,4 +1,4 @@
-"""The `moesaic` architecture: weights laid out by neurons, as kernels for few tokens read them (see `moesaic_path_rows.py`).
+"""The `moesaic` architecture: weights by neurons, as kernels for few tokens read them (see `moesaic_path_rows.py`).
 
 What a token reads of a neuron, its rows of gate and up and its column of down, then lies side by side in one tensor
 [P, 3, D] ([P, 2, D] without a gate). The parameters become views of that tensor: nothing is held twice, loading and

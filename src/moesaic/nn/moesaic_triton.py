@@ -49,11 +49,9 @@ def neuron(gate, up, gate_bias, up_bias, row, row_ok, ACTIVATION: tl.constexpr, 
         up += tl.load(up_bias + row, mask=row_ok, other=0.0).to(tl.float32)[None, :]
     if gate_bias is not None:
         gate += tl.load(gate_bias + row, mask=row_ok, other=0.0).to(tl.float32)[None, :]
-    if GATED:
-        h = activated(gate, ACTIVATION) * up
-    else:
-        h = activated(up, ACTIVATION)
-    return h
+    if not GATED:
+        return activated(up, ACTIVATION)
+    return activated(gate, ACTIVATION) * up
 
 
 @triton.jit
@@ -127,9 +125,7 @@ def rows_hidden(
             g_TP = tl.sum(g_PD, 1)[None, :]
         h_TP = neuron(g_TP, u_TP, gate_bias, up_bias, p_P, wanted_P, ACTIVATION, GATED)
         h_TP = tl.where(w_TP != 0, h_TP * w_TP, 0.0)
-    tl.store(
-        h + far_T[:, None] * neurons + p_P[None, :], h_TP, mask=(t_T < tokens)[:, None] & (p_P < neurons)[None, :]
-    )
+    tl.store(h + far_T[:, None] * neurons + p_P[None, :], h_TP, mask=(t_T < tokens)[:, None] & (p_P < neurons)[None, :])
 
 
 @triton.jit
