@@ -35,6 +35,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, as transformers may
+
 import torch
 import transformers
 from benchmarks.ffn import cpu_name
@@ -102,8 +105,6 @@ class Run:
 
 def main() -> None:
     args = _arguments()
-    if args.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"  # before a path asks for Triton
     torch.manual_seed(0)
     begin = time.monotonic()
     run = Run(torch.device("cpu" if args.dry_run else args.device), args.dry_run, begin + 60 * args.minutes)

@@ -22,7 +22,8 @@ needs_triton = pytest.mark.skipif(
 
 @needs_triton
 def test_the_kernels_compute_what_the_oracle_says(tmp_path: Path) -> None:
-    run_tests(HERE / "triton_interpreted.py", TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(tmp_path))
+    cache = str(tmp_path)
+    run_tests(HERE / "triton_interpreted.py", TRITON_INTERPRET="1", TRITON_CACHE_DIR=cache, HF_MODULES_CACHE=cache)
 
 
 @needs_triton

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from moesaic.materialise.apply import build_ffn
 from moesaic.nn.moesaic_ffn import MoEFeedForward, use_path
@@ -19,7 +19,6 @@ from moesaic.nn.moesaic_path_triton import grouped, rows
 from moesaic.nn.moesaic_paths import choose
 from moesaic.nn.moesaic_side_by_side import lay, lies
 from moesaic.nn.moesaic_union import UnionFeedForward
-from moesaic.nn.register import register
 from tests.ffns import random_inputs, relative_error
 from tests.nn.folders import convert_by_hand
 from tests.nn.test_paths import CASES, expected
@@ -136,10 +135,13 @@ def test_they_run_only_when_asked_for_and_not_where_they_cannot() -> None:
     assert not lies(ffn)
 
 
-def test_a_whole_model_generates_by_them(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    register()
+def test_a_whole_model_generates_by_them_from_the_files_in_its_folder(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder = convert_by_hand("llama", tiny("llama"), tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    CONFIG_MAPPING._extra_content.pop("moesaic", None)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules.")
     ids = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(0))
     options = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     with model.use_path("masked"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -97,8 +98,6 @@ def rows(ffn: Any, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor | None) -> Te
     Raises:
         ValueError: sizes that the FFN does not have.
     """
-    from . import moesaic_triton as kernels
-
     matrices = ffn.matrices()
     x_TD, idx_TK, weight_TK, member_EU = _checked(ffn, matrices, x_TD, idx_TK, weight_TK)
     (tokens, d_model), neurons, gate = x_TD.shape, ffn.neurons, matrices.gate_PD
@@ -111,6 +110,7 @@ def rows(ffn: Any, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor | None) -> Te
     each = -(-each // SUM_ROWS) * SUM_ROWS
     y_STD = torch.empty(-(-neurons // each), tokens, d_model, dtype=torch.float32, device=x_TD.device)
     blocks = -(-tokens // block)
+    kernels = _kernels()
     with _on(x_TD.device):
         kernels.rows_hidden[-(-neurons // FEW_ROWS), blocks](
             *(x_TD, gate, matrices.up_PD, matrices.gate_bias_P, matrices.up_bias_P),
@@ -133,8 +133,6 @@ def rows(ffn: Any, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor | None) -> Te
 
 def grouped(ffn: Any, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
     """As :func:`rows`; the shared neurons are torch's."""
-    from . import moesaic_triton as kernels
-
     matrices = ffn.matrices()
     x_TD, idx_TK, weight_TK, member_EU = _checked(ffn, matrices, x_TD, idx_TK, weight_TK)
     places_R, place_of_E, widest = (None, None, ffn.width) if member_EU is None else _places(ffn)
@@ -145,6 +143,7 @@ def grouped(ffn: Any, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor | None) ->
     h_NM = x_TD.new_empty(pairs, widest)
     y_ND = x_TD.new_zeros(pairs, d_model)  # what a pair of no expert adds
     union, indices = member_EU is not None, (*tiles, places_R, place_of_E)
+    kernels = _kernels()
     with _on(x_TD.device):
         kernels.grouped_hidden[len(tiles.expert), -(-widest // MANY_ROWS)](
             *(x_TD, gate, matrices.up_PD, matrices.gate_bias_P, matrices.up_bias_P, order_N, weight_TK, h_NM, *indices),
@@ -216,6 +215,11 @@ def _checked(
         None if weight_TK is None else weight_TK.contiguous(),
         None if member_EU is None else member_EU.contiguous().view(torch.uint8),
     )
+
+
+def _kernels() -> Any:
+    """The file of the kernels, which imports Triton."""
+    return import_module(".moesaic_triton", __package__)
 
 
 def _power(number: int) -> int:
