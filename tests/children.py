@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+SECONDS = 560  # on a busy machine; mark such tests `timeout(600)`
 ROOT = Path(__file__).parents[1]
 
 
@@ -20,7 +21,7 @@ def run_tests(file: Path, **environment: str) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=SECONDS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SKIPPED" not in done.stdout, done.stdout

@@ -21,12 +21,14 @@ needs_triton = pytest.mark.skipif(
 
 
 @needs_triton
+@pytest.mark.timeout(600)
 def test_the_kernels_compute_what_the_oracle_says(tmp_path: Path) -> None:
     cache = str(tmp_path)
     run_tests(HERE / "triton_interpreted.py", TRITON_INTERPRET="1", TRITON_CACHE_DIR=cache, HF_MODULES_CACHE=cache)
 
 
 @needs_triton
+@pytest.mark.timeout(600)
 def test_the_kernels_compile_for_gpus_of_two_makers(tmp_path: Path) -> None:
     run_tests(HERE / "triton_compiled.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
 
