@@ -34,11 +34,19 @@ def ffn_of(
     gated: bool = True,
     biases: bool = False,
     activation: str = "silu",
+    unit: int = 10,
 ) -> MoEFeedForward:
-    """6 of 60 + 6 x 100 neurons, enough for two threads; random weights of outputs near 1."""
+    """6 + 6 x 10 units of ten neurons, enough for two threads; random weights of outputs near 1."""
     torch.manual_seed(0)
     spec = {
-        **{"neurons": 660, "shared": 60, "experts": 6, "expert_width": 100, "top_k": 2, "router": "linear"},
+        **{
+            "neurons": 66 * unit,
+            "shared": 6 * unit,
+            "experts": 6,
+            "expert_width": 10 * unit,
+            "top_k": 2,
+            "router": "linear",
+        },
         **{"router_tensors": ["weight"], "normalise_input": False, "gate": "sigmoid", "selection_bias": False},
         **{"gated": gated, "gate_bias": gated and biases, "up_bias": biases, "down_bias": biases, "union": union},
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig
@@ -28,12 +28,16 @@ from .moesaic_path_neurons import NeuronsMasked  # noqa: F401
 from .moesaic_path_packed import Masked  # noqa: F401
 from .moesaic_path_rows import Rows  # noqa: F401
 from .moesaic_path_sorted import Sorted  # noqa: F401
+from .moesaic_path_triton import TritonRows  # noqa: F401
 from .moesaic_path_union import UnionMasked  # noqa: F401
 from .moesaic_paths import PATHS  # noqa: F401
 from .moesaic_routing import Router  # noqa: F401
 from .moesaic_side_by_side import lay  # noqa: F401
 from .moesaic_slices import Matrices  # noqa: F401
 from .moesaic_union import build_feed_forward
+
+if TYPE_CHECKING:  # named, so that it is copied; imported where a GPU computes, as it needs Triton
+    from .moesaic_triton import rows_hidden  # noqa: F401
 
 
 class MoesaicConfig(PreTrainedConfig):

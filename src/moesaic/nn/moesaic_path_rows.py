@@ -43,7 +43,7 @@ class Rows:
             return False
         if torch.is_autocast_enabled("cpu") or ffn.activation not in ACTIVATIONS:
             return False
-        return can_lie(ffn, x_TD.dtype) and kernel(x_TD.dtype) is not None
+        return can_lie(ffn, x_TD.dtype, x_TD.device) and kernel(x_TD.dtype) is not None
 
     def run(self, ffn: Any, x_TD: Tensor) -> Tensor:
         idx_TK, weight_TK = ffn.choice(x_TD) if ffn.routed else (None, None)

@@ -18,6 +18,7 @@ from .moesaic_path_neurons import NeuronsEvery, NeuronsMasked
 from .moesaic_path_packed import Every, Masked
 from .moesaic_path_rows import Rows
 from .moesaic_path_sorted import Sorted
+from .moesaic_path_triton import TritonGrouped, TritonRows
 from .moesaic_path_union import UnionEvery, UnionMasked
 
 if TYPE_CHECKING:
@@ -99,11 +100,16 @@ PATHS: tuple[Row, ...] = (
     Row(UnionEvery(), {ANY: (0, None)}),
     Row(NeuronsMasked(), {ANY: (0, None)}),
     Row(NeuronsEvery(), {ANY: (0, None)}),
+    # No GPU was at hand to measure them.
+    Row(TritonRows("packed"), {}),
+    Row(TritonRows("union"), {}),
+    Row(TritonGrouped("packed"), {}),
+    Row(TritonGrouped("union"), {}),
 )
 
 
-PORTABLE = tuple(row for row in PATHS if not isinstance(row.path, Rows))
-"""Those of torch alone: what is decided with them does not depend on whether there is a compiler."""
+PORTABLE = tuple(row for row in PATHS if not isinstance(row.path, Rows | TritonRows | TritonGrouped))
+"""Those of torch alone: what is decided with them does not depend on whether there is a compiler or a GPU."""
 
 
 def choose(x_TD: Tensor, ffn: MoEFeedForward) -> Path:

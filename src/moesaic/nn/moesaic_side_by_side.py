@@ -1,4 +1,4 @@
-"""The `moesaic` architecture: weights laid out by neurons, as the CPU kernel reads them (see `moesaic_path_rows.py`).
+"""The `moesaic` architecture: weights by neurons, as kernels for few tokens read them (see `moesaic_path_rows.py`).
 
 What a token reads of a neuron, its rows of gate and up and its column of down, then lies side by side in one tensor
 [P, 3, D] ([P, 2, D] without a gate). The parameters become views of that tensor: nothing is held twice, loading and
@@ -28,8 +28,8 @@ def layers(ffn: MoEFeedForward) -> list[nn.Linear]:
     return [layer for layer in (ffn.gate_proj, ffn.up_proj, ffn.down_proj) if layer is not None]
 
 
-def can_lie(ffn: MoEFeedForward, dtype: torch.dtype) -> bool:
-    """Whether its weights are its own, plain and in memory: not wrapped, quantised, offloaded or shared."""
+def can_lie(ffn: MoEFeedForward, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether its weights are its own, plain and on the device: not wrapped, quantised, offloaded or shared."""
     own = layers(ffn)
     if any(type(layer) is not nn.Linear or "_hf_hook" in layer.__dict__ for layer in own):
         return False
@@ -39,11 +39,11 @@ def can_lie(ffn: MoEFeedForward, dtype: torch.dtype) -> bool:
     if down_DP.shape != shape[::-1] or any(weight.shape != shape for weight in weights):
         return False
     tensors = [*weights, down_DP, *(layer.bias for layer in rows if layer.bias is not None)]
-    if any(tensor.dtype != dtype or not tensor.is_cpu or type(tensor) is not nn.Parameter for tensor in tensors):
+    if any(type(tensor) is not nn.Parameter or (tensor.dtype, tensor.device) != (dtype, device) for tensor in tensors):
         return False
     if any(tensor.is_inference() for tensor in tensors):  # made for one pass, as in a calibration: laying would not pay
         return False
-    return lies(ffn) or not any(tensor.is_shared() for tensor in tensors)
+    return lies(ffn) or not any(tensor.is_cpu and tensor.is_shared() for tensor in tensors)  # on GPUs all say so
 
 
 def lies(ffn: MoEFeedForward) -> bool:
@@ -60,8 +60,8 @@ def lay(ffn: MoEFeedForward) -> None:
     with _LOCK, torch.inference_mode(False), torch.no_grad():
         own = layers(ffn)
         up = ffn.up_proj.weight
-        side_PND = torch.empty(ffn.neurons, len(own), up.shape[1], dtype=up.dtype)
-        if (library := kernel(up.dtype)) is not None:
+        side_PND = torch.empty(ffn.neurons, len(own), up.shape[1], dtype=up.dtype, device=up.device)
+        if up.is_cpu and (library := kernel(up.dtype)) is not None:
             library.moesaic_large_pages(side_PND.data_ptr(), side_PND.nbytes)
         for place, layer in enumerate(own):
             rows_PD = side_PND[:, place]
