@@ -28,7 +28,7 @@ from moesaic.anatomy import read_anatomy
 from moesaic.calibration.config import CalibrationConfig, check_sources
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.cli.console import fail, quiet_libraries, say
-from moesaic.durable import append_line
+from moesaic.durable import append_line, replace_text
 from moesaic.errors import InputError, MoesaicError
 from moesaic.options import build
 
@@ -55,6 +55,7 @@ def _main(arguments: argparse.Namespace) -> None:
         if not protocol.exists():
             raise InputError(f"{arguments.work} holds no measured rows", "measure first: leave out --page")
         about = json.loads(protocol.read_text(encoding="utf-8")) | {"machine": machine()}
+        about["model"] = arguments.name or about["model"]
         say(str(write_page(about, records(file), arguments.model, arguments.results)))
         return
     rows = [BY_KEY[key] for key in arguments.rows or BY_KEY]
@@ -64,7 +65,7 @@ def _main(arguments: argparse.Namespace) -> None:
     calibration |= {"compute_dtype": arguments.dtype}
     config = build(CalibrationConfig, calibration, "calibration")
     check_sources(config)
-    _check_work(arguments.work, arguments.model.name, config)
+    protocol = _protocol(arguments.work, arguments.name or arguments.model.name, config)
     setting = Setting(arguments.window, _windows(arguments), arguments.noise)
     done = {key_of(record) for record in records(file)}
     missing = {
@@ -74,20 +75,20 @@ def _main(arguments: argparse.Namespace) -> None:
     if wanted:
         torch.set_num_threads(arguments.threads)
         quiet_libraries()
-        _measure(arguments, config, setting, [(row, missing[row.key]) for row in wanted], file)
+        bench = Bench(arguments.model, config, setting.noise)
+        for text in arguments.texts:
+            if shared := shared_runs(bench.calibration_ids(), bench.windows(text, setting)):
+                raise InputError(
+                    f"{text} is evaluated and calibrated on: {shared} runs of tokens", "give other --calib"
+                )
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        replace_text(arguments.work / "protocol.json", f"{json.dumps(protocol)}\n")
+        replace_text(file, "".join(f"{json.dumps(record)}\n" for record in records(file)))
+        _measure(bench, setting, [(row, missing[row.key]) for row in wanted], file)
 
 
-def _measure(
-    arguments: argparse.Namespace,
-    config: CalibrationConfig,
-    setting: Setting,
-    wanted: Sequence[tuple[Row, Sequence[str]]],
-    file: Path,
-) -> None:
-    bench = Bench(arguments.model, config, setting.noise)
-    for text in arguments.texts:
-        if shared := shared_runs(bench.calibration_ids(), bench.windows(text, setting)):
-            raise InputError(f"{text} is evaluated and calibrated on: {shared} runs of tokens", "give other --calib")
+def _measure(bench: Bench, setting: Setting, wanted: Sequence[tuple[Row, Sequence[str]]], file: Path) -> None:
+    """Append a line for each row and text to ``file``."""
     for number, (row, texts) in enumerate(wanted, start=1):
         for record in bench.measure(row, setting, texts):
             append_line(file, json.dumps(record))
@@ -96,9 +97,9 @@ def _measure(
 
 
 def records(file: Path) -> list[dict[str, Any]]:
-    """All lines of the file, none where there is none; a line that a crash cut short is left out."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """All lines of the file, none where there is none; a last line that a crash cut short is left out."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def key_of(record: dict[str, Any]) -> tuple[str, str, int, int, bool]:
@@ -117,8 +118,8 @@ def _windows(arguments: argparse.Namespace) -> dict[str, int]:
     return {text: max(2, arguments.windows // parts.get(text, 4)) for text in TEXTS}
 
 
-def _check_work(work: Path, model: str, config: CalibrationConfig) -> None:
-    """Note what all rows of the folder share. Raises InputError if others were measured otherwise."""
+def _protocol(work: Path, model: str, config: CalibrationConfig) -> dict[str, Any]:
+    """What all rows of the folder share. Raises InputError if others there were measured otherwise."""
     sources = [f"{Path(source.name).name}={source.weight:g}" for source in config.expanded()]
     asked = {"model": model, "calibration": {"sources": sources, "tokens": config.tokens, "seed": config.seed}}
     asked |= {"dtype": config.compute_dtype}
@@ -126,8 +127,7 @@ def _check_work(work: Path, model: str, config: CalibrationConfig) -> None:
     if file.exists() and (kept := json.loads(file.read_text(encoding="utf-8"))) != asked:
         differs = next(key for key in asked if kept.get(key) != asked[key])
         raise InputError(f"{work} holds rows of another {differs}: {kept.get(differs)}", "give another WORK")
-    work.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    return asked
 
 
 def machine() -> str:
@@ -142,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", type=Path, help="folder of the dense model")
     parser.add_argument("work", type=Path, help="folder of the measured rows")
+    parser.add_argument("--name", help="of the model on the page; default its folder's")
     parser.add_argument("--rows", nargs="+", choices=list(BY_KEY), metavar="ROW", help="see --list; default all")
     parser.add_argument("--texts", nargs="+", choices=list(TEXTS), default=list(TEXTS))
     parser.add_argument("--window", type=int, default=1024, help="tokens per window")

@@ -38,11 +38,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Used:
-    """Shares that the tokens of a text used: of the FFN's inputs, of its neurons, of neurons that a router scored."""
+    """Shares that the tokens of a text used: of the FFN's inputs, and of its neurons."""
 
     inputs: float = 1.0
     neurons: float = 1.0
-    scored: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,8 @@ def cats(shape: Shape, used: Used) -> Cost:
 
 def low_bit(shape: Shape, used: Used, bits: int, group: int) -> Cost:
     """Gate and up in a few bits as the router, then the chosen neurons in bf16."""
-    router = shape.inner * weight_bytes(bits, group, symmetric=False) * used.scored
-    return Cost(router + shape.norm + used.neurons, shape.inner * used.scored + used.neurons)
+    router = shape.inner * weight_bytes(bits, group, symmetric=False)
+    return Cost(router + shape.norm + used.neurons, shape.inner + used.neurons)
 
 
 def nested(shape: Shape, used: Used, group: int) -> Cost:
@@ -92,13 +91,6 @@ def nested(shape: Shape, used: Used, group: int) -> Cost:
     always = shape.inner * (nibble + scale) + shape.norm
     chosen = shape.inner * nibble + shape.outer * (2 * nibble + scale)
     return Cost(always + chosen * used.neurons, shape.inner + used.neurons)
-
-
-def low_rank(shape: Shape, rank: int) -> Cost:
-    """A first stage of two bf16 factors in the place of gate and up: what it adds."""
-    matrices = 2 if shape.gated else 1
-    share = rank * (shape.d_model + matrices * shape.d_ff) / ((matrices + 1) * shape.d_model * shape.d_ff)
-    return Cost(share, share)
 
 
 def with_router(used: Used, parameters: float) -> Cost:

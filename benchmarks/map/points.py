@@ -85,7 +85,7 @@ def measured(records: Sequence[Mapping[str, Any]], shape: Shape) -> list[Point]:
         dense = lines.get(("dense", setting, windows))
         if dense is None or key not in BY_KEY:
             continue
-        row, used = BY_KEY[key], Used(**record["used"])
+        row, used = BY_KEY[key], Used(record["used"]["inputs"], record["used"]["neurons"])
         ratio = compare(perplexity_of(record), perplexity_of(dense))
         price = row.reference.cost(shape, used)
         points.append(Point(key, row.label, row.group, setting, windows, ratio, used.neurons, price))

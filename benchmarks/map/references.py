@@ -40,10 +40,10 @@ class Tally:
         self.inputs += tokens * inputs
         self.neurons += tokens * neurons
 
-    def used(self, scored: float = 1.0) -> Used:
+    def used(self) -> Used:
         """The mean shares; nothing seen is nothing used."""
         tokens = max(1, self.tokens)
-        return Used(self.inputs / tokens, self.neurons / tokens, scored)
+        return Used(self.inputs / tokens, self.neurons / tokens)
 
 
 @dataclass
