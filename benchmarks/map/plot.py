@@ -44,7 +44,9 @@ def draw(points: Sequence[Point], title: str, out: Path) -> Path:
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
-    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(
+        list(named.values()), list(named), loc="outside lower center", ncols=2 * len(axes), fontsize=8, frameon=False
+    )
     figure.suptitle(f"{title}: left and low is good; above {_TICKS[-1]:g} times dense nothing is drawn")
     figure.savefig(out, dpi=110, metadata={"Software": None})
     return out
@@ -56,20 +58,26 @@ def _panel(axis: Any, panel: Setting, series: Sequence[Sequence[Point]], colours
         points = sorted((p for p in unordered if p.setting == panel), key=lambda point: point.cost.bytes)
         if not points:
             continue
-        style = {"color": colours[points[0].series], "linewidth": 1.4, "markersize": 5, **_STYLES[points[0].group]}
+        style: dict[str, Any] = {
+            "color": colours[points[0].series],
+            "linewidth": 1.4,
+            "markersize": 5,
+            **_STYLES[points[0].group],
+        }
         ratios = [point.ratio for point in points]
         ys = [ratio.ratio for ratio in ratios]
         bars = [
             [ratio.ratio - (ratio.ratio if ratio.low is None else ratio.low) for ratio in ratios],
             [(ratio.ratio if ratio.high is None else ratio.high) - ratio.ratio for ratio in ratios],
         ]
-        label = points[0].label.rpartition(",")[0] if "@" in points[0].row else points[0].label
+        single = "@" not in points[0].row
+        label = "weight-only quantisation" if single else points[0].label.rpartition(",")[0]
         axis.errorbar([p.cost.bytes for p in points], ys, yerr=bars, elinewidth=0.7, capsize=2, label=label, **style)
-        if "@" not in points[0].row:
+        if single:
             axis.annotate(
                 points[0].row, (points[0].cost.bytes, ys[0]), fontsize=7, xytext=(3, 3), textcoords="offset points"
             )
-    axis.set_xlim(0.1, 1.2)
+    axis.set_xlim(0.1, 1.05)
     axis.set_yscale("log")
     axis.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
     axis.minorticks_off()

@@ -129,10 +129,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class WeightOnly(Reference):
-    """Weights rounded to nearest in groups along each matrix's input: symmetric int8, or asymmetric with fewer bits."""
+    """Weights rounded in groups along each matrix's input: symmetric int8, or asymmetric with fewer bits.
+
+    ``squares``: not between the smallest and the largest weight of a group, but on the grid of least squared error.
+    """
 
     bits: int = 8
     group: int = INT8_GROUP
+    squares: bool = False
 
     def fit(self, weights: FFNWeights, x_TD: Tensor) -> ReferenceFFN:
         """All neurons, rounded weights."""
@@ -150,6 +154,8 @@ class WeightOnly(Reference):
     def _grid(self, w_RC: Tensor) -> grids.Grid:
         if self.bits == 8:
             return grids.symmetric(w_RC, self.group)
+        if self.squares:
+            return grids.least_squares(w_RC, self.bits, self.group)
         return grids.asymmetric(w_RC, self.bits, self.group)
 
 

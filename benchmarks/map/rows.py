@@ -45,8 +45,11 @@ def _at(
     ]
 
 
-def _four(group: int) -> Row:
-    return Row(f"q4-g{group}", f"4-bit weights, groups of {group}", "weights", WeightOnly(4, group))
+def _four(group: int, squares: bool = False) -> Row:
+    better, label = ("-squares", ", least squares") if squares else ("", "")
+    return Row(
+        f"q4-g{group}{better}", f"4-bit weights, groups of {group}{label}", "weights", WeightOnly(4, group, squares)
+    )
 
 
 _INT8 = WeightOnly(8, 64)
@@ -65,6 +68,7 @@ ROWS: tuple[Row, ...] = (
     *_at("25 35", "nested", _NESTED, "ours", Nested()),
     *_at("75", "teal", "TEAL", "activations", Teal()),
     *_at("75 50", "teal-int8", "TEAL on int8 weights", "activations", Teal(rounding=_INT8)),
+    _four(64, squares=True),
     _four(32),
     _four(128),
     *_at("50 25", "low3", "neuron experts, 3 bits", "ours", LowBit(bits=3)),
