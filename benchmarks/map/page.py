@@ -90,8 +90,8 @@ def _conditions(about: Mapping[str, Any], main: Sequence[Point]) -> list[str]:
         "refits know text like WikiText-2. C4, code and stories are text of other kinds.",
         "* **TEAL** has equal shares in all layers, for the FFN's input and for what its down projection reads. Its "
         "authors also share out between layers, which is not measured here.",
-        "* 4-bit weights are rounded to nearest, in one row on the grid of least squared error. Quantisers that look at "
-        "text (GPTQ, AWQ) do better and are not measured.",
+        "* 4-bit weights are rounded to nearest, in one row on the grid of least squared error. Quantisers that read "
+        "text (GPTQ, AWQ) do better and are not measured here.",
         "* If the weights come from a 4-bit file, they lie on a coarse grid. That flatters 4-bit weights and 4-bit "
         "routers. The rows with noise have one step of such a grid added.",
         f"* In {about['dtype']}; {about['machine']}. Made by `python -m benchmarks.map`.",
