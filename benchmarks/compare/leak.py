@@ -24,11 +24,16 @@ def refuse_leak(tokenizer: Any, protocol: Protocol) -> None:
     longest = max_positions(Checkpoint(Path(protocol.model)).config)
     calibration_NW = build_windows(config, tokenizer, longest).ids_NW
     for name, ids_NW in evaluated(tokenizer, protocol).items():
-        if shared := len(_runs(calibration_NW) & _runs(ids_NW)):
+        if shared := shared_runs(calibration_NW, ids_NW):
             raise InputError(
                 f"calibration text is evaluated on: {shared} runs of {RUN} tokens are in the windows of {name}",
                 "give other texts to --calib",
             )
+
+
+def shared_runs(one_NW: Tensor, other_NW: Tensor) -> int:
+    """How many different runs of 32 tokens are in both."""
+    return len(_runs(one_NW) & _runs(other_NW))
 
 
 def _runs(ids_NW: Tensor) -> set[tuple[int, ...]]:

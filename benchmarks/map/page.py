@@ -1,0 +1,201 @@
+"""The page of the map: one table of all rows, what it says, other settings, variants."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.map.cost import Shape
+from benchmarks.map.plot import draw
+from benchmarks.map.points import (
+    Point,
+    Setting,
+    beaten,
+    best_within,
+    measured,
+    perplexity_of,
+    published,
+    setting_of,
+)
+from benchmarks.map.rows import BY_KEY, GROUPS
+from benchmarks.rows import write_rows
+
+from moesaic.anatomy import read_anatomy
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.durable import replace_text
+from moesaic.evaluate.comparison import compare
+
+WINDOW = 1024
+"""Tokens per window of the main table and of the plot."""
+BYTES = (0.25, 0.3, 0.35, 0.45, 0.55, 0.75)
+NEURONS = (0.25, 0.35, 0.5, 0.75)
+_PUBLISHED = "from the same-budget comparison; the first layers are dense"
+_LARGEST = 10
+"""Ratios beyond it are shown without an interval."""
+
+
+def write_page(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]], model: Path, results: Path) -> Path:
+    """Write map_NAME.json, .md and .png, NAME being ``about["model"]``; returns the page."""
+    anatomy = read_anatomy(Checkpoint(model).config)
+    shape, name = Shape(anatomy.d_model, anatomy.d_ff, anatomy.gated), about["model"]
+    points = measured(records, shape)
+    main = [p for p in points if p.setting.window == WINDOW and not p.setting.noise]
+    comparison = results / f"compare_{name}.json"
+    if comparison.exists():
+        windows = {p.setting: p.windows for p in main}
+        parameters = sum(3 * site.d_ff if shape.gated else 2 * site.d_ff for site in anatomy.sites) * anatomy.d_model
+        main += published(json.loads(comparison.read_text(encoding="utf-8")), windows, parameters)
+    others = [p for p in points if p not in main]
+    page = results / f"map_{name}.md"
+    write_rows(
+        results / f"map_{name}.json",
+        {"about": dict(about), "points": [p.to_dict() for p in (*main, *others)], "lines": list(records)},
+    )
+    replace_text(page, markdown(about, main, others, records))
+    draw(main, name, results / f"map_{name}.png")
+    return page
+
+
+def markdown(
+    about: Mapping[str, Any], main: Sequence[Point], others: Sequence[Point], records: Sequence[Mapping[str, Any]]
+) -> str:
+    """The text of the page."""
+    name = about["model"]
+    lines = [f"# The map: {name}", "", *_conditions(about, main), "", f"![Perplexity over dense](map_{name}.png)", ""]
+    lines += ["## What it says", "", *_says(main), "", "## All rows", "", *_table(main), ""]
+    if others:
+        lines += ["## Other weights and windows", "", *_settings(main, others), ""]
+    variants = _variants(records)
+    if variants:
+        lines += ["## Variants", "", *variants, ""]
+    return "\n".join(lines)
+
+
+def _conditions(about: Mapping[str, Any], main: Sequence[Point]) -> list[str]:
+    windows = ", ".join(f"{s.text} {n}" for s, n in {p.setting: p.windows for p in main}.items())
+    calibration = about["calibration"]
+    return [
+        "Perplexity over dense against what one token reads in the FFNs. Nothing is trained. Every token is masked, so "
+        "the figures are those of decoding.",
+        "",
+        "* **Bytes** are relative to the FFN in bf16. Routers, scales and offsets count. Attention, embeddings and "
+        "head are the same for all rows and are left out.",
+        "* **MACs** are multiply-accumulates, at any precision, relative to the FFN. **Neurons** is the share that is "
+        "computed exactly. Formulas: `benchmarks/map/cost.py`.",
+        f"* Windows of {WINDOW} tokens: {windows}. Ratios are paired over windows and have their 95 % interval. Few "
+        "windows make wide intervals.",
+        f"* Thresholds and refits are made on {', '.join(calibration['sources'])} ({calibration['tokens']} tokens). So "
+        "refits know text like WikiText-2. C4, code and stories are text of other kinds.",
+        "* **TEAL** has equal shares in all layers, for the FFN's input and for what its down projection reads. Its "
+        "authors also share out between layers, which is not measured here.",
+        "* 4-bit weights are rounded to nearest, in one row on the grid of least squared error. Quantisers that read "
+        "text (GPTQ, AWQ) do better and are not measured here.",
+        "* If the weights come from a 4-bit file, they lie on a coarse grid. That flatters 4-bit weights and 4-bit "
+        "routers. The rows with noise have one step of such a grid added.",
+        f"* In {about['dtype']}; {about['machine']}. Made by `python -m benchmarks.map`.",
+    ]
+
+
+def _says(main: Sequence[Point]) -> list[str]:
+    lines: list[str] = []
+    texts = list(dict.fromkeys(p.setting for p in main))
+    for by, budgets, what in (("bytes", BYTES, "bytes per token"), ("neurons", NEURONS, "exact neurons")):
+        lines += [f"Lowest perplexity with at most so many {what}, among rows that can be built:", ""]
+        lines += [f"| at most | {' | '.join(s.text for s in texts)} |", "|---" * (len(texts) + 1) + "|"]
+        for budget in budgets:
+            cells = [_named(best_within([p for p in main if p.setting == s], budget + 5e-3, by)) for s in texts]
+            lines.append(f"| {budget:g} | {' | '.join(cells)} |")
+        lines.append("")
+    first = [p for p in main if p.setting == texts[0]] if texts else []
+    losing = beaten(first)
+    if losing:
+        lines += [f"Where ours loses ({texts[0].text}). The other row reads no more bytes and has no larger ratio:", ""]
+        lines += [f"* {_reads(mine)}. {_reads(other)}." for mine, other in losing]
+    winning = [p for p in first if p.ours and p.group != "variant" and p not in [mine for mine, _ in losing]]
+    if winning:
+        lines += ["", "No row of others reads as little and is as good as these:", ""]
+        lines += [f"* {_reads(p)}." for p in winning]
+    return lines
+
+
+def _named(point: Point | None) -> str:
+    return "none" if point is None else f"{point.label}: {point.ratio.ratio:.3f} (`{point.row}`)"
+
+
+def _reads(point: Point) -> str:
+    return f"{point.label} (`{point.row}`): {point.cost.bytes:.3f} of the bytes, {_ratio(point)}"
+
+
+def _ratio(point: Point) -> str:
+    return point.ratio.shown() if point.ratio.ratio < _LARGEST else f"{point.ratio.ratio:,.0f}"
+
+
+def _table(main: Sequence[Point]) -> list[str]:
+    texts = list(dict.fromkeys(p.setting for p in main))
+    head = ["row", "neurons", "bytes", "MACs", *(s.text for s in texts)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    titles: dict[str, str] = {**GROUPS, "published": _PUBLISHED}
+    for group, title in titles.items():
+        rows = dict.fromkeys(p.row for p in main if p.group == group)
+        if rows and group != "dense":
+            lines.append(f"| *{title}* |{' |' * (len(head) - 1)}")
+        for key in rows:
+            here = {p.setting: p for p in main if p.row == key}
+            one = next(iter(here.values()))
+            cells = [f"{one.label} (`{key}`)", f"{one.neurons:.1%}", f"{one.cost.bytes:.3f}", f"{one.cost.macs:.2f}"]
+            cells += [_cell(here.get(s), one) for s in texts]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(point: Point | None, first: Point) -> str:
+    """The ratio; and the bytes, where this text reads others than the row's first one."""
+    if point is None:
+        return ""
+    differs = abs(point.cost.bytes - first.cost.bytes) >= 5e-3
+    return _ratio(point) + (f", bytes {point.cost.bytes:.3f}" if differs else "")
+
+
+def _settings(main: Sequence[Point], others: Sequence[Point]) -> list[str]:
+    settings = list(dict.fromkeys(p.setting for p in others))
+    base = [Setting(text, WINDOW) for text in dict.fromkeys(s.text for s in settings)]
+    columns = [*base, *settings]
+    lines = [f"| row | {' | '.join(_title(s) for s in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for key in dict.fromkeys(p.row for p in others if p.group != "dense"):
+        here = {p.setting: p for p in (*main, *others) if p.row == key}
+        cells = [_ratio(here[s]) if s in here else "" for s in columns]
+        lines.append(f"| {BY_KEY[key].label} (`{key}`) | {' | '.join(cells)} |")
+    return lines
+
+
+def _title(setting: Setting) -> str:
+    return f"{setting.text}, {setting.window} tokens" + (", weights with noise" if setting.noise else "")
+
+
+def _variants(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each row that has a base beside it: its perplexity over that of the base, paired over windows."""
+    lines_of = {(r["row"], setting_of(r), r["windows"]): r for r in records}
+    texts = list(dict.fromkeys(setting_of(r) for r in records if r["window"] == WINDOW and not r["noise"]))
+    found = []
+    for row in BY_KEY.values():
+        cells = []
+        for setting in texts:
+            mine = [r for (key, s, _), r in lines_of.items() if (key, s) == (row.key, setting)]
+            pairs = [(r, lines_of.get((row.base or "", setting, r["windows"]))) for r in mine]
+            cells.append(
+                next((compare(perplexity_of(r), perplexity_of(b)).shown() for r, b in pairs if b is not None), "")
+            )
+        if any(cells):
+            found.append(f"| {row.label} (`{row.key}`) | `{row.base}` | {' | '.join(cells)} |")
+    if not found:
+        return []
+    head = f"| variant | beside | {' | '.join(s.text for s in texts)} |"
+    return [
+        "Perplexity over that of the row beside it; below 1 the variant is better.",
+        "",
+        head,
+        "|---" * (len(texts) + 2) + "|",
+        *found,
+    ]
