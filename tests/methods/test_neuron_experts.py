@@ -131,6 +131,7 @@ def test_the_share_that_a_text_uses_is_counted_and_perplexity_is_that_of_masked_
     assert used == pytest.approx(0.25, abs=0.01 if choice == "top_k" else 0.1)
     assert (used == found["active_ffn_planned"]) == (choice == "top_k")
     assert found["perplexity"]["model"]["value"] != found["perplexity"]["dense"]["value"]
+    assert "`exact_prefill=False` masks all tokens" in (out / "README.md").read_text()
     summary = found["fidelity"]["summary"]
     assert summary["overlap"] > 0.8
     assert summary["energy_router"] <= summary["energy_oracle"]
@@ -149,6 +150,20 @@ def test_another_budget_needs_text_for_thresholds_alone(tiny: Tiny, tmp_path: Pa
     assert again.results["conversion"]["target"] == "moesaic"
     assert [p.top_k for p in again.blueprint.sites.values()] == [p.top_k for p in fresh.blueprint.sites.values()]
     assert not Blueprint.load(fresh.output).diff(Blueprint.load(again.output))
+
+
+def test_layers_can_share_the_neurons_out_by_what_they_lose(tiny: Tiny, tmp_path: Path) -> None:
+    made = moesaic.convert(
+        tiny("llama"),
+        tmp_path / "out",
+        method="neuron_experts",
+        target="moesaic",
+        allocation="widths",
+        calibration=TEXT | {"tokens": 1024},
+    )
+    counts = [plan.top_k for plan in made.blueprint.sites.values()]
+    assert len(set(counts)) == 2
+    assert sum(counts) == pytest.approx(2 * round(0.5 * made.blueprint.sites["model.layers.0.mlp"].d_ff), abs=1)
 
 
 def test_the_forecast_knows_the_routers_bytes(tiny: Tiny, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.anatomy.wrappers import whole_config
 from moesaic.calibration.config import CalibrationConfig
+from moesaic.checkpoint.converted import has_neuron_experts
 from moesaic.checkpoint.mark import KEY, saved_again, tuned
 from moesaic.checkpoint.origin import CARD, is_hub_id
 from moesaic.durable import replace_text
@@ -192,6 +193,11 @@ def _loading(config: Mapping[str, Any]) -> str:
     auto = "AutoModelForImageTextToText" if whole_config(config) else "AutoModelForCausalLM"
     load = f"{auto}.from_pretrained(folder" + (")" if native else ", trust_remote_code=True)")
     remark = "" if native else "\n`moesaic.register()` before loading makes `trust_remote_code` unnecessary.\n"
+    if has_neuron_experts(config):
+        remark += (
+            "\nPrompts are computed by the dense FFNs, and only generated tokens by the chosen neurons. "
+            "`exact_prefill=False` masks all tokens, as every figure here is measured.\n"
+        )
     return f"```python\nfrom transformers import {auto}\nmodel = {load}\n```\n{remark}"
 
 
