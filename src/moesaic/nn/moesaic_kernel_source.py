@@ -236,29 +236,33 @@ static int64_t wanted(const Call &c, const float *w, int32_t *rows) {
   return count;
 }
 
+struct Team { int me, size; };
+static inline Team team() {
+#ifdef _OPENMP
+  return {omp_get_thread_num(), omp_get_num_threads()};
+#else
+  return {0, 1};
+#endif
+}
+
+template <class W> static void widen(const Call &c, float *x) {
+  for (int64_t i = 0; i < c.tokens * c.d_model; i++) x[i] = one((const W *)c.x + i);
+}
+
 // Each thread sums an equal part of the rows. The parts are added in their order, so that a result can be repeated.
 template <class W>
-static void compute(const Call &c, const float *w, const int32_t *rows, int64_t count, float *x, float *parts,
-                    int threads) {
-  const int64_t size = c.tokens * c.d_model;
-  for (int64_t i = 0; i < size; i++) x[i] = one((const W *)c.x + i);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    int me = 0, team = 1;
-#ifdef _OPENMP
-    me = omp_get_thread_num(), team = omp_get_num_threads();
-#endif
-    float *part = parts + me * size;
-    memset(part, 0, size * sizeof(float));
-    const int64_t begin = count * me / team, end = count * (me + 1) / team;
-    if (c.gate) neurons<W, true>(c, x, w, rows, begin, end, part);
-    else neurons<W, false>(c, x, w, rows, begin, end, part);
+static void compute(const Call &c, const float *w, const int32_t *rows, int64_t count, const float *x, float *parts,
+                    Team own) {
+  const int64_t size = c.tokens * c.d_model, begin = count * own.me / own.size, end = count * (own.me + 1) / own.size;
+  float *part = parts + own.me * size;
+  memset(part, 0, size * sizeof(float));
+  if (c.gate) neurons<W, true>(c, x, w, rows, begin, end, part);
+  else neurons<W, false>(c, x, w, rows, begin, end, part);
 #pragma omp barrier
-    for (int64_t i = size * me / team; i < size * (me + 1) / team; i++) {
-      float total = parts[i];
-      for (int other = 1; other < team; other++) total += parts[other * size + i];
-      narrow(total, (W *)c.y + i);
-    }
+  for (int64_t i = size * own.me / own.size; i < size * (own.me + 1) / own.size; i++) {
+    float total = parts[i];
+    for (int other = 1; other < own.size; other++) total += parts[other * size + i];
+    narrow(total, (W *)c.y + i);
   }
 }
 
@@ -273,7 +277,10 @@ extern "C" int moesaic_rows(const Call *call) {
   const int failed = weigh(c, w);
   if (!failed) {
     const int64_t count = wanted(c, w, rows), useful = count / SHARE + 1;
-    compute<WEIGHT>(c, w, rows, count, x, parts, (int)(most < useful ? most : useful));
+    const int threads = (int)(most < useful ? most : useful);
+    widen<WEIGHT>(c, x);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    compute<WEIGHT>(c, w, rows, count, x, parts, team());
   }
   free(memory);
   return failed;
