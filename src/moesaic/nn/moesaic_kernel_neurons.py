@@ -80,10 +80,11 @@ static inline f32x16 first(const bf16 *p, int64_t count) {  // the rest is 0
 }
 
 #ifdef INTEGERS
-// A token's x in units of 128 weights: integers of 16 bits times a power of two, as signed high and low bytes, so that
-// 64 products of a code and a byte are one instruction. Sums of products are exact. Of x in bf16, what is cut off is
-// at most 2^-15 of the largest |x| of the unit, and nothing of those above 2^-6 of it.
-struct Planes { __m512i high[2], low[2]; };  // in the order of Codes
+// A token's x in units of 128 weights: integers of 24 bits times a power of two, as signed bytes from the highest to
+// the lowest, so that 64 products of a code and a byte are one instruction. A unit's sums of products are exact, and
+// what is cut off x is at most 2^-22 of the largest |x| of its unit.
+static const int BYTES = 3;
+struct Planes { __m512i byte[BYTES][2]; };  // in the order of Codes
 struct Input { const Planes *planes; const float *scale, *sums; };  // scale per unit, sum of x per group
 struct Codes { __m512i part[2]; };  // 128 codes: lane l of 16 bytes has weights 32l + j in part 0, 32l + 16 + j in 1
 
@@ -109,21 +110,23 @@ static void prepare(const Shape &s, const float *x, char *memory, Input *in) {
     }
     const int some = finite && most > 1e-30f;
     const float mantissa = frexpf(some ? most : 1, &exponent);
-    scale[u] = finite ? ldexpf(1, exponent - (mantissa < 0.992f ? 15 : 14)) : NAN;
-    const float inverse = some ? 1 / scale[u] : 0;
+    exponent -= mantissa < 0.992f ? 23 : 22;
+    scale[u] = finite ? ldexpf(1, exponent) : NAN;
+    const float inverse = some ? ldexpf(1, -exponent) : 0;
     int8_t *bytes = (int8_t *)(planes + u);
     for (int i = 0; i < 128; i++) {
-      const int32_t q = some ? (int32_t)(own[i] * inverse + (own[i] < 0 ? -0.5f : 0.5f)) : 0, high = (q + 128) >> 8;
+      int32_t q = some ? (int32_t)rintf(own[i] * inverse) : 0;
       const int place = 64 * (i / 16 % 2) + 16 * (i / 32) + i % 16;
-      bytes[place] = (int8_t)high, bytes[128 + place] = (int8_t)(q - 256 * high);
+      for (int byte = BYTES - 1; byte >= 0; byte--) {
+        bytes[128 * byte + place] = (int8_t)(uint8_t)q;  // a byte from 128 on stands for one below 0, and carries
+        q = (q + 128) >> 8;
+      }
     }
   }
   in->planes = planes, in->scale = scale;
 }
 
-template <int BITS> static inline Codes unpack(const uint8_t *p, int64_t left) {
-  const int64_t most = 16 * BITS;
-  const __mmask64 have = ~(uint64_t)0 >> (64 - (left < most ? left : most));
+template <int BITS> static inline Codes unpack(const uint8_t *p, __mmask64 have) {
   const __m512i v = _mm512_maskz_loadu_epi8(have, p);
   if (BITS == 4) {
     const __m512i nibble = _mm512_set1_epi8(15);
@@ -151,33 +154,43 @@ template <int BITS> static inline Codes unpack(const uint8_t *p, int64_t left) {
   return codes;
 }
 
-// A row of the router times x of N tokens.
-template <int BITS, int N>
-static inline void product(const Shape &s, Low row, const Input *in, float *out) {
+// R rows of the router times x of N tokens, out[r][n].
+template <int BITS, int R, int N>
+static inline void product(const Shape &s, const Low *row, const Input *in, float (*out)[N]) {
   // Which of the 16 scales at hand each of the 16 sums of a unit takes: weight 32l + j is in lane l.
   const __m512i lane = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
   const __m128i shift = _mm_cvtsi32_si128(s.group == 32 ? 0 : s.group == 64 ? 1 : 2);
-  f32x16 total[N] = {};
+  f32x16 total[R][N] = {};
   const int64_t units = divided(s.d, 128), many = s.group / 8;  // units of 16 groups
   for (int64_t g = 0, u = 0; g < s.groups; g += 16) {
-    const __m512 scale = (__m512)first(row.scale + g, s.groups - g);
-    const f32x16 offset = first(row.offset + g, s.groups - g);
-    for (int n = 0; n < N; n++) total[n] += offset * load(in[n].sums + g);
+    __m512 scale[R];
+    UNROLL for (int r = 0; r < R; r++) {
+      scale[r] = (__m512)first(row[r].scale + g, s.groups - g);
+      const f32x16 offset = first(row[r].offset + g, s.groups - g);
+      UNROLL for (int n = 0; n < N; n++) total[r][n] += offset * load(in[n].sums + g);
+    }
     __m512i at = lane;
     for (const int64_t stop = u + many < units ? u + many : units; u < stop; u++) {
-      const Codes codes = unpack<BITS>(row.codes + 16 * BITS * u, s.row_bytes - 16 * BITS * u);
-      const f32x16 scales = (f32x16)_mm512_permutexvar_ps(_mm512_srl_epi32(at, shift), scale);
+      const int64_t begin = 16 * BITS * u, left = s.row_bytes - begin;
+      const __mmask64 have = ~(uint64_t)0 >> (64 - (left < 16 * BITS ? left : 16 * BITS));
+      const __m512i of_group = _mm512_srl_epi32(at, shift);
       at = _mm512_add_epi32(at, _mm512_set1_epi32(4));
-      for (int n = 0; n < N; n++) {
-        const Planes &x = in[n].planes[u];
-        __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes.part[0], x.high[0]);
-        sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(sum, codes.part[1], x.high[1]), 8);
-        sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, codes.part[0], x.low[0]), codes.part[1], x.low[1]);
-        total[n] += (f32x16)_mm512_cvtepi32_ps(sum) * (scales * in[n].scale[u]);
+      UNROLL for (int r = 0; r < R; r++) {
+        const Codes codes = unpack<BITS>(row[r].codes + begin, have);
+        const f32x16 scales = (f32x16)_mm512_permutexvar_ps(of_group, scale[r]);
+        UNROLL for (int n = 0; n < N; n++) {
+          const Planes &x = in[n].planes[u];
+          __m512i sum = _mm512_setzero_si512();
+          UNROLL for (int i = 0; i < BYTES; i++) {
+            sum = _mm512_dpbusd_epi32(i ? _mm512_slli_epi32(sum, 8) : sum, codes.part[0], x.byte[i][0]);
+            sum = _mm512_dpbusd_epi32(sum, codes.part[1], x.byte[i][1]);
+          }
+          total[r][n] += (f32x16)_mm512_cvtepi32_ps(sum) * (scales * in[n].scale[u]);
+        }
       }
     }
   }
-  for (int n = 0; n < N; n++) out[n] = sum(total[n]);
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int n = 0; n < N; n++) out[r][n] = sum(total[r][n]);
 }
 #else
 struct Input { const float *x, *sums; };  // x padded with 0 to a multiple of 32
@@ -216,23 +229,26 @@ template <int BITS> static inline Codes unpack(const uint8_t *row, int64_t half)
   return codes;
 }
 
-// A row of the router times x of N tokens.
-template <int BITS, int N>
-static inline void product(const Shape &s, Low row, const Input *in, float *out) {
-  f32x16 total[N] = {};
-  float rest[N] = {};
+// R rows of the router times x of N tokens, out[r][n].
+template <int BITS, int R, int N>
+static inline void product(const Shape &s, const Low *row, const Input *in, float (*out)[N]) {
+  f32x16 total[R][N] = {};
+  float rest[R][N] = {};
   const int64_t halves = divided(s.d, 32), many = s.group / 32;
   for (int64_t g = 0, half = 0; g < s.groups; g++) {
-    f32x16 own[N] = {};
-    for (const int64_t stop = half + many < halves ? half + many : halves; half < stop; half++) {
-      const Codes codes = unpack<BITS>(row.codes, half);
-      UNROLL for (int i = 0; i < 2; i++)
-        UNROLL for (int n = 0; n < N; n++) own[n] += codes.part[i] * load(in[n].x + 32 * half + 16 * i);
+    f32x16 own[R][N] = {};
+    for (const int64_t stop = half + many < halves ? half + many : halves; half < stop; half++)
+      UNROLL for (int r = 0; r < R; r++) {
+        const Codes codes = unpack<BITS>(row[r].codes, half);
+        UNROLL for (int i = 0; i < 2; i++)
+          UNROLL for (int n = 0; n < N; n++) own[r][n] += codes.part[i] * load(in[n].x + 32 * half + 16 * i);
+      }
+    UNROLL for (int r = 0; r < R; r++) {
+      const float scale = one(row[r].scale + g), offset = one(row[r].offset + g);
+      UNROLL for (int n = 0; n < N; n++) total[r][n] += scale * own[r][n], rest[r][n] += offset * in[n].sums[g];
     }
-    const float scale = one(row.scale + g), offset = one(row.offset + g);
-    UNROLL for (int n = 0; n < N; n++) total[n] += scale * own[n], rest[n] += offset * in[n].sums[g];
   }
-  UNROLL for (int n = 0; n < N; n++) out[n] = sum(total[n]) + rest[n];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int n = 0; n < N; n++) out[r][n] = sum(total[r][n]) + rest[r][n];
 }
 #endif
 
@@ -250,40 +266,47 @@ static void inputs(const Call &c, const Shape &s, const float *x, char *memory, 
 }
 
 // Scores of neurons [begin, end), at most 16, for N tokens; e[t][p].
-template <class W, int BITS, int N>
+template <class W, int BITS, int N, bool GATED>
 static void score(const Call &c, const LowBit &r, const Shape &s, const Input *in, int64_t begin, int64_t end,
                   float *e) {
-  float gate[N][16] = {}, up[N][16] = {}, norm[16] = {}, dot[N];
+  float gate[N][16] = {}, up[N][16] = {}, norm[16] = {}, dot[2][N];
   for (int64_t p = begin; p < end; p++) {
-    const int64_t i = p - begin;
-    product<BITS, N>(s, {r.up_codes + p * s.row_bytes, r.up_scale + p * s.groups, r.up_offset + p * s.groups}, in, dot);
-    for (int n = 0; n < N; n++) up[n][i] = dot[n] + (c.up_bias ? one((const W *)c.up_bias + p) : 0);
+    const int64_t i = p - begin, at = p * s.row_bytes, g = p * s.groups;
+    const Low rows[2] = {{r.up_codes + at, r.up_scale + g, r.up_offset + g},
+                         {GATED ? r.gate_codes + at : nullptr, r.gate_scale + g, r.gate_offset + g}};
+    product<BITS, GATED ? 2 : 1, N>(s, rows, in, dot);
+    const float up_bias = c.up_bias ? one((const W *)c.up_bias + p) : 0;
+    const float gate_bias = c.gate_bias ? one((const W *)c.gate_bias + p) : 0;
     norm[i] = r.norm[p];
-    if (!c.gate) continue;
-    product<BITS, N>(s, {r.gate_codes + p * s.row_bytes, r.gate_scale + p * s.groups, r.gate_offset + p * s.groups}, in,
-                     dot);
-    for (int n = 0; n < N; n++) gate[n][i] = dot[n] + (c.gate_bias ? one((const W *)c.gate_bias + p) : 0);
+    for (int n = 0; n < N; n++) up[n][i] = dot[0][n] + up_bias;
+    for (int n = 0; n < N && GATED; n++) gate[n][i] = dot[1][n] + gate_bias;
   }
   for (int n = 0; n < N; n++) {
-    const f32x16 u = load(up[n]), h = c.gate ? activate(load(gate[n]), c.activation) * u : activate(u, c.activation);
+    const f32x16 u = load(up[n]), h = GATED ? activate(load(gate[n]), c.activation) * u : activate(u, c.activation);
     const f32x16 own = magnitude(h) * load(norm);
     memcpy(e + n * padded(c.neurons) + begin, &own, sizeof own);
   }
 }
 
-template <class W, int BITS>
+template <class W, int BITS, bool GATED>
 static void scores(const Call &c, const LowBit &r, const Shape &s, const Input *in, Team own, float *e) {
   const int64_t blocks = divided(c.neurons, 16), wide = padded(c.neurons);
   for (int64_t b = blocks * own.me / own.size; b < blocks * (own.me + 1) / own.size; b++) {
     const int64_t begin = 16 * b, end = begin + 16 < c.neurons ? begin + 16 : c.neurons;
     for (int64_t t = 0; t < c.tokens; t += BLOCK) {
       float *to = e + t * wide;
-      if (c.tokens - t == 1) score<W, BITS, 1>(c, r, s, in + t, begin, end, to);
-      else if (c.tokens - t == 2) score<W, BITS, 2>(c, r, s, in + t, begin, end, to);
-      else if (c.tokens - t == 3) score<W, BITS, 3>(c, r, s, in + t, begin, end, to);
-      else score<W, BITS, 4>(c, r, s, in + t, begin, end, to);
+      if (c.tokens - t == 1) score<W, BITS, 1, GATED>(c, r, s, in + t, begin, end, to);
+      else if (c.tokens - t == 2) score<W, BITS, 2, GATED>(c, r, s, in + t, begin, end, to);
+      else if (c.tokens - t == 3) score<W, BITS, 3, GATED>(c, r, s, in + t, begin, end, to);
+      else score<W, BITS, 4, GATED>(c, r, s, in + t, begin, end, to);
     }
   }
+}
+
+template <class W, int BITS>
+static void scores(const Call &c, const LowBit &r, const Shape &s, const Input *in, Team own, float *e) {
+  if (c.gate) scores<W, BITS, true>(c, r, s, in, own, e);
+  else scores<W, BITS, false>(c, r, s, in, own, e);
 }
 
 static int64_t above(const float *e, int64_t count, int32_t limit) {

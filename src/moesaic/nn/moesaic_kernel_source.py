@@ -53,7 +53,11 @@ static inline f32x16 load(const float *p) { f32x16 v; memcpy(&v, p, sizeof v); r
 static inline u32x16 bits_of(const void *p) {
   u16x16 v;
   memcpy(&v, p, sizeof v);
+#ifdef __AVX512F__
+  return (u32x16)_mm512_cvtepu16_epi32((__m256i)v);  // GCC 12 makes three instructions of the conversion
+#else
   return __builtin_convertvector(v, u32x16);
+#endif
 }
 static inline f32x16 load(const bf16 *p) { return (f32x16)(bits_of(p) << 16); }
 #ifdef __AVX512F__
@@ -70,10 +74,6 @@ static inline f32x16 load(const fp16 *p) {
   return (f32x16)((all & 0x8000) << 16 | (special & (rest | 0x7f800000)) | (~special & finite));
 }
 #endif
-template <class W> static inline float one(const W *p) {
-  W padded[16] = {p[0]};
-  return load(padded)[0];
-}
 static inline float sum(f32x16 v) {
   float a[16];
   memcpy(a, &v, sizeof a);
@@ -84,6 +84,12 @@ static inline float sum(f32x16 v) {
 
 static inline float as_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 static inline uint32_t as_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+static inline float one(const float *p) { return *p; }
+static inline float one(const bf16 *p) { return as_float((uint32_t)p->bits << 16); }
+static inline float one(const fp16 *p) {
+  const uint32_t rest = (p->bits & 0x7fffu) << 13, sign = (p->bits & 0x8000u) << 16;
+  return as_float(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : as_bits(as_float(rest) * 0x1p112f)));
+}
 static inline void narrow(float f, float *out) { *out = f; }
 static inline void narrow(float f, bf16 *out) {
   uint32_t u = as_bits(f);
