@@ -72,12 +72,15 @@ def run(ffn: NeuronFeedForward, x_TD: Tensor) -> tuple[Tensor, Decisions]:
 def scores_by_rule(ffn: NeuronFeedForward, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Scores in float64, and how far those of the kernel may be off.
 
-    A projection is off by what is cut from x, at most 2^-22 of the largest |x| of 128 inputs, times what a code stands
-    for; and by the rounding of one fp32 addition per link of the longest chain, times the sum of magnitudes.
-    The activations have slopes below 1.13 (relu2: twice its input), and are themselves a few ulp off.
+    A projection is off by what is cut from x, at most 2^-22 of the largest |x| of 32 inputs (in bf16 2^-14, and nothing
+    of those above 2^-6 of it), times what a code stands for; and by the rounding of one fp32 addition per link of the
+    longest chain, times the sum of magnitudes. The activations have slopes below 1.13 (relu2: twice its input), and are
+    themselves a few ulp off.
     """
-    x_TD, d_model, router = x_TD.double(), x_TD.shape[1], ffn.low_bit
-    most_TD = torch.cat([part.abs().amax(1, keepdim=True).expand_as(part) for part in x_TD.split(128, dim=1)], dim=1)
+    two_bytes, router, d_model = x_TD.dtype == torch.bfloat16, ffn.low_bit, x_TD.shape[1]
+    x_TD = x_TD.double()
+    most_TD = torch.cat([part.abs().amax(1, keepdim=True).expand_as(part) for part in x_TD.split(32, dim=1)], dim=1)
+    cut_TD = 2.0**-14 * most_TD * (x_TD.abs() < 2.0**-6 * most_TD) if two_bytes else 2.0**-22 * most_TD
     chain = d_model / 16 + 2 * d_model / router.group + router.group + 16
     found = {}
     sides: tuple[Literal["up", "gate"], ...] = ("up",) if ffn.gate_proj is None else ("up", "gate")
@@ -90,7 +93,7 @@ def scores_by_rule(ffn: NeuronFeedForward, x_TD: Tensor) -> tuple[Tensor, Tensor
         offset_FD = getattr(router, f"{side}_offset").double().repeat_interleave(router.group, dim=1)
         code_FD = w_FD - offset_FD[:, :d_model]
         sizes_TF = x_TD.abs() @ (code_FD.abs() + offset_FD[:, :d_model].abs()).t() + exact_TF.abs()
-        found[side] = exact_TF, 2.0**-22 * most_TD @ code_FD.abs().t() + chain * ULP * sizes_TF
+        found[side] = exact_TF, cut_TD @ code_FD.abs().t() + chain * ULP * sizes_TF
     up_TF, up_off_TF = found["up"]
     inner_TF, inner_off_TF = found.get("gate", found["up"])
     slope_TF = 2 * (inner_TF.abs() + inner_off_TF) if ffn.activation == "relu2" else torch.tensor(1.13)

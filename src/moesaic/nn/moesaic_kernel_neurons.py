@@ -80,45 +80,48 @@ static inline f32x16 first(const bf16 *p, int64_t count) {  // the rest is 0
 }
 
 #ifdef INTEGERS
-// A token's x in units of 128 weights: integers of 24 bits times a power of two, as signed bytes from the highest to
-// the lowest, so that 64 products of a code and a byte are one instruction. A unit's sums of products are exact, and
-// what is cut off x is at most 2^-22 of the largest |x| of its unit.
-static const int BYTES = 3;
+// A token's x in units of 128 weights: integers times a power of two per 32 weights, as signed bytes from the highest
+// to the lowest, so that 64 products of a code and a byte are one instruction. Sums within 32 weights are exact. What
+// is cut off x is at most 2^-22 of the largest |x| of its 32. For x in bf16, which has 8 bits, two bytes do: at most
+// 2^-14, and nothing of those above 2^-6 of the largest.
+static constexpr int bytes_for(const bf16 *) { return 2; }
+static constexpr int bytes_for(const void *) { return 3; }
+static const int BYTES = bytes_for((const WEIGHT *)nullptr);
 struct Planes { __m512i byte[BYTES][2]; };  // in the order of Codes
-struct Input { const Planes *planes; const float *scale, *sums; };  // scale per unit, sum of x per group
+struct Input { const Planes *planes; const float *scale, *sums; };  // 16 scales per unit, sum of x per group
 struct Codes { __m512i part[2]; };  // 128 codes: lane l of 16 bytes has weights 32l + j in part 0, 32l + 16 + j in 1
 
 // A multiple of 64.
 static inline int64_t input_bytes(const Shape &s) {
   const int64_t units = divided(s.d, 128);
-  return units * (int64_t)sizeof(Planes) + 4 * (padded(units) + padded(s.groups));
+  return units * (int64_t)sizeof(Planes) + 4 * (16 * units + padded(s.groups));
 }
 
 static void prepare(const Shape &s, const float *x, char *memory, Input *in) {
   const int64_t units = divided(s.d, 128);
   Planes *planes = (Planes *)memory;
   float *scale = (float *)(planes + units);
-  for (int64_t u = 0; u < units; u++) {
-    float own[128] = {}, most = 0;
-    const int64_t count = s.d - 128 * u < 128 ? s.d - 128 * u : 128;
-    memcpy(own, x + 128 * u, count * sizeof *own);
+  memset(planes, 0, units * sizeof *planes);
+  for (int64_t part = 0; part < 4 * units; part++) {
+    float own[32] = {}, most = 0;
+    const int64_t left = s.d - 32 * part, count = left < 0 ? 0 : left < 32 ? left : 32;
+    if (count) memcpy(own, x + 32 * part, count * sizeof *own);
     int finite = 1, exponent = 0;
-    for (int i = 0; i < 128; i++) {
+    for (int i = 0; i < 32; i++) {
       const float size = fabsf(own[i]);
       finite &= size <= 3.4028234e38f;
       most = size > most ? size : most;
     }
     const int some = finite && most > 1e-30f;
     const float mantissa = frexpf(some ? most : 1, &exponent);
-    exponent -= mantissa < 0.992f ? 23 : 22;
-    scale[u] = finite ? ldexpf(1, exponent) : NAN;
-    const float inverse = some ? ldexpf(1, -exponent) : 0;
-    int8_t *bytes = (int8_t *)(planes + u);
-    for (int i = 0; i < 128; i++) {
-      int32_t q = some ? (int32_t)rintf(own[i] * inverse) : 0;
-      const int place = 64 * (i / 16 % 2) + 16 * (i / 32) + i % 16;
+    exponent -= 8 * BYTES - (mantissa < 0.992f ? 1 : 2);
+    for (int i = 0; i < 4; i++) scale[4 * part + i] = finite ? ldexpf(1, exponent) : NAN;
+    const float inverse = ldexpf(1, -exponent);
+    int8_t *bytes = (int8_t *)(planes + part / 4) + 16 * (part % 4);
+    for (int i = 0; i < 32 && some; i++) {
+      int32_t q = (int32_t)rintf(own[i] * inverse);
       for (int byte = BYTES - 1; byte >= 0; byte--) {
-        bytes[128 * byte + place] = (int8_t)(uint8_t)q;  // a byte from 128 on stands for one below 0, and carries
+        bytes[128 * byte + 64 * (i / 16) + i % 16] = (int8_t)(uint8_t)q;  // from 128 on, one below 0, and a carry
         q = (q + 128) >> 8;
       }
     }
@@ -162,6 +165,8 @@ static inline void product(const Shape &s, const Low *row, const Input *in, floa
   const __m128i shift = _mm_cvtsi32_si128(s.group == 32 ? 0 : s.group == 64 ? 1 : 2);
   f32x16 total[R][N] = {};
   const int64_t units = divided(s.d, 128), many = s.group / 8;  // units of 16 groups
+  const int64_t whole = s.row_bytes / (16 * BITS);              // the others have 64 weights
+  const __mmask64 all_of = ~(uint64_t)0 >> (64 - 16 * BITS);
   for (int64_t g = 0, u = 0; g < s.groups; g += 16) {
     __m512 scale[R];
     UNROLL for (int r = 0; r < R; r++) {
@@ -170,13 +175,10 @@ static inline void product(const Shape &s, const Low *row, const Input *in, floa
       UNROLL for (int n = 0; n < N; n++) total[r][n] += offset * load(in[n].sums + g);
     }
     __m512i at = lane;
-    for (const int64_t stop = u + many < units ? u + many : units; u < stop; u++) {
-      const int64_t begin = 16 * BITS * u, left = s.row_bytes - begin;
-      const __mmask64 have = ~(uint64_t)0 >> (64 - (left < 16 * BITS ? left : 16 * BITS));
+    const auto add = [&](__mmask64 have) {
       const __m512i of_group = _mm512_srl_epi32(at, shift);
-      at = _mm512_add_epi32(at, _mm512_set1_epi32(4));
       UNROLL for (int r = 0; r < R; r++) {
-        const Codes codes = unpack<BITS>(row[r].codes + begin, have);
+        const Codes codes = unpack<BITS>(row[r].codes + 16 * BITS * u, have);
         const f32x16 scales = (f32x16)_mm512_permutexvar_ps(of_group, scale[r]);
         UNROLL for (int n = 0; n < N; n++) {
           const Planes &x = in[n].planes[u];
@@ -185,10 +187,13 @@ static inline void product(const Shape &s, const Low *row, const Input *in, floa
             sum = _mm512_dpbusd_epi32(i ? _mm512_slli_epi32(sum, 8) : sum, codes.part[0], x.byte[i][0]);
             sum = _mm512_dpbusd_epi32(sum, codes.part[1], x.byte[i][1]);
           }
-          total[r][n] += (f32x16)_mm512_cvtepi32_ps(sum) * (scales * in[n].scale[u]);
+          total[r][n] += (f32x16)_mm512_cvtepi32_ps(sum) * (scales * load(in[n].scale + 16 * u));
         }
       }
-    }
+      at = _mm512_add_epi32(at, _mm512_set1_epi32(4));
+    };
+    for (const int64_t stop = u + many < whole ? u + many : whole; u < stop; u++) add(all_of);
+    if (u == whole && whole < units && g + 16 >= s.groups) add(all_of >> 8 * BITS), u++;  // the half at the end
   }
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int n = 0; n < N; n++) out[r][n] = sum(total[r][n]);
 }
