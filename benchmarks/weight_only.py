@@ -24,7 +24,7 @@ class Int8Linear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y_TN = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), self.codes_ND, self.scale_N)
+        y_TN = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), self.codes_ND, self.scale_N)
         y = y_TN.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
@@ -38,14 +38,14 @@ class Int4Linear(nn.Module):
         least_NG, most_NG = weight_NGg.amin(2), weight_NGg.amax(2)
         scale_NG = ((most_NG - least_NG) / 15).clamp(min=1e-8)
         codes_NGg = ((weight_NGg - least_NG[..., None]) / scale_NG[..., None]).round().clamp(0, 15)
-        self.codes = torch._convert_weight_to_int4pack_for_cpu(codes_NGg.flatten(1).int(), 1)
+        self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NGg.flatten(1).int(), 1)
         middle_NG = least_NG + 8 * scale_NG  # torch decodes (code - 8) * scale + zero
         self.scale_and_zero = torch.stack([scale_NG, middle_NG], dim=2).transpose(0, 1).bfloat16().contiguous()
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
-        y_TN = torch._weight_int4pack_mm_for_cpu(x_TD, self.codes, GROUP, self.scale_and_zero)
+        y_TN = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TD, self.codes, GROUP, self.scale_and_zero)
         y = y_TN.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
