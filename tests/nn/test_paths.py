@@ -52,8 +52,8 @@ PATHS_KNOWN = {
     "masked": Knows(routed=ALL),
     "sorted": Knows(routed=BOTH),
     "rows": Knows(
-        routed=BOTH,
-        unrouted=BOTH,
+        routed=ALL,
+        unrouted=ALL,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         devices=("cpu",),
         trains=False,

@@ -21,9 +21,11 @@ from .moesaic_activation import Scaled  # noqa: F401
 from .moesaic_attention import swap_attention
 from .moesaic_ffn import MoEFeedForward, MoesaicExperts, use_path
 from .moesaic_kernel import kernel  # noqa: F401
+from .moesaic_kernel_neurons import SOURCE as NEURONS  # noqa: F401
 from .moesaic_kernel_source import SOURCE  # noqa: F401
 from .moesaic_low_bit import LowBitRouter  # noqa: F401
 from .moesaic_neurons import NeuronFeedForward
+from .moesaic_path_neuron_rows import NeuronRows  # noqa: F401
 from .moesaic_path_neurons import NeuronsMasked  # noqa: F401
 from .moesaic_path_packed import Masked  # noqa: F401
 from .moesaic_path_rows import Rows  # noqa: F401

@@ -20,7 +20,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from .moesaic_kernel_source import SOURCE
+from .moesaic_kernel_neurons import SOURCE as NEURONS
+from .moesaic_kernel_source import SOURCE as ROWS
+
+SOURCE = ROWS + NEURONS
 
 WEIGHTS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ACTIVATIONS = {
@@ -50,6 +53,16 @@ class Call(ctypes.Structure):
     ]
 
 
+class LowBit(ctypes.Structure):
+    """The router of neuron experts; the C++ source says what the fields mean."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("gate_codes", "up_codes", "gate_scale", "gate_offset")),
+        *((name, ctypes.c_void_p) for name in ("up_scale", "up_offset", "norm", "threshold", "scores", "taken")),
+        *((name, ctypes.c_int64) for name in ("bits", "group")),
+    ]
+
+
 class NoKernelError(Exception):
     """Why there is no kernel."""
 
@@ -64,6 +77,7 @@ def kernel(dtype: torch.dtype) -> ctypes.CDLL | None:
         logging.get_logger(__name__).warning_once(warning)
         return None
     library.moesaic_rows.argtypes = [ctypes.POINTER(Call)]
+    library.moesaic_neurons.argtypes = [ctypes.POINTER(Call), ctypes.POINTER(LowBit)]
     library.moesaic_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.moesaic_large_pages.restype = None
     return library

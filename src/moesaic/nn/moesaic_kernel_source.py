@@ -53,7 +53,11 @@ static inline f32x16 load(const float *p) { f32x16 v; memcpy(&v, p, sizeof v); r
 static inline u32x16 bits_of(const void *p) {
   u16x16 v;
   memcpy(&v, p, sizeof v);
+#ifdef __AVX512F__
+  return (u32x16)_mm512_cvtepu16_epi32((__m256i)v);  // GCC 12 makes three instructions of the conversion
+#else
   return __builtin_convertvector(v, u32x16);
+#endif
 }
 static inline f32x16 load(const bf16 *p) { return (f32x16)(bits_of(p) << 16); }
 #ifdef __AVX512F__
@@ -70,10 +74,6 @@ static inline f32x16 load(const fp16 *p) {
   return (f32x16)((all & 0x8000) << 16 | (special & (rest | 0x7f800000)) | (~special & finite));
 }
 #endif
-template <class W> static inline float one(const W *p) {
-  W padded[16] = {p[0]};
-  return load(padded)[0];
-}
 static inline float sum(f32x16 v) {
   float a[16];
   memcpy(a, &v, sizeof a);
@@ -84,6 +84,12 @@ static inline float sum(f32x16 v) {
 
 static inline float as_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 static inline uint32_t as_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+static inline float one(const float *p) { return *p; }
+static inline float one(const bf16 *p) { return as_float((uint32_t)p->bits << 16); }
+static inline float one(const fp16 *p) {
+  const uint32_t rest = (p->bits & 0x7fffu) << 13, sign = (p->bits & 0x8000u) << 16;
+  return as_float(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : as_bits(as_float(rest) * 0x1p112f)));
+}
 static inline void narrow(float f, float *out) { *out = f; }
 static inline void narrow(float f, bf16 *out) {
   uint32_t u = as_bits(f);
@@ -236,29 +242,33 @@ static int64_t wanted(const Call &c, const float *w, int32_t *rows) {
   return count;
 }
 
+struct Team { int me, size; };
+static inline Team team() {
+#ifdef _OPENMP
+  return {omp_get_thread_num(), omp_get_num_threads()};
+#else
+  return {0, 1};
+#endif
+}
+
+template <class W> static void widen(const Call &c, float *x) {
+  for (int64_t i = 0; i < c.tokens * c.d_model; i++) x[i] = one((const W *)c.x + i);
+}
+
 // Each thread sums an equal part of the rows. The parts are added in their order, so that a result can be repeated.
 template <class W>
-static void compute(const Call &c, const float *w, const int32_t *rows, int64_t count, float *x, float *parts,
-                    int threads) {
-  const int64_t size = c.tokens * c.d_model;
-  for (int64_t i = 0; i < size; i++) x[i] = one((const W *)c.x + i);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    int me = 0, team = 1;
-#ifdef _OPENMP
-    me = omp_get_thread_num(), team = omp_get_num_threads();
-#endif
-    float *part = parts + me * size;
-    memset(part, 0, size * sizeof(float));
-    const int64_t begin = count * me / team, end = count * (me + 1) / team;
-    if (c.gate) neurons<W, true>(c, x, w, rows, begin, end, part);
-    else neurons<W, false>(c, x, w, rows, begin, end, part);
+static void compute(const Call &c, const float *w, const int32_t *rows, int64_t count, const float *x, float *parts,
+                    Team own) {
+  const int64_t size = c.tokens * c.d_model, begin = count * own.me / own.size, end = count * (own.me + 1) / own.size;
+  float *part = parts + own.me * size;
+  memset(part, 0, size * sizeof(float));
+  if (c.gate) neurons<W, true>(c, x, w, rows, begin, end, part);
+  else neurons<W, false>(c, x, w, rows, begin, end, part);
 #pragma omp barrier
-    for (int64_t i = size * me / team; i < size * (me + 1) / team; i++) {
-      float total = parts[i];
-      for (int other = 1; other < team; other++) total += parts[other * size + i];
-      narrow(total, (W *)c.y + i);
-    }
+  for (int64_t i = size * own.me / own.size; i < size * (own.me + 1) / own.size; i++) {
+    float total = parts[i];
+    for (int other = 1; other < own.size; other++) total += parts[other * size + i];
+    narrow(total, (W *)c.y + i);
   }
 }
 
@@ -273,7 +283,10 @@ extern "C" int moesaic_rows(const Call *call) {
   const int failed = weigh(c, w);
   if (!failed) {
     const int64_t count = wanted(c, w, rows), useful = count / SHARE + 1;
-    compute<WEIGHT>(c, w, rows, count, x, parts, (int)(most < useful ? most : useful));
+    const int threads = (int)(most < useful ? most : useful);
+    widen<WEIGHT>(c, x);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    compute<WEIGHT>(c, w, rows, count, x, parts, team());
   }
   free(memory);
   return failed;

@@ -21,6 +21,8 @@ ERRORS = {
     1: "the router chose an expert that does not exist",
     2: "there is no memory left",
     3: "the activation is not known",
+    4: "a router has 2, 3 or 4 bits and groups of 32, 64 or 128",
+    5: "the number of neurons to choose is not between 1 and all",
 }
 
 

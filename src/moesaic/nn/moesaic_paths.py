@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .moesaic_path_neuron_rows import NeuronRows
 from .moesaic_path_neurons import NeuronsEvery, NeuronsMasked
 from .moesaic_path_packed import Every, Masked
 from .moesaic_path_rows import Rows
@@ -98,8 +99,9 @@ PATHS: tuple[Row, ...] = (
     Row(Sorted("union"), {ANY: (64, None)}, per_expert=True),
     Row(UnionMasked(), {ANY: (0, None)}),
     Row(UnionEvery(), {ANY: (0, None)}),
+    Row(NeuronsEvery(), {ANY: (0, None)}),  # before the kernel: with all neurons, it is the dense network bit for bit
+    Row(NeuronRows(), FEW),
     Row(NeuronsMasked(), {ANY: (0, None)}),
-    Row(NeuronsEvery(), {ANY: (0, None)}),
     # No GPU was at hand to measure them.
     Row(TritonRows("packed"), {}),
     Row(TritonRows("union"), {}),

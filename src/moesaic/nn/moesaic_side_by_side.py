@@ -10,7 +10,8 @@ Axes: P packed neurons, D model width.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,20 @@ if TYPE_CHECKING:
 _LOCK = threading.Lock()
 
 
+class _Found(NamedTuple):
+    """A parameter of an FFN that lies, and where it was."""
+
+    name: str
+    layer: nn.Linear
+    parameter: str
+    tensor: Tensor
+    place: int
+
+
+_FOUND: WeakKeyDictionary[nn.Module, list[_Found]] = WeakKeyDictionary()
+"""Of FFNs that lie. Asking for all that may have changed would take as long as a small FFN."""
+
+
 def layers(ffn: MoEFeedForward) -> list[nn.Linear]:
     """Gate if there is one, up, down."""
     return [layer for layer in (ffn.gate_proj, ffn.up_proj, ffn.down_proj) if layer is not None]
@@ -30,6 +45,34 @@ def layers(ffn: MoEFeedForward) -> list[nn.Linear]:
 
 def can_lie(ffn: MoEFeedForward, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether its weights are its own, plain and on the device: not wrapped, quantised, offloaded or shared."""
+    if _as_found(ffn, dtype, device):
+        return True
+    if not _can_lie(ffn, dtype, device):
+        return False
+    if lies(ffn):
+        _FOUND[ffn] = [
+            _Found(name, layer, parameter, tensor, tensor.data_ptr())
+            for name, layer in ffn.named_children()
+            if isinstance(layer, nn.Linear)
+            for parameter, tensor in layer.named_parameters()
+        ]
+    return True
+
+
+def _as_found(ffn: MoEFeedForward, dtype: torch.dtype, device: torch.device) -> bool:
+    found = _FOUND.get(ffn)
+    return found is not None and all(
+        ffn._modules[name] is layer
+        and type(layer) is nn.Linear
+        and "_hf_hook" not in layer.__dict__
+        and layer._parameters.get(parameter) is tensor
+        and tensor.data_ptr() == place
+        and (tensor.dtype, tensor.device) == (dtype, device)
+        for name, layer, parameter, tensor, place in found
+    )
+
+
+def _can_lie(ffn: MoEFeedForward, dtype: torch.dtype, device: torch.device) -> bool:
     own = layers(ffn)
     if any(type(layer) is not nn.Linear or "_hf_hook" in layer.__dict__ for layer in own):
         return False
