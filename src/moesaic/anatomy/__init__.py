@@ -37,7 +37,10 @@ def read_anatomy(config: Config, *, hierarchical: bool = False) -> Anatomy:
             f"{model_type} is a dense model: it has no experts to split", "leave out --hierarchical"
         )
     if family.refuse is not None and (reason := family.refuse(config)):
-        raise UnsupportedModelError(f"this {model_type} model cannot be converted: {reason}")
+        raise UnsupportedModelError(
+            f"this {model_type} model cannot be converted: {reason}",
+            "docs/families.md lists the models that can be, and why others cannot",
+        )
     num_layers = _size(config, family.num_layers, model_type)
     if num_layers > _MOST_LAYERS:
         raise UnsupportedModelError(

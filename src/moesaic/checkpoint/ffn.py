@@ -12,11 +12,11 @@ from moesaic.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moesaic.checkpoint.reader import Checkpoint, StoredNames
+    from moesaic.checkpoint.reader import Checkpoint, Headers
     from moesaic.nn.ffn import FFNWeights
 
 
-def ffn_tensor_names(stored: StoredNames, site: FFNSite) -> set[str]:
+def ffn_tensor_names(stored: Headers, site: FFNSite) -> set[str]:
     """Names of all tensors in the checkpoint that make up this FFN. Raises CheckpointError when a matrix is missing."""
     names = set[str]()
     for base in _stored_site(stored, site).tensor_names().values():
@@ -78,7 +78,7 @@ def load_ffn(checkpoint: Checkpoint, site: FFNSite, activation: str) -> FFNWeigh
     )
 
 
-def _stored_site(checkpoint: StoredNames, site: FFNSite) -> FFNSite:
+def _stored_site(checkpoint: Headers, site: FFNSite) -> FFNSite:
     """The site as the checkpoint spells it. GPT-2 is stored as ``h.0.mlp`` or as ``transformer.h.0.mlp``."""
     without_prefix = site.disk_path.partition(".")[2]
     candidates = [site, dataclasses.replace(site, disk_path=without_prefix)]
@@ -98,7 +98,7 @@ def _stored_site(checkpoint: StoredNames, site: FFNSite) -> FFNSite:
     )
 
 
-def _under_another_prefix(checkpoint: StoredNames, wanted: str) -> str | None:
+def _under_another_prefix(checkpoint: Headers, wanted: str) -> str | None:
     """The name of this tensor where a wrapper (compiled, parallel) has put words before it or into it."""
     below = wanted.partition(".")[2]
     return next((name for name in checkpoint.names if name.endswith(f".{below}")), None)
@@ -127,8 +127,18 @@ def _check_shape(checkpoint: Checkpoint, base: str, matrix: Tensor, wanted: tupl
         raise _shape_error(checkpoint, f"{base}.weight", tuple(matrix.shape), f"[{text}]")
 
 
-def _shape_error(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], wanted: str) -> CheckpointError:
+def _shape_error(checkpoint: Headers, name: str, shape: tuple[int, ...], wanted: str) -> CheckpointError:
     return CheckpointError(
         f"{checkpoint.info(name).file}: tensor {name} is {list(shape)}, config.json asks for {wanted}",
         "config.json and the weights belong to different models",
     )
+
+
+def check_shapes(stored: Headers, site: FFNSite, d_model: int) -> None:
+    """Raise CheckpointError where a matrix of an FFN has another shape than config.json says, by the headers alone."""
+    rows = {"up": (2 if site.names.fused else 1) * site.d_ff, "gate": site.d_ff, "down": d_model}
+    for role, base in _stored_site(stored, site).tensor_names().items():
+        name, wanted = f"{base}.weight", (rows[role], site.d_ff if role == "down" else d_model)
+        shape = stored.info(name).shape if name in stored else wanted
+        if len(shape) == 2 and (shape[::-1] if site.names.transposed else shape) != wanted:
+            raise _shape_error(stored, name, shape, str(list(wanted)))

@@ -52,34 +52,53 @@ class TensorInfo:
     nbytes: int
 
 
-class StoredNames:
-    """What a checkpoint folder is and which tensors it names: config.json, and the index or the header of the one file.
+class Headers:
+    """What a checkpoint folder is and which tensors it holds: config.json, the index and the headers of all shards.
 
     A multimodal wrapper is read as the checkpoint of its text model: config, names and tensors are that model's.
-    Needs neither torch nor numpy, but for a wrapper, and does not see all that :class:`Checkpoint` sees.
+    Needs neither torch nor numpy, but for a wrapper.
 
     Args:
         folder: As for :class:`Checkpoint`.
 
     Attributes:
         config: The content of config.json.
+        files: The weight files, in order of their names.
         names: Of the tensors.
         wrapper: ``model_type`` of the wrapper that the folder holds; None for all other models.
         left_out: The wrapper's modules that are not read.
 
     Raises:
-        As :class:`Checkpoint`, but for what is wrong in a shard.
+        As :class:`Checkpoint`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         _check_folder(self.folder)
         self.config: dict[str, Any] = read_json(self.folder / CONFIG)
-        self._weight_map = self._read_weight_map()
-        self._files = self._shards(self._weight_map)
+        weight_map = self._read_weight_map()
+        self.files: tuple[Path, ...] = tuple(self._shards(weight_map))
+        stored: dict[str, TensorInfo] = {}
+        for file in self.files:
+            for name, info in _read_header(file).items():
+                if name in stored:
+                    raise CheckpointError(
+                        f"tensor {name} is both in {stored[name].file.name} and in {file.name}",
+                        "remove the shards that do not belong to this checkpoint",
+                    )
+                stored[name] = info
+        for name, file_name in (weight_map or {}).items():
+            if name not in stored or stored[name].file.name != file_name:
+                raise CheckpointError(
+                    f"{self.folder / INDEX}: tensor {name} is not in {file_name}", "download the checkpoint again"
+                )
+        if not stored:
+            raise CheckpointError(f"{self.folder}: the weight files hold no tensors", "download the checkpoint again")
         self.wrapper = wrapper_of(self.config)
         self.left_out: tuple[str, ...] = ()
-        self._read_names(self._weight_map or _names_in(self._files[0]))
+        self._on_disk = self._names(stored)  # a shard can hold more than the index says
+        self._tensors = {name: stored[on_disk] for name, on_disk in self._on_disk.items()}
+        self.names: tuple[str, ...] = tuple(self._tensors)
         if self.wrapper is not None:
             self.config = text_config(self.config, own_head=HEAD in self)
 
@@ -92,19 +111,24 @@ class StoredNames:
             near = difflib.get_close_matches(name, self.names, n=1)
             raise CheckpointError(f"{self.folder}: no tensor {name}", f"the nearest is {near[0]}" if near else "")
 
-    def _read_names(self, stored: Iterable[str]) -> None:
+    def info(self, name: str) -> TensorInfo:
+        """File, dtype and shape of a tensor. Raises CheckpointError for an unknown name."""
+        self.require(name)
+        return self._tensors[name]
+
+    def _names(self, stored: Iterable[str]) -> dict[str, str]:
+        """Names of the tensors, and those on disk; they differ in a wrapper."""
         on_disk = {name: name for name in stored}
-        if self.wrapper is not None and on_disk:
-            text = text_names(on_disk)
-            if not text:
-                raise CheckpointError(
-                    f"{self.folder}: no tensor has a name of the text model in {self.wrapper}, but {min(on_disk)}",
-                    f"write them anew under its names: {RECIPES} has the lines",
-                )
-            self.left_out = parts(on_disk.keys() - text.values())
-            on_disk = text
-        self._on_disk = on_disk
-        self.names: tuple[str, ...] = tuple(on_disk)
+        if self.wrapper is None:
+            return on_disk
+        text = text_names(on_disk)
+        if not text:
+            raise CheckpointError(
+                f"{self.folder}: no tensor has a name of the text model in {self.wrapper}, but {min(on_disk)}",
+                f"write them anew under its names: {RECIPES} has the lines",
+            )
+        self.left_out = parts(on_disk.keys() - text.values())
+        return text
 
     def _read_weight_map(self) -> dict[str, str] | None:
         # A single file goes before an index, as in transformers.
@@ -144,7 +168,7 @@ class StoredNames:
         return shards
 
 
-class Checkpoint(StoredNames):
+class Checkpoint(Headers):
     """A checkpoint folder, validated but not read.
 
     Opening it parses config.json, the index and the headers of all shards; no weights. Tensors come memory-mapped, on
@@ -163,26 +187,10 @@ class Checkpoint(StoredNames):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._handles: dict[Path, Any] = {}
-        self._tensors: dict[str, TensorInfo] = {}
         self._fingerprint: str | None = None
         self._finite: set[str] = set()
-        for file in self._files:
-            self._read_header(file)
-        for name, file_name in (self._weight_map or {}).items():
-            info = self._tensors.get(name)
-            if info is None or info.file.name != file_name:
-                raise CheckpointError(
-                    f"{self.folder / INDEX}: tensor {name} is not in {file_name}", "download the checkpoint again"
-                )
-        if not self._tensors:
-            raise CheckpointError(f"{self.folder}: the weight files hold no tensors", "download the checkpoint again")
-        self._read_names(self._tensors)  # a shard can hold more than the index says
-        self._tensors = {name: self._tensors[on_disk] for name, on_disk in self._on_disk.items()}
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The weight files, in order of their names."""
-        return tuple(self._handles)
+        for file in self.files:
+            _check_tiling(file)
 
     @property
     def dtype(self) -> str:
@@ -194,21 +202,15 @@ class Checkpoint(StoredNames):
         """Size of all tensors on disk."""
         return sum(info.nbytes for info in self._tensors.values())
 
-    def info(self, name: str) -> TensorInfo:
-        """File, dtype and shape of a tensor. Raises CheckpointError for an unknown name."""
-        self.require(name)
-        return self._tensors[name]
-
     def tensor(self, name: str) -> Tensor:
         """A tensor, memory-mapped. Raises CheckpointError when it is unknown or cannot be read."""
         from safetensors import SafetensorError, safe_open
 
         file = self.info(name).file
         try:
-            handle = self._handles[file]
-            if handle is None:
-                handle = self._handles[file] = safe_open(file, framework="pt")
-            return handle.get_tensor(self._on_disk[name])
+            if file not in self._handles:
+                self._handles[file] = safe_open(file, framework="pt")
+            return self._handles[file].get_tensor(self._on_disk[name])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: cannot read tensor {name}: {error}", "has the file changed?") from error
 
@@ -252,37 +254,37 @@ class Checkpoint(StoredNames):
         files = side_files(self.folder, dense if isinstance(dense, dict) else {})
         return files if self.wrapper is None else [file for file in files if not file.match(PROCESSORS)]
 
-    def _read_header(self, file: Path) -> None:
-        from safetensors import SafetensorError, safe_open
 
-        try:
-            # The library checks that the tensors tile the file without gap or overlap. Opened without torch here:
-            # `plan` needs only shapes.
-            with safe_open(file, framework="np") as handle:
-                slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-                found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-        except (SafetensorError, OSError) as error:
-            raise _damaged(file, error) from error
-        self._handles[file] = None
-        for name, (code, shape) in found.items():
-            if name in self._tensors:
-                raise CheckpointError(
-                    f"tensor {name} is both in {self._tensors[name].file.name} and in {file.name}",
-                    "remove the shards that do not belong to this checkpoint",
-                )
-            self._tensors[name] = _tensor_info(file, name, code, shape)
-
-
-def _names_in(file: Path) -> list[str]:
-    """Names in the header of a weight file, which begins with the header's length in eight bytes."""
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a weight file. It begins with the header's length in eight bytes."""
+    found, last = {}, 0
     try:
+        size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if length > file.stat().st_size:
+            if 8 + length > size:
                 raise ValueError("the header is longer than the file")
             header = json.loads(stream.read(length))
-        return [name for name in header.keys() if name != "__metadata__"]  # noqa: SIM118 (anything but an object fails)
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items()):
+            code, shape, (_, end) = str(entry["dtype"]), tuple(map(int, entry["shape"])), entry["data_offsets"]
+            last = max(last, int(end))
+            found[name] = _tensor_info(file, name, code, shape)
+        if 8 + length + last != size:
+            raise ValueError(f"{size} bytes are not what the header describes")
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError, OverflowError) as error:
+        raise _damaged(file, error) from error
+    return found
+
+
+def _check_tiling(file: Path) -> None:
+    """Have the library check that the tensors tile the file without gap or overlap."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error
 
 
