@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.near_ties import Ties, over_dense, percent, table
+from benchmarks.near_ties import Ties, over_dense, percent, table, verdict
 from benchmarks.rows import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -191,7 +191,8 @@ def page(results: dict[tuple[str, str, str], dict[str, Any]]) -> str:
         ties = {case: results[model, case, NEAR_TIES] for case in ROUTED if (model, case, NEAR_TIES) in results}
         if ties:
             rows += ["", f"### Near ties: {model}, windows of {WINDOW} tokens", ""]
-            rows += table(ties, results[model, "dense", NEAR_TIES])
+            dense = results[model, "dense", NEAR_TIES]
+            rows += [*table(ties, dense), "", verdict(ties, dense, BOUND)]
     return "\n".join(rows) + "\n"
 
 

@@ -157,6 +157,23 @@ def table(cases: dict[str, Windows], dense: Windows) -> list[str]:
     return rows
 
 
+def verdict(cases: dict[str, Windows], dense: Windows, bound: float) -> str:
+    """What the table comes to: how far from fp32 figures and intervals are; ``bound``: what counts as equal."""
+
+    def reach(variant: str) -> tuple[float, float]:
+        found = [difference(case, dense, variant) for case in cases.values()]
+        ends = [end for each in found for end in (each.low, each.high) if end is not None]
+        return max(abs(each.ratio - 1) for each in found), max((abs(end - 1) for end in ends), default=math.inf)
+
+    (_, forced), (mean, free), (_, rounded) = map(reach, ("bf16 forced", "bf16", "rounded"))
+    equal = f"at most {bound:.1%}: equal" if forced <= bound else f"more than {bound:.1%}"
+    return (
+        f"With the experts that fp32 chose, all intervals lie within {forced:.2%} of fp32, {equal}. "
+        f"As bf16 chooses, figures differ by up to {mean:.2%} and their intervals reach {free:.2%}. "
+        f"Those of fp32 whose routers read bf16 reach {rounded:.2%}, though nothing else is rounded there."
+    )
+
+
 def percent(found: Comparison, interval: bool = True) -> str:
     """A ratio as its distance from 1, such as ``-1.47% [-2.10, -0.80]``, or without its interval."""
     if found.low is None or found.high is None or not interval:

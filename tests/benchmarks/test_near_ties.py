@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.near_ties import Converted, Ties, difference, percent, rounded_inputs, table
+from benchmarks.near_ties import Converted, Ties, difference, percent, rounded_inputs, table, verdict
 
 import moesaic
 from moesaic.blueprint.model import Blueprint
@@ -23,7 +23,7 @@ IDS_NW = torch.arange(4 * 24).view(4, 24) * 7 % 290 + 4
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     work = tmp_path_factory.mktemp("ties")
-    dense = build_tiny("llama", work / "float32")
+    dense = build_tiny("llama", work / "float32", dtype="float32")
     return {"float32": dense, "bfloat16": cast_copy(dense, work / "bfloat16", "bfloat16")}
 
 
@@ -65,4 +65,11 @@ def test_the_table_pairs_windows(folders: dict[str, Path], blueprint: Blueprint)
     row = table({"random": case}, dense)[-1]
     assert row.startswith("| random | 3 | ")
     assert percent(found) in row
+    forced = difference(case, dense, "bf16 forced")
+    assert forced.low is not None
+    assert forced.high is not None
+    reach = max(abs(forced.low - 1), abs(forced.high - 1))
+    assert f"within {reach:.2%} of fp32, at most {2 * reach:.1%}: equal" in verdict({"random": case}, dense, 2 * reach)
+    assert reach > 0
+    assert f"more than {reach / 2:.1%}" in verdict({"random": case}, dense, reach / 2)
     assert percent(found, interval=False) == f"{found.ratio - 1:+.2%}"
