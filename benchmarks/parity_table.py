@@ -64,7 +64,7 @@ def converted(case: str, work: Path, dtype: str) -> dict[str, Path]:
     softmax = {path: replace(plan, gate="softmax_topk") for path, plan in made.blueprint.sites.items()}
     (work / "plans").mkdir()
     Blueprint.save(replace(made.blueprint, sites=softmax), work / "plans")
-    convert(dense, work / "softmax", settings=settings, blueprint=work / "plans")
+    convert(dense, work / "softmax", target="moesaic", hierarchical=hierarchical, blueprint=work / "plans")
     return {"weights of 1": work / "ones", "softmax over the chosen": work / "softmax"}
 
 

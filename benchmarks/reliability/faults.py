@@ -25,7 +25,6 @@ _RESOURCES = 4
 def faults(share: float, seed: int, inputs: Inputs, box: Sandbox, known: set[str]) -> Iterator[dict[str, Any]]:
     """Every verb under every disturbance. ``share``: of the file operations, at random; 1 is each of them."""
     for verb in VERBS:
-        dice = random.Random(f"{seed} {verb}")
         total = None
         whole = None
         for part in PARTS:
@@ -34,6 +33,7 @@ def faults(share: float, seed: int, inputs: Inputs, box: Sandbox, known: set[str
                 continue
             whole = whole or reference(verb, inputs, box)
             total = total or _operations(verb, inputs, box)
+            dice = random.Random(f"{seed} {verb} {part}")  # the same moments where other parts are done already
             moments = sorted(dice.sample(range(1, total + 1), max(2, round(share * total))))
             chosen = moments if part == "full disk" else _some(moments, share)
             for round_, play in PARTS[part](verb, chosen, whole, inputs, box):

@@ -45,6 +45,10 @@ class VerificationError(MoesaicError):
     exit_code = 3
 
 
+class UnfinishedCheckError(VerificationError):
+    """A check that came to no end, as its process was killed or too slow: the same one may pass another time."""
+
+
 class ResourceError(MoesaicError):
     """Not enough disk or memory for the job."""
 

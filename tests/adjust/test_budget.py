@@ -126,8 +126,27 @@ def test_a_blueprint_with_one_budget_is_refused(
 ) -> None:
     made = moesaic.convert(tiny("llama"), tmp_path / "made", settings={"calibration": CALIBRATION} | settings)
     with pytest.raises(InputError, match=message):
-        moesaic.convert(tiny("llama"), tmp_path / "out", blueprint=made.output, settings={"budget": 0.4})
+        moesaic.convert(
+            tiny("llama"), tmp_path / "out", blueprint=made.output, settings={"budget": 0.4, "calibration": CALIBRATION}
+        )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "hint"),
+    [
+        ({"method": "mlpmoe"}, "says already how", "leave method out"),
+        ({"options": {"branches": 4}}, "says already how", "leave options out"),
+        ({"dense_layers": [0]}, "which layers are dense", "dense layers out"),
+        ({"budget": 0.5, "calibration": {"tokens": 128}}, "no text is given", "add --calib"),
+    ],
+)
+def test_what_a_blueprint_would_overrule_is_refused(
+    settings: dict[str, Any], message: str, hint: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        moesaic.convert(tiny("llama"), tmp_path / "out", blueprint=tmp_path / "any", settings=settings)
+    assert hint in caught.value.hint
 
 
 def test_a_budget_needs_a_blueprint(tiny: Tiny, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from benchmarks.reliability import faults
 from benchmarks.reliability.__main__ import read_log
 from benchmarks.reliability.cases import Inputs, content, differing, make_inputs
 from benchmarks.reliability.child import Outcome, Sandbox
@@ -119,3 +120,22 @@ def test_the_log_survives_a_torn_line_and_becomes_a_page(tmp_path: Path) -> None
     assert json.loads((tmp_path / "page.json").read_text()) == rows
     assert "malformed 0: plan: crashed" in (tmp_path / "page.md").read_text()
     assert differing({"a": "1"}, {"a": "2", "b": "3"}) == ["a", "b"]
+
+
+def test_a_resumed_campaign_draws_the_moments_that_it_would_have_drawn(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rounds(verb: str, moments: list[int], *_: object) -> list[tuple[str, Callable[[], list[str]]]]:
+        return [(str(number), list) for number in moments]
+
+    monkeypatch.setattr(faults, "_operations", lambda *_: 500)
+    monkeypatch.setattr(faults, "reference", lambda *_: Reference({}, 1.0))
+    monkeypatch.setattr(faults, "PARTS", {"full disk": rounds, "read-only": rounds})
+
+    def keys(known: set[str]) -> list[str]:
+        return [row["key"] for row in faults.faults(0.1, 0, inputs, Sandbox(tmp_path), known)]
+
+    whole = keys(set())
+    first = [key for key in whole if key.startswith("full disk")]
+    assert keys(set(first)) == [key for key in whole if key not in first]
+    assert [key for key in keys(set(whole)) if "done" not in key] == []

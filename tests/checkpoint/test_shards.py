@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+import moesaic
 from moesaic.staging.writer import StagedOutput
 from tests.targets.helpers import plans_for, write
 from tests.tiny_models import build_tiny
@@ -41,6 +42,7 @@ def test_names_and_index_are_those_of_save_pretrained(
 ) -> None:
     dense = build_tiny(family, tmp_path / "dense", dtype="float32")  # transformers would round our fp32 routers
     ours = write(dense, plans_for(dense, layout), tmp_path / "ours", target)
+    moesaic.register()
     model = AutoModelForCausalLM.from_pretrained(ours, dtype="auto")
     model.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
     own, saved = index_of(ours), index_of(tmp_path / "theirs")

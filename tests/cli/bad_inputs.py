@@ -222,7 +222,12 @@ MODELS = [
     Bad("other tensor missing", _CONVERT, f"no tensor {_ATTENTION}", arrange=_drop(_ATTENTION)),
     Bad("FFN of wrong shape", _CONVERT, rf"{UP} is \[36, 32\], config.json asks for \[37", arrange=_crop(UP)),
     Bad("other wrong shape", _CONVERT, rf"{_ATTENTION} is \[31, 32\]", arrange=_crop(_ATTENTION)),
-    Bad("width unlike config", _CONVERT, "config.json asks for", arrange=config(hidden_size=64)),
+    Bad(
+        "width unlike config",
+        _CONVERT,
+        r"is \[37, 32\], config.json asks for \[37, 64\]",
+        arrange=config(hidden_size=64),
+    ),
     Bad("more layers in config", _CONVERT, "no tensor model.layers.2", arrange=config(num_hidden_layers=3)),
     Bad("NaN in the last layer", _CONVERT, f"{UP} has 1 NaN or infinite", "damaged", put(UP, float("nan"))),
     Bad("infinity in the attention", _CONVERT, f"{_ATTENTION} has 1 NaN", "damaged", put(_ATTENTION, float("-inf"))),
@@ -275,8 +280,8 @@ CALIBRATION = [
     Bad("parquet: no column", f"{_CMOE} --calib t.parquet", "no text column 'text'", "body", parquet),
     Bad("parquet: no such file", f"{_CMOE} --calib t.parquet", "not a parquet file", arrange=write("t.parquet", "PAR")),
     Bad("weight of zero", f"{_CMOE} --calib c4=0", "weight 0 is not positive"),
-    Bad("no tokens", f"{_CMOE} --calib-tokens 0", "tokens", ""),
-    Bad("window of one", f"{_CMOE} --calib-window 1", "window", ""),
+    Bad("no tokens", f"{_CMOE} --calib-tokens 0", "tokens", "tokens: .*Default: 16384"),
+    Bad("window of one", f"{_CMOE} --calib-window 1", "window", "window: .*Default: 2048"),
 ]
 
 OUTPUTS = [

@@ -8,8 +8,18 @@ DISTILL = [
     Bad("distill: wrong path", "distill nowhere out --layer 0", "'nowhere'|nowhere"),
     Bad("distill: no such layer", "distill model out --layer 2", "layer 2 of a model with 2 layers", "from 0"),
     Bad("distill: onto a folder", "distill model done --layer 0", "output .*done exists"),
-    Bad("distill: no number", "distill model out --layer 0 --set rates=[fast]", "distill: rates.0", ""),
-    Bad("distill: unknown router", "distill model out --layer 0 --set routers=[tree]", "distill: routers.0", ""),
+    Bad(
+        "distill: no number",
+        "distill model out --layer 0 --set rates=[fast]",
+        "distill: rates.0",
+        "rates: Peak learning",
+    ),
+    Bad(
+        "distill: unknown router",
+        "distill model out --layer 0 --set routers=[tree]",
+        "distill: routers.0",
+        "routers: .*product",
+    ),
     Bad(
         "distill: option of studies",
         "distill model out --layer 0 --set probe.rate=1",
@@ -36,7 +46,7 @@ DISTILL = [
         "distill: no atom",
         "distill model out --layer 0 --config s.yaml",
         "probe.top_k.0",
-        "",
+        "top_k: Active atoms",
         write("s.yaml", "probe: {top_k: [0]}"),
     ),
     Bad(
@@ -55,7 +65,7 @@ TUNE = [
     Bad("tune: onto a folder", "tune done model --baseline model", "output .*model exists"),
     Bad("tune: unknown preset", "tune done out --preset magic", "unknown preset 'magic'", "distill"),
     Bad("tune: unknown setting", "tune done out --set epochs=3", "no option 'epochs'", "lora"),
-    Bad("tune: no number", "tune done out --set lora.rank=many", "lora.rank", ""),
+    Bad("tune: no number", "tune done out --set lora.rank=many", "lora.rank", "Default: 8"),
     Bad("tune: option of studies", "tune done out --set gate_spread=1", "not take gate_spread", "tune.tune"),
     Bad("tune: no section", "tune done out --set lora=1 --set lora.rank=2", "lora holds no mapping"),
     Bad("tune: nothing trained", "tune done out --set lora=null --set router_rate=0", "nothing is trained", "lora"),

@@ -15,6 +15,10 @@ from pathlib import Path
 import pytest
 
 from moesaic.cli.main import main
+from moesaic.errors import InputError, MoesaicError
+from moesaic.jobs.plan import plan
+from moesaic.jobs.request import check_request
+from moesaic.jobs.settings import ConvertSettings
 from tests.cli import bad_evaluation, bad_folders, bad_inputs, bad_options, bad_splits, bad_training
 from tests.cli.bad_inputs import Bad
 from tests.tiny_models import build_tiny
@@ -115,6 +119,25 @@ def test_bad_input(
     assert spent < SECONDS
 
 
+HEADERS = [bad for bad in (*bad_inputs.MODELS, bad_inputs.CALIBRATION[0]) if bad.name != "no weights"]
+"""Of a folder without weights, `plan` forecasts by config.json alone."""
+
+
+@pytest.mark.parametrize("bad", HEADERS, ids=lambda bad: bad.name)
+def test_plan_refuses_what_convert_refuses_by_headers(bad: Bad, intact: dict[str, Path], work: Path) -> None:
+    for name, source in {"model": intact[bad.family], "done": intact["done"]}.items():
+        shutil.copytree(source, work / name)
+    bad.arrange(work)
+    words = shlex.split(bad.command)
+    method = "mlpmoe" if "mlpmoe" in words else "cmoe"
+    settings = ConvertSettings(method=method, hierarchical="--hierarchical" in words)
+    try:
+        check_request(words[1], settings)
+    except MoesaicError:
+        with pytest.raises(MoesaicError):
+            plan(words[1], settings)
+
+
 @pytest.fixture
 def small_files() -> Iterator[None]:
     """No file may grow beyond a kilobyte, as if the disk were full."""
@@ -138,8 +161,6 @@ def test_full_disk(
 
 
 def test_debug_shows_the_trace(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moesaic.errors import InputError
-
     monkeypatch.setattr(sys, "argv", ["moesaic", "convert", "nowhere/at/all", "out", "--debug"])
     with pytest.raises(InputError, match="no model at"):
         main()

@@ -48,9 +48,14 @@ def test_an_interpreter_that_is_none_is_refused_before_the_work(
     code, _, err = run("verify", tmp_path, "--parity")
     assert code == 1
     assert "other is no Python interpreter" in err
-    code, _, err = run("verify", tmp_path, "--vllm-python", sys.executable)
+
+
+@pytest.mark.parametrize("option", [("--vllm-python", sys.executable), ("--windows", 2)])
+def test_what_is_for_parity_is_refused_without_it(run: Run, tmp_path: Path, option: tuple[str, object]) -> None:
+    code, _, err = run("verify", tmp_path, *option)
     assert code == 1
-    assert "--parity" in err
+    assert f"error: {option[0]} is for --parity" in err
+    assert "hint: add --parity" in err
 
 
 @pytest.mark.engines

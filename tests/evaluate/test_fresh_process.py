@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from moesaic.errors import ResourceError, VerificationError
+from moesaic.errors import ResourceError, UnfinishedCheckError, VerificationError
 from moesaic.evaluate.fresh_process import answers
 
 ANSWER = """
@@ -68,6 +68,14 @@ def test_a_process_that_dies_between_two_windows_is_reported(tmp_path: Path) -> 
 def test_a_process_that_stops_is_quoted(code: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match=f"adder cannot run .*{words}"):
         list(answers(command(code), tmp_path, IDS, engine="adder"))
+
+
+@pytest.mark.parametrize(("number", "unfinished"), [(signal.SIGKILL, True), (signal.SIGABRT, False)])
+def test_a_check_that_was_killed_may_be_tried_again(number: signal.Signals, unfinished: bool, tmp_path: Path) -> None:
+    code = f"import os; os.kill(os.getpid(), {int(number)})"
+    with pytest.raises(VerificationError, match=number.name) as caught:
+        list(answers(command(code), tmp_path, IDS, engine="adder"))
+    assert isinstance(caught.value, UnfinishedCheckError) == unfinished
 
 
 OWNER = """

@@ -23,6 +23,7 @@ from moesaic.evaluate import gguf_parity, native_parity
 from moesaic.evaluate.engine_parity import WINDOW, WINDOWS, EngineParity
 from moesaic.evaluate.llama_cpp import available, llama_cpp_parity
 from moesaic.evaluate.native_parity import parity_ids
+from moesaic.evaluate.stock import Stock
 from moesaic.jobs.export import export
 from tests.targets.faults import ATTENTION, EXPERTS, Tensors, altered, swap, times
 from tests.targets.helpers import plans_for, write, write_gguf
@@ -101,10 +102,11 @@ def test_a_token_that_takes_another_expert_early_in_a_window_does_not_refuse(
 ) -> None:
     folder = write(tiny("llama"), plans_for(tiny("llama")), tmp_path / "moe", "glm4_moe")
     file = write_gguf(folder, tmp_path / "model.gguf", "f32").output
+    model = Stock(folder).model
 
     def check(*windows: int) -> EngineParity:
         logits = rerouted_logits(folder, windows, at=3)
-        monkeypatch.setattr(gguf_parity, "Stock", lambda folder: SimpleNamespace(logits=logits))
+        monkeypatch.setattr(gguf_parity, "Stock", lambda folder: SimpleNamespace(logits=logits, model=model))
         found = gguf_parity.check_gguf(file, folder, "f32")
         assert found is not None
         return found

@@ -265,3 +265,24 @@ def test_controls_stand_beside_hierarchical_conversions_too(family: str, tiny: T
     results = evaluate_model(done.output, baseline=tiny(family), window=64, limit=2, controls=True)
     assert results["perplexity"].keys() == {"dense", "model", "static", "random"}
     assert results["perplexity"]["static"]["value"] != results["perplexity"]["dense"]["value"]
+
+
+@pytest.mark.parametrize("sources", [None, ["tiny"]])
+def test_the_default_text_is_named_where_routers_of_a_blueprint_are_fitted_on_it(
+    sources: list[str] | None, tiny: Tiny, tmp_path: Path
+) -> None:
+    made = moesaic.convert(
+        tiny("llama"), tmp_path / "made", method="random", options={"layout": "S2A2E6"}, target="moesaic"
+    )
+    calibration = {"tokens": 128, "window": 64} | ({} if sources is None else {"sources": sources})
+    notes = Notes()
+    moesaic.convert(
+        tiny("llama"),
+        tmp_path / "fitted",
+        blueprint=made.output,
+        router="oracle",
+        target="moesaic",
+        calibration=calibration,
+        progress=notes,
+    )
+    assert ("routers are fitted on wikitext, the default text" in notes.notes) == (sources is None)

@@ -18,13 +18,17 @@ from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate import gguf_parity, native_parity
 from moesaic.evaluate.llama_cpp import available
+from moesaic.evaluate.stock import Stock
 from moesaic.gguf import architectures
 from moesaic.gguf import file as file_of_gguf
 from moesaic.gguf.readback import check_tensors
 from moesaic.gguf.tensors import gguf_tensors
 from moesaic.jobs.export_gguf import export_gguf
+from moesaic.progress import Silent
+from moesaic.targets import get_target
+from moesaic.targets.base import TargetOptions
 from tests.targets.faults import ATTENTION, EXPERTS, Tensors, altered, swap
-from tests.targets.helpers import plans_for, write, write_gguf
+from tests.targets.helpers import plans_for, split_for, write, write_gguf
 from tests.tiny_models import build_tiny
 
 needs_llama_cpp = pytest.mark.skipif(not available(), reason="xllamacpp is not installed")
@@ -70,12 +74,74 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any]]] = {
 @pytest.mark.parametrize("dtype", NARROW)
 def test_llama_cpp_tells_a_wrong_file_from_rounding_in_every_type(dtype: str, moe_bf16: Path, tmp_path: Path) -> None:
     file = write_gguf(moe_bf16, tmp_path / "right.gguf", dtype).output
-    assert gguf_parity.check_gguf(file, moe_bf16, dtype).top1 > 0.9
+    right = gguf_parity.check_gguf(file, moe_bf16, dtype)
+    assert right.top1 > 0.9
+    assert right.bound is not None
+    assert right.median <= right.bound
     for number, (change, config) in enumerate(FUNCTIONS.values()):
         folder = altered(moe_bf16, tmp_path / f"wrong-{number}", change, config)
         file = write_gguf(folder, tmp_path / f"wrong-{number}.gguf", dtype).output
         with pytest.raises(VerificationError, match=f"wrong-{number}.gguf .* differs by more than {dtype} rounds"):
             gguf_parity.check_gguf(file, moe_bf16, dtype)
+
+
+PAIRS = TargetOptions(exact_weights=True)
+# Of a folder without results.json: (target, layout, gate, options, whether its weights only approach 1)
+WEIGHTS = {
+    "eps": ("granitemoeshared", "S2A2E6", "uniform", TargetOptions(), True),
+    "large eps": ("qwen2_moe", "S2A2E6", "uniform", TargetOptions(eps=1e-2), True),
+    "sigmoid, eps": ("glm4_moe", "S2A2E6", "uniform", TargetOptions(exact_weights=False), True),
+    "twins": ("glm4_moe", "S2A2E6", "uniform", PAIRS, False),
+    "one expert": ("mixtral", "S0A1E6", "uniform", TargetOptions(), False),
+    "one expert, any scale": ("glm4_moe", "S2A1E6", "uniform", TargetOptions(), False),
+    "own weights": ("granitemoeshared", "S2A2E6", "softmax_topk", TargetOptions(), False),
+    "all experts": ("granitemoeshared", "S2A4E6", "uniform", TargetOptions(), False),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_whether_weights_approach_1_shows_without_results(case: str, tmp_path: Path) -> None:
+    target, layout, gate, options, approach = WEIGHTS[case]
+    dense = build_tiny("llama", tmp_path / "dense", dtype="bfloat16")
+    plans = plans_for(dense, layout, gate=gate)
+    folder = write(dense, plans, tmp_path / "moe", target, options)
+    assert not (folder / "results.json").exists()
+    assert get_target(target).exact(split_for(dense, plans), options) != approach
+    ids_NW = native_parity.parity_ids(folder, 300, 32)
+    assert gguf_parity.approaches_one(folder, Stock(folder), ids_NW) == approach
+
+
+@pytest.mark.parametrize("target", ["glm4_moe", "granitemoeshared", "qwen2_moe"])
+def test_routers_get_no_noise_as_no_file_rounds_them(target: str, tmp_path: Path) -> None:
+    dense = build_tiny("llama", tmp_path / "dense", dtype="bfloat16")
+    stock = Stock(write(dense, plans_for(dense), tmp_path / "moe", target))
+    before = {name: tensor.clone() for name, tensor in stock.model.named_parameters()}
+    with gguf_parity.noisy(stock.model, "q8_0", 0):
+        same = [name for name, tensor in stock.model.named_parameters() if torch.equal(tensor, before[name])]
+    matrices = [name for name in same if before[name].dim() > 1]
+    assert len([name for name in matrices if "router" in name or name.endswith(".mlp.gate.weight")]) == 2
+    assert all("gate" in name or "router" in name for name in matrices)
+
+
+class Notes(Silent):
+    """Keeps what a job remarks."""
+
+    def __init__(self) -> None:
+        self.kept: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.kept.append(text)
+
+
+@pytest.mark.parametrize(("dtype", "scale", "told"), [("f16", 1e-7, True), ("f16", 1e-2, False), ("bf16", 1e-7, False)])
+def test_matrices_too_small_for_f16_are_named(dtype: str, scale: float, told: bool, tmp_path: Path) -> None:
+    dense = build_tiny("llama", tmp_path / "dense", dtype="bfloat16")
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = altered(dense, tmp_path / "small", lambda tensors: {name: tensors[name] * scale}, {})
+    notes = Notes()
+    export_gguf(folder, tmp_path / "model.gguf", dtype, progress=notes)
+    found = [text for text in notes.kept if "too small for f16" in text]
+    assert [("blk.1.ffn_up.weight" in text, "--dtype bf16" in text) for text in found] == [(True, True)] * told
 
 
 @pytest.mark.parametrize("dtype", NARROW)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.errors import InputError, ResourceError, VerificationError
+from moesaic.errors import InputError, ResourceError, UnfinishedCheckError, VerificationError
 from moesaic.staging.manifest import check_manifest
 from moesaic.staging.writer import LOCK_NAME, StagedOutput
 from tests.staging.staged_job import KEY, PLAN, SHARDS, STEPS, job, tree
@@ -188,10 +188,13 @@ def test_decisions_outlive_a_run_without_their_shard(tmp_path: Path) -> None:
         assert staged.read_state() is None, "it stands on decisions that are gone"
 
 
-def test_failed_verification_keeps_the_shards_and_no_output(tmp_path: Path, complete: dict[str, bytes]) -> None:
+@pytest.mark.parametrize("error", [UnfinishedCheckError, VerificationError])
+def test_only_a_check_that_came_to_no_end_leaves_something(
+    error: type[VerificationError], tmp_path: Path, complete: dict[str, bytes]
+) -> None:
     def refuse(folder: Path) -> None:
         assert check_manifest(folder) > 0
-        raise VerificationError("wrong logits")
+        raise error("wrong logits")
 
     def convert() -> None:
         with StagedOutput.open(tmp_path / "out", KEY) as staged:
@@ -203,8 +206,9 @@ def test_failed_verification_keeps_the_shards_and_no_output(tmp_path: Path, comp
 
     with pytest.raises(VerificationError, match="wrong logits"):
         convert()
-    assert not (tmp_path / "out").exists()
-    assert job(tmp_path / "out") == []
+    kept = error is UnfinishedCheckError
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"] * kept
+    assert job(tmp_path / "out") == ([] if kept else list(STEPS))
     assert tree(tmp_path / "out") == complete
 
 

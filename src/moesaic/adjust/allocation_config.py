@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -44,14 +45,16 @@ class AllocationConfig(BaseModel):
         chosen = (active, 2 * active / 3) if self.fractions is None else self.fractions
         return tuple(sorted({round(fraction, 4) for fraction in chosen}, reverse=True))
 
-    def mode_for(self, target: str) -> Mode:
-        """``mode``, resolved. Raises InputError when the target cannot hold it."""
+    def mode_for(self, target: str, others: Sequence[str] = ()) -> Mode:
+        """``mode``, resolved.
+
+        Raises InputError when the target cannot hold it; the hint names ``others``, which can hold the model so.
+        """
         freest = "any" if target == AUTO else TARGETS[target].freedom
         if freest == "none":
-            free = [name for name, other in TARGETS.items() if other.freedom != "none"]
             raise InputError(
                 f"target {target} has the same FFN in every layer: there is nothing to share out",
-                f"one of {', '.join(free)} takes dense layers",
+                f"use --target {' or '.join(others)}" if others else "leave allocation out",
             )
         mode = "leading" if self.mode == "auto" else self.mode
         if mode == "widths" and freest != "widths":

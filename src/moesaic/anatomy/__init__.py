@@ -39,7 +39,10 @@ def read_anatomy(config: Config, *, hierarchical: bool = False) -> Anatomy:
 def _read(config: Config, family: Family, hierarchical: bool) -> Anatomy:
     model_type = family.model_type
     if family.refuse is not None and (reason := family.refuse(config)):
-        raise UnsupportedModelError(f"this {model_type} model cannot be converted: {reason}")
+        raise UnsupportedModelError(
+            f"this {model_type} model cannot be converted: {reason}",
+            "docs/families.md lists the models that can be, and why others cannot",
+        )
     if family.moe is not None and not hierarchical:
         raise UnsupportedModelError(
             f"{model_type} is already a Mixture of Experts", "use --hierarchical to split each of its experts"

@@ -139,6 +139,11 @@ class CalibrationConfig(BaseModel):
             raise InputError("no calibration source", f"give a path, {MIX_NAME} or one of {', '.join(SAMPLES)}")
         return sources
 
+    @property
+    def names_sources(self) -> bool:
+        """Whether somebody chose the texts, or they are the default."""
+        return "sources" in self.model_fields_set
+
     def expanded(self) -> tuple[Source, ...]:
         """The sources with ``mix`` replaced by its parts and repeated ones added up, in order of first mention."""
         weights: dict[tuple[str, str | None], float] = {}

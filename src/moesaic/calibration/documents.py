@@ -109,9 +109,12 @@ def _documents_of(path: Path, place: str, record: Any, field: str | None) -> Ite
             raise InputError(f"{path} {place}: {name!r} holds bytes that are no UTF-8", "write it as text") from error
     else:
         kind = type(value).__name__
+        texts = [str(key) for key, other in record.items() if isinstance(other, str) or is_messages(other)]
         raise InputError(
             f"{path} {place}: {name!r} is neither text nor chat messages but of the type {kind}",
-            f"choose another field: {', '.join(map(str, record))}; write {path.name}:FIELD",
+            f"choose another field: {', '.join(texts)}; write {path.name}:FIELD"
+            if texts
+            else "take this record out, or write its text there",
         )
 
 

@@ -12,11 +12,11 @@ from moesaic.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moesaic.checkpoint.reader import Checkpoint, StoredNames
+    from moesaic.checkpoint.reader import Checkpoint, Headers
     from moesaic.nn.ffn import FFNWeights
 
 
-def ffn_tensor_names(stored: StoredNames, site: FFNSite) -> set[str]:
+def ffn_tensor_names(stored: Headers, site: FFNSite) -> set[str]:
     """Names of all tensors in the checkpoint that hold this FFN's neurons.
 
     Those of a learned activation are not among them: no split changes them. Raises CheckpointError when a matrix is
@@ -97,7 +97,7 @@ def _learned(checkpoint: Checkpoint, name: str) -> Tensor:
     return checkpoint.finite_tensor(name)
 
 
-def _stored_site(checkpoint: StoredNames, site: FFNSite) -> FFNSite:
+def _stored_site(checkpoint: Headers, site: FFNSite) -> FFNSite:
     """The site as the checkpoint spells it. GPT-2 is stored as ``h.0.mlp`` or as ``transformer.h.0.mlp``."""
     without_prefix = site.disk_path.partition(".")[2]
     candidates = [site, dataclasses.replace(site, disk_path=without_prefix)]
@@ -117,7 +117,7 @@ def _stored_site(checkpoint: StoredNames, site: FFNSite) -> FFNSite:
     )
 
 
-def _under_another_prefix(checkpoint: StoredNames, wanted: str) -> str | None:
+def _under_another_prefix(checkpoint: Headers, wanted: str) -> str | None:
     """The name of this tensor where a wrapper (compiled, parallel) has put words before it or into it."""
     below = wanted.partition(".")[2]
     return next((name for name in checkpoint.names if name.endswith(f".{below}")), None)
@@ -159,8 +159,19 @@ def _check_shape(
         raise _shape_error(checkpoint, site.weight_name(role), tuple(matrix.shape), f"[{text}]")
 
 
-def _shape_error(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], wanted: str) -> CheckpointError:
+def _shape_error(checkpoint: Headers, name: str, shape: tuple[int, ...], wanted: str) -> CheckpointError:
     return CheckpointError(
         f"{checkpoint.info(name).file}: tensor {name} is {list(shape)}, config.json asks for {wanted}",
         "config.json and the weights belong to different models",
     )
+
+
+def check_shapes(stored: Headers, site: FFNSite, d_model: int) -> None:
+    """Raise CheckpointError where a matrix of an FFN has another shape than config.json says, by the headers alone."""
+    rows = {"up": (2 if site.names.fused else 1) * site.d_ff, "gate": site.d_ff, "down": d_model}
+    own = _stored_site(stored, site)
+    for role in own.tensor_names():
+        name, wanted = own.weight_name(role), (rows[role], site.d_ff if role == "down" else d_model)
+        shape = stored.info(name).shape if name in stored else wanted
+        if len(shape) == 2 and (shape[::-1] if site.names.transposed else shape) != wanted:
+            raise _shape_error(stored, name, shape, str(list(wanted)))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.anatomy.refusals import MERGE_HINT, RECIPES
 from moesaic.anatomy.wrappers import HEAD, Whole, parts, text_names, whole_config
+from moesaic.checkpoint.header import TensorInfo, check_tiling, read_header
 from moesaic.checkpoint.side_files import PROCESSORS, side_files
 from moesaic.checkpoint.text_model import text_config
 from moesaic.errors import CheckpointError, InputError, UnsupportedModelError
@@ -25,65 +24,64 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_LFS_POINTER = b"version https://git-lfs"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
-# safetensors code -> torch name and bytes per element.
-_DTYPES = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "I64": ("int64", 8),
-    "BOOL": ("bool", 1),
-    "U8": ("uint8", 1),
-}
-# Attention masks of old GPT-NeoX and GPT-2 files are bytes, and so are the codes of our own routers; every other
-# integer tensor is a quantised weight.
-_BYTE_BUFFERS = (".attention.bias", ".attn.bias", ".router.gate_codes", ".router.up_codes")
 
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor is and how large. ``dtype`` is torch's name for it, ``nbytes`` its size on disk."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-class StoredNames:
-    """What a checkpoint folder is and which tensors it names: config.json, and the index or the header of the one file.
+class Headers:
+    """What a checkpoint folder is and which tensors it holds: config.json, the index and the headers of all shards.
 
     A multimodal wrapper is read as the checkpoint of its text model: config, names and tensors are that model's. So is
     a conversion in place, whose config is that of the conversion.
-    Needs neither torch nor numpy, but for a wrapper, and does not see all that :class:`Checkpoint` sees.
+    Needs neither torch nor numpy, but for a wrapper.
 
     Args:
         folder: As for :class:`Checkpoint`.
 
     Attributes:
         config: The content of config.json.
+        files: The weight files, in order of their names.
         names: Of the tensors.
-        wrapper: ``model_type`` of the wrapper that the folder holds; None for all other models.
         whole: All of the wrapper; None for all other models.
 
     Raises:
-        As :class:`Checkpoint`, but for what is wrong in a shard.
+        As :class:`Checkpoint`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         _check_folder(self.folder)
         self.config: dict[str, Any] = read_json(self.folder / CONFIG)
-        self._weight_map = self._read_weight_map()
-        self._files = self._shards(self._weight_map)
-        self._whole_config = whole_config(self.config)
-        self.wrapper = None if self._whole_config is None else str(self._whole_config["model_type"])
-        self._read_names(self._weight_map or _names_in(self._files[0]))
-        if self._whole_config is self.config:
+        weight_map = self._read_weight_map()
+        self.files: tuple[Path, ...] = tuple(self._shards(weight_map))
+        stored: dict[str, TensorInfo] = {}
+        for file in self.files:
+            for name, info in read_header(file).items():
+                if name in stored:
+                    raise CheckpointError(
+                        f"tensor {name} is both in {stored[name].file.name} and in {file.name}",
+                        "remove the shards that do not belong to this checkpoint",
+                    )
+                stored[name] = info
+        for name, file_name in (weight_map or {}).items():
+            if name not in stored or stored[name].file.name != file_name:
+                raise CheckpointError(
+                    f"{self.folder / INDEX}: tensor {name} is not in {file_name}", "download the checkpoint again"
+                )
+        if not stored:
+            raise CheckpointError(f"{self.folder}: the weight files hold no tensors", "download the checkpoint again")
+        self.whole = self._read_whole(stored)
+        # A shard can hold more than the index says.
+        self._on_disk = {name: name for name in stored} if self.whole is None else dict(self.whole.names)
+        self._tensors = {name: stored[on_disk] for name, on_disk in self._on_disk.items()}
+        self._beside = {} if self.whole is None else {name: stored[name] for name in self.whole.carried}
+        self.names: tuple[str, ...] = tuple(self._tensors)
+        if self.whole is not None and self.whole.config is self.config:
             self.config = text_config(self.config, own_head=HEAD in self)
+
+    @property
+    def wrapper(self) -> str | None:
+        """``model_type`` of the wrapper that the folder holds; None for all other models."""
+        return None if self.whole is None else self.whole.model_type
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -99,20 +97,24 @@ class StoredNames:
             near = difflib.get_close_matches(name, self.names, n=1)
             raise CheckpointError(f"{self.folder}: no tensor {name}", f"the nearest is {near[0]}" if near else "")
 
-    def _read_names(self, stored: Iterable[str]) -> None:
-        on_disk = {name: name for name in stored}
-        self.whole: Whole | None = None
-        if self._whole_config is not None:
-            text = text_names(on_disk)
-            if not text:
-                raise CheckpointError(
-                    f"{self.folder}: no tensor has a name of the text model in {self.wrapper}, but {min(on_disk)}",
-                    f"write them anew under its names: {RECIPES} has the lines",
-                )
-            self.whole = Whole(self._whole_config, text, tuple(sorted(on_disk.keys() - text.values())))
-            on_disk = text
-        self._on_disk = on_disk
-        self.names: tuple[str, ...] = tuple(on_disk)
+    def info(self, name: str) -> TensorInfo:
+        """File, dtype and shape of a tensor. Raises CheckpointError for an unknown name."""
+        self.require(name)
+        return self._tensors[name]
+
+    def _read_whole(self, stored: Iterable[str]) -> Whole | None:
+        """All of a wrapper, by the names of the tensors on disk; None for all other models."""
+        config = whole_config(self.config)
+        if config is None:
+            return None
+        on_disk = set(stored)
+        text = text_names(on_disk)
+        if not text:
+            raise CheckpointError(
+                f"{self.folder}: no tensor has a name of the text model in {config['model_type']}, but {min(on_disk)}",
+                f"write them anew under its names: {RECIPES} has the lines",
+            )
+        return Whole(config, text, tuple(sorted(on_disk - set(text.values()))))
 
     def _read_weight_map(self) -> dict[str, str] | None:
         # A single file goes before an index, as in transformers.
@@ -152,7 +154,7 @@ class StoredNames:
         return shards
 
 
-class Checkpoint(StoredNames):
+class Checkpoint(Headers):
     """A checkpoint folder, validated but not read.
 
     Opening it parses config.json, the index and the headers of all shards; no weights. Tensors come memory-mapped, on
@@ -171,27 +173,10 @@ class Checkpoint(StoredNames):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._handles: dict[Path, Any] = {}
-        self._tensors: dict[str, TensorInfo] = {}
         self._fingerprint: str | None = None
         self._finite: set[str] = set()
-        for file in self._files:
-            self._read_header(file)
-        for name, file_name in (self._weight_map or {}).items():
-            info = self._tensors.get(name)
-            if info is None or info.file.name != file_name:
-                raise CheckpointError(
-                    f"{self.folder / INDEX}: tensor {name} is not in {file_name}", "download the checkpoint again"
-                )
-        if not self._tensors:
-            raise CheckpointError(f"{self.folder}: the weight files hold no tensors", "download the checkpoint again")
-        self._read_names(self._tensors)  # a shard can hold more than the index says
-        self._beside = {} if self.whole is None else {name: self._tensors[name] for name in self.whole.carried}
-        self._tensors = {name: self._tensors[on_disk] for name, on_disk in self._on_disk.items()}
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The weight files, in order of their names."""
-        return tuple(self._handles)
+        for file in self.files:
+            check_tiling(file)
 
     @property
     def dtype(self) -> str:
@@ -208,11 +193,6 @@ class Checkpoint(StoredNames):
         """Size on disk of a wrapper's tensors beside its text model."""
         return sum(info.nbytes for info in self._beside.values())
 
-    def info(self, name: str) -> TensorInfo:
-        """File, dtype and shape of a tensor. Raises CheckpointError for an unknown name."""
-        self.require(name)
-        return self._tensors[name]
-
     def tensor(self, name: str) -> Tensor:
         """A tensor, memory-mapped. Raises CheckpointError when it is unknown or cannot be read."""
         return self._mapped(self.info(name).file, self._on_disk[name])
@@ -225,10 +205,9 @@ class Checkpoint(StoredNames):
         from safetensors import SafetensorError, safe_open
 
         try:
-            handle = self._handles[file]
-            if handle is None:
-                handle = self._handles[file] = safe_open(file, framework="pt")
-            return handle.get_tensor(name)
+            if file not in self._handles:
+                self._handles[file] = safe_open(file, framework="pt")
+            return self._handles[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: cannot read tensor {name}: {error}", "has the file changed?") from error
 
@@ -275,46 +254,6 @@ class Checkpoint(StoredNames):
         files = side_files(self.folder, dense if isinstance(dense, dict) else {})
         return files if self.wrapper is None or whole else [file for file in files if not file.match(PROCESSORS)]
 
-    def _read_header(self, file: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            # The library checks that the tensors tile the file without gap or overlap. Opened without torch here:
-            # `plan` needs only shapes.
-            with safe_open(file, framework="np") as handle:
-                slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-                found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-        except (SafetensorError, OSError) as error:
-            raise _damaged(file, error) from error
-        self._handles[file] = None
-        for name, (code, shape) in found.items():
-            if name in self._tensors:
-                raise CheckpointError(
-                    f"tensor {name} is both in {self._tensors[name].file.name} and in {file.name}",
-                    "remove the shards that do not belong to this checkpoint",
-                )
-            self._tensors[name] = _tensor_info(file, name, code, shape)
-
-
-def _names_in(file: Path) -> list[str]:
-    """Names in the header of a weight file, which begins with the header's length in eight bytes."""
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > file.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length))
-        return [name for name in header.keys() if name != "__metadata__"]  # noqa: SIM118 (anything but an object fails)
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
-        raise _damaged(file, error) from error
-
-
-def _damaged(file: Path, error: Exception) -> CheckpointError:
-    with contextlib.suppress(OSError), file.open("rb") as stream:
-        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            return CheckpointError(f"{file} is a pointer of Git LFS, not the file", "git lfs pull, in that folder")
-    return CheckpointError(f"{file} is truncated or damaged: {error}", "the download is incomplete: fetch it again")
-
 
 _LONGEST_NAME = 255
 """Bytes of a file's name on common file systems; a longer one is an error of its own there, not a missing file."""
@@ -328,16 +267,6 @@ def _is_shard_name(name: Any) -> bool:
 
 def _finite(low: Tensor, high: Tensor) -> bool:
     return math.isfinite(low.item()) and math.isfinite(high.item())
-
-
-def _tensor_info(file: Path, name: str, code: str, shape: tuple[int, ...]) -> TensorInfo:
-    if code not in _DTYPES or (code == "U8" and not name.endswith(_BYTE_BUFFERS)):
-        raise UnsupportedModelError(
-            f"{file}: tensor {name} is {code}: the weights are quantised",
-            "convert the full-precision original, then quantise the result",
-        )
-    dtype, size = _DTYPES[code]
-    return TensorInfo(file, dtype, shape, size * math.prod(shape))
 
 
 def _check_folder(folder: Path) -> None:

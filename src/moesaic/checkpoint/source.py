@@ -16,6 +16,8 @@ WANTED = ["*.safetensors", "*.json", "*.py", "README.md", *SIDE_PATTERNS]
 UNWANTED = ["*/*", "consolidated*.safetensors"]
 WANTED_FOLDERS = [f"{name}/*" for name in SIDE_FOLDERS]
 
+_UNREADABLE = "check the path, and who may read it"
+
 
 def resolve_model(model: str) -> Path:
     """The local folder of ``model``; fetches or dequantises it where needed.
@@ -37,9 +39,9 @@ def resolve_model(model: str) -> Path:
         if path.is_file():
             return _from_file(path)
     except OSError as error:
-        raise InputError(f"cannot read {model!r}: {error.strerror}") from error
+        raise InputError(f"cannot read {model!r}: {error.strerror}", _UNREADABLE) from error
     except RuntimeError as error:  # "~nobody"
-        raise InputError(f"cannot read {model!r}: {error}") from error
+        raise InputError(f"cannot read {model!r}: {error}", _UNREADABLE) from error
     near = _near(path)
     if not near and _HUB_ID.fullmatch(model) and not model.lower().endswith((".gguf", ".safetensors")):
         return _download(model)

@@ -16,10 +16,15 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json
 _TEXT_FREE = "methods that need no text work without it: --method mlpmoe, or random"
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer. Raises InputError when there is none, or it cannot be read without code of its own."""
+def require_tokenizer(folder: Path) -> None:
+    """Raise InputError where a folder has no file of a tokenizer. No torch here."""
     if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         raise InputError(f"there is no tokenizer in {folder}", "copy tokenizer.json and tokenizer_config.json there")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer. Raises InputError when there is none, or it cannot be read without code of its own."""
+    require_tokenizer(folder)
     from transformers import AutoTokenizer
 
     from moesaic.nn.register import register

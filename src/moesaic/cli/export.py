@@ -76,4 +76,6 @@ def _gguf(
     if parity is None:
         emit(f"not compared with llama.cpp: {done.unchecked}")
     else:
-        emit(f"llama.cpp against transformers: mean KL {parity.mean_kl:.1e}, median difference {parity.median:.1e}")
+        rounding = "" if parity.bound is None else f", {done.dtype} explains {parity.bound:.1e}"
+        figures = f"mean KL {parity.mean_kl:.1e}, median difference {parity.median:.1e}{rounding}"
+        emit(f"llama.cpp against transformers: {figures}")

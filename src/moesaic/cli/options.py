@@ -68,8 +68,8 @@ Budget = Annotated[
     float | None,
     typer.Option(
         "--budget",
-        help="With --blueprint: the fraction of the FFN neurons that text like --calib may use, where the experts have "
-        "widths of their own or are single neurons.",
+        help="With --blueprint and --calib: the fraction of the FFN neurons that text like --calib may use, where the "
+        "experts have widths of their own or are single neurons.",
     ),
 ]
 Target = Annotated[
@@ -187,6 +187,6 @@ def pairs(options: list[str] | None) -> dict[str, Any]:
 
 def _layers(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise InputError(f"cannot read --dense-layers {text!r}", "write e.g. --dense-layers 0,1,-1, or auto") from error

@@ -11,6 +11,8 @@ import typer
 from moesaic.cli import options as opt
 from moesaic.cli.console import emit, emit_json, native_line, quiet_libraries
 
+_WINDOWS = 4
+
 
 def attach(app: typer.Typer) -> None:
     """Add the verb."""
@@ -27,7 +29,9 @@ def run(
             help="A stock architecture: logits in stock transformers, and in vLLM where it is, into OUT/results.json.",
         ),
     ] = False,
-    windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of 256 tokens for --parity.")] = 4,
+    windows: Annotated[
+        int | None, typer.Option("--windows", min=1, help="With --parity: windows of 256 tokens. Default: 4.")
+    ] = None,
     vllm_python: Annotated[
         Path | None,
         typer.Option(
@@ -42,15 +46,16 @@ def run(
     from moesaic.evaluate.vllm import find_python
     from moesaic.jobs.verify import verify_output
 
-    if vllm_python and not parity:
-        raise InputError("--vllm-python is for --parity", "add --parity")
+    given = {"--vllm-python": vllm_python, "--windows": windows}
+    if not parity and (idle := [name for name, value in given.items() if value is not None]):
+        raise InputError(f"{' and '.join(idle)} is for --parity", "add --parity, and --baseline MODEL")
     python = find_python(vllm_python) if parity else None
     report = verify_output(folder, baseline=baseline).to_dict()
     apart = None
     if baseline is not None and not parity and _is_stock(folder):  # compared in stock transformers or not at all
         apart = _too_large(folder, baseline)
         parity = apart is None
-    compared = _engines(folder, baseline, windows, python) if parity else {}
+    compared = _engines(folder, baseline, windows or _WINDOWS, python) if parity else {}
     if as_json:
         emit_json(report | compared)
         return

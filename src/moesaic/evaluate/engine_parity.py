@@ -42,6 +42,7 @@ class EngineParity:
         window_median: Largest of the windows' own medians after the excused ones (``windows // EXCUSED``) are left out;
             infinite when a value at any position is not finite, which no near tie makes it.
         window_kl: The same of the windows' own mean KL divergences.
+        bound: Largest ``median`` that the rounding of the weights explains; None where none are rounded.
     """
 
     engine: str
@@ -54,6 +55,7 @@ class EngineParity:
     windows: int
     window_median: float
     window_kl: float
+    bound: float | None = None
 
     @classmethod
     def of(cls, differences: Differences, *, engine: str, candidates: int, windows: int) -> EngineParity:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moesaic.durable import disk_errors
-from moesaic.errors import InputError, VerificationError
+from moesaic.errors import InputError, UnfinishedCheckError, VerificationError
 
 TIMEOUT_VARIABLE = "MOESAIC_ENGINE_TIMEOUT"
 _TIMEOUT = 1800.0
@@ -115,11 +115,14 @@ class Child:
             timer.cancel()
         self._process.wait()
         if late.is_set():
-            raise VerificationError(
+            raise UnfinishedCheckError(
                 f"{self._engine} gave no answer for {self._subject} within {self._timeout:g} s",
                 f"on a slow machine allow more seconds with {TIMEOUT_VARIABLE}",
             )
-        raise VerificationError(f"{self._engine} cannot run {self._subject}: {self._last_words()}", "report it")
+        message = f"{self._engine} cannot run {self._subject}: {self._last_words()}"
+        if self._process.returncode == -signal.SIGKILL:  # most often by a system without memory
+            raise UnfinishedCheckError(message, "is there memory enough? the same command tries again")
+        raise VerificationError(message, "report it")
 
     def _last_words(self) -> str:
         """How it ended, and why as far as it said so: a failed assertion, else the last line."""

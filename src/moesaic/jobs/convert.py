@@ -76,7 +76,8 @@ def convert(
 
     Raises:
         InputError, UnsupportedModelError, CheckpointError: before anything is written.
-        VerificationError: when the result does not compute what it should; ``output`` is not created.
+        VerificationError: when the result does not compute what it should; ``output`` is not created, and nothing
+            stays of it, as the same call would fail again.
         ResourceError: disk full; the staging folder is kept.
     """
     if not isinstance(settings, ConvertSettings):
@@ -105,6 +106,8 @@ def convert_request(
         progress.note(f"the text model of a {job.checkpoint.wrapper} checkpoint; {what}: {parts}")
     for note in (*(() if job.windows is None else job.windows.notes), *([fault] if fault else [])):
         progress.note(note)
+    if job.given is not None and job.windows is not None and not settings.calibration.names_sources:
+        progress.note(f"routers are fitted on {settings.calibration.sources[0].label}, the default text")
     with StagedOutput.open(
         output, job.key, source=job.checkpoint.folder, expected_bytes=expected_bytes(job), restart=restart
     ) as staged:

@@ -72,7 +72,7 @@ def decide_layers(
         return _decide_model(job, staged, progress)
     job = with_allocation(job, staged, progress)
     layers = job.anatomy.num_layers
-    progress.start(f"{job.settings.method}: deciding", layers)
+    progress.start(f"{job.settings.method if job.given is None else 'blueprint'}: deciding", layers)
     made = Decisions(allocation=job.allocation or {})
     kept = {layer for layer in range(layers) if staged is not None and staged.planned(step_of(layer))}
     stream, first = (None, 0) if len(kept) == layers else _open_stream(job, staged)

@@ -106,7 +106,11 @@ def export_gguf(
         parity, unchecked = None, "not asked for"
         if check:
             progress.note("reading the file back")
-            check_tensors(file, tensors, dtype)
+            if coarse := check_tensors(file, tensors, dtype):
+                progress.note(
+                    f"values of {len(coarse)} tensors are too small for f16, and some become zero ({coarse[0]}): "
+                    "--dtype bf16 or f32 keeps them"
+                )
             unchecked = _unchecked(checkpoint, nbytes)
             if unchecked is None:
                 progress.note("comparing: llama.cpp on the file with transformers on the folder")

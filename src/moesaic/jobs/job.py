@@ -103,8 +103,6 @@ def prepare(request: Request) -> Job:
 
 def _check_given(given: Blueprint, settings: ConvertSettings) -> None:
     """Refuse settings that contradict a blueprint."""
-    if settings.allocation is not None or settings.dense_layers:
-        raise InputError("a blueprint says already which layers are dense", "leave allocation and dense layers out")
     if settings.router is not None and all(plan.router.kind == "static" for plan in given.sites.values()):
         raise InputError("the blueprint routes nothing: all it keeps is always on", "leave --router out")
     if settings.router is not None and any(plan.varied for plan in given.sites.values()):

@@ -1,14 +1,13 @@
 """What a conversion would make: shapes, memory, time, targets. No torch here.
 
-It reads config.json and, where there are weights, the names of their tensors, by the checks that `convert` begins with;
-of a GGUF the header.
+It reads config.json and, where there are weights, their headers, by the checks that `convert` begins with; of a GGUF
+the header.
 
 The figures for time and memory are forecasts from counted operations and bytes; ``docs/results`` holds measured ones.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
 from moesaic.anatomy.wrappers import Whole, wrapper_of
-from moesaic.checkpoint.reader import StoredNames, has_weights, missing_config, refuse_adapter
+from moesaic.checkpoint.reader import Headers, has_weights, missing_config, read_json, refuse_adapter
 from moesaic.checkpoint.source import check_file
 from moesaic.checkpoint.text_model import text_config
 from moesaic.errors import InputError
@@ -26,9 +25,9 @@ from moesaic.jobs import forecast
 from moesaic.jobs.request import (
     Outline,
     active_neurons,
-    check_headers,
     check_options,
     check_split,
+    check_stored,
     kept_whole,
     outline_of,
 )
@@ -130,7 +129,7 @@ def _describe(model: str | Path) -> _Described:
         if path.is_dir() and not (path / "config.json").is_file():
             raise missing_config(path)
     except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot read {str(model)!r}: {error}") from error
+        raise InputError(f"cannot read {str(model)!r}: {error}", "check the path, and who may read it") from error
     config = _read_config(path / "config.json")
     if wrapper_of(config):
         return _Described(text_config(config), wrapper=Whole(config, {}, ()))
@@ -138,16 +137,10 @@ def _describe(model: str | Path) -> _Described:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         hint = "give the folder of a Hugging Face checkpoint or a .gguf; of a hub id, the folder in the cache"
-        raise InputError(f"{path} does not exist", hint) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}", "fetch the file again") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} does not hold a JSON object", "fetch the file again")
-    return config
+        raise InputError(f"{path} does not exist", hint)
+    return read_json(path)
 
 
 def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None = None, **values: Any) -> PlanReport:
@@ -158,8 +151,8 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
         settings: The conversion; or its fields as ``values``.
 
     Raises:
-        InputError, UnsupportedModelError: for what ``convert`` would refuse, as far as config.json and the names
-            of the tensors show it.
+        InputError, UnsupportedModelError: for what ``convert`` would refuse, as far as config.json and the headers of
+            the weights show it.
     """
     if not isinstance(settings, ConvertSettings):
         settings = build(ConvertSettings, {**(settings or {}), **values}, "settings")
@@ -167,9 +160,10 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
     described, folder = _describe(model), Path(model).expanduser()
     anatomy = read_anatomy(described.config, hierarchical=settings.hierarchical)
     outline = outline_of(settings, config, anatomy, kept_whole(settings, described.wrapper, anatomy))
-    check_split(outline)
     if described.gguf is None and has_weights(folder):
-        check_headers(StoredNames(folder), anatomy)
+        check_stored(Headers(folder), outline)
+    else:
+        check_split(outline)
     source = described.source(folder, anatomy)
     memory = forecast.memory(outline, source)
     tokens = settings.calibration.tokens if outline.reads_text else 0

@@ -14,9 +14,10 @@ from moesaic.anatomy.base import Anatomy
 from moesaic.anatomy.wrappers import Whole
 from moesaic.blueprint.shape import FFNShape
 from moesaic.calibration.config import check_sources
-from moesaic.checkpoint.ffn import ffn_tensor_names
-from moesaic.checkpoint.reader import Checkpoint, StoredNames
+from moesaic.checkpoint.ffn import check_shapes, ffn_tensor_names
+from moesaic.checkpoint.reader import Checkpoint, Headers
 from moesaic.checkpoint.source import resolve_model
+from moesaic.checkpoint.tokenizer import require_tokenizer
 from moesaic.errors import CheckpointError, InputError
 from moesaic.jobs.settings import ConvertSettings, check_layers, method_config
 from moesaic.methods.base import MethodConfig
@@ -97,6 +98,8 @@ def check_request(
             "a budget is for the experts of a blueprint, and none is given",
             "give --blueprint too, or --active: the fraction that a method plans",
         )
+    if given is not None:
+        _check_beside_blueprint(settings)
     config = check_options(settings)
     if output is not None:  # before a model is fetched for it
         check_output(absolute(output), local_folder(model))
@@ -105,12 +108,29 @@ def check_request(
     whole = kept_whole(settings, checkpoint.whole, anatomy)
     if given is None:
         outline = outline_of(settings, config, anatomy, whole)
-        check_split(outline)
+        check_stored(checkpoint, outline)
     else:  # the method and its options count for nothing then
         outline = Outline(settings, config, anatomy, check_layers(anatomy, settings.dense_layers), Split(anatomy))
         outline = replace(outline, split=replace(outline.split, whole=whole))
-    check_headers(checkpoint, anatomy)
+        check_headers(checkpoint, anatomy)
     return Request(**vars(outline), checkpoint=checkpoint, blueprint=given)
+
+
+def _check_beside_blueprint(settings: ConvertSettings) -> None:
+    """Refuse settings that a blueprint would silently overrule, and a budget without the text that it counts on."""
+    asked = settings.model_fields_set
+    if decided := [name for name in ("method", "options") if name in asked and getattr(settings, name)]:
+        raise InputError(
+            "a blueprint says already how every FFN is split",
+            f"leave {' and '.join(decided)} out; budget changes what its experts may use",
+        )
+    if settings.allocation is not None or settings.dense_layers:
+        raise InputError("a blueprint says already which layers are dense", "leave allocation and dense layers out")
+    if settings.budget is not None and not settings.calibration.names_sources:
+        raise InputError(
+            "a budget is what a text may use, and no text is given",
+            "add --calib: text like that to come; wikitext is what conversions take by default",
+        )
 
 
 def check_options(settings: ConvertSettings) -> MethodConfig:
@@ -153,10 +173,20 @@ def expected_split(settings: ConvertSettings, anatomy: Anatomy, shapes: Mapping[
     return Split(anatomy, expected={path: shape.fitted() if fits else shape for path, shape in shapes.items()})
 
 
-def check_headers(stored: StoredNames, anatomy: Anatomy) -> None:
-    """Refuse a model whose FFNs are not in its weight files, or that has more layers there than config.json says."""
+def check_stored(stored: Headers, outline: Outline) -> None:
+    """What `plan` and `convert` refuse of a method's conversion of these files."""
+    check_split(outline)
+    check_headers(stored, outline.anatomy)
+    if outline.reads_text:
+        require_tokenizer(stored.folder)
+
+
+def check_headers(stored: Headers, anatomy: Anatomy) -> None:
+    """Refuse a model whose FFNs are not in its weight files as config.json describes them, or that has more layers
+    there."""
     for site in anatomy.sites:
         ffn_tensor_names(stored, site)
+        check_shapes(stored, site, anatomy.d_model)
     layers = re.compile(rf"(?:.*\.)?{re.escape(anatomy.family.layers.rpartition('.')[2])}\.(\d+)\.")
     read = (name for name in stored.names if not anatomy.unread(name))
     found = 1 + max(int(match[1]) for name in read if (match := layers.match(name)))
@@ -222,12 +252,20 @@ def check_allocation(outline: Outline) -> None:
         raise InputError(
             "every neuron is active: there is nothing to share out", "lower active, or leave allocation out"
         )
-    settings.allocation.mode_for(settings.target)
+    settings.allocation.mode_for(settings.target, _uneven_targets(outline))
     if settings.target == AUTO and outline.shape.router == "static":
         raise InputError(
             f"without routing, target auto is a dense model whose layers are all as wide as the widest: {anatomy.d_ff}",
             "choose target moesaic",
         )
+
+
+def _uneven_targets(outline: Outline) -> list[str]:
+    """The targets whose layers need not be alike and that hold the model once its first layer stays dense."""
+    first = outline.split.path_of(0)
+    rest = {path: shape for path, shape in outline.split.shapes.items() if path != first}
+    split = replace(outline.split, expected=rest)
+    return [name for name, target in TARGETS.items() if target.freedom != "none" and not target.split_reasons(split)]
 
 
 def active_neurons(config: MethodConfig, d_ff: int) -> int:

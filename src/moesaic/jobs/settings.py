@@ -97,13 +97,26 @@ def load_settings(path: Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"settings file {path} does not exist", "check --config") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"settings file {path} cannot be read: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise InputError(f"settings file {path} cannot be read: {error.strerror}", "give a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"settings file {path} cannot be read: {error.reason}", "save it as UTF-8") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason, place = " ".join(str(error).split()), _place(error)
+        raise InputError(
+            f"settings file {path} cannot be read: {reason}", f"mend {place}: `key: value` lines"
+        ) from error
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise InputError(f"settings file {path} holds no mapping", "write `key: value` lines")
     return data
+
+
+def _place(error: Exception) -> str:
+    """Where YAML stumbled."""
+    mark = getattr(error, "problem_mark", None)
+    return "it" if mark is None else f"line {mark.line + 1}"
 
 
 def method_config(settings: ConvertSettings) -> MethodConfig:

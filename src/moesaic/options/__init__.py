@@ -7,6 +7,7 @@ and studies look at, and would only be in the way of somebody who converts a mod
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from textwrap import shorten
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
@@ -17,6 +18,7 @@ from moesaic.errors import InputError
 Model = TypeVar("Model", bound=BaseModel)
 
 _INSTEAD = "instead_of_set"
+_LONGEST_HINT = 150
 
 
 def study(*, instead: str = "", **rules: Any) -> Any:
@@ -67,7 +69,8 @@ def refuse_studies(model: type[BaseModel], values: Mapping[str, Any], what: str,
 
 
 def build(model: type[Model], values: Mapping[str, Any], what: str) -> Model:
-    """Validate ``values`` as ``model``; pydantic's report becomes one line and a hint with the known keys."""
+    """Validate ``values`` as ``model``; pydantic's report becomes one line, and a hint: the known keys, or what the
+    option is."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -76,7 +79,31 @@ def build(model: type[Model], values: Mapping[str, Any], what: str) -> Model:
         if first["type"] == "extra_forbidden":
             known = _fields_at(model, first["loc"][:-1])
             raise InputError(f"{what} has no option {where!r}", f"known: {', '.join(known)}") from error
-        raise InputError(f"{what}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
+        reason = f"{what}: {where}: {first['msg'].removeprefix('Value error, ')}"
+        raise InputError(reason, _meaning(model, first["loc"])) from error
+
+
+def _meaning(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
+    """What the option at ``path`` is, for a hint: its description, in short, and its default."""
+    name, field = _field_at(model, path)
+    if field is None:
+        return f"known: {', '.join(model.model_fields)}"
+    text = field.description or ""
+    while len(text) > _LONGEST_HINT and ". " in text:
+        text = text.rpartition(". ")[0] + "."
+    text = shorten(text, _LONGEST_HINT, placeholder=" ...")
+    simple = isinstance(field.default, bool | int | float | str)
+    return f"{name}: {text}" + (f" Default: {field.default}." if simple else "")
+
+
+def _field_at(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[str, FieldInfo | None]:
+    """The last field on ``path`` that a model knows; positions in a list, and words of pydantic's own, are passed."""
+    found: tuple[str, FieldInfo | None] = ("", None)
+    inner: type[BaseModel] | None = model
+    for part in path:
+        if inner is not None and (field := inner.model_fields.get(str(part))) is not None:
+            found, inner = (str(part), field), _model_in(field)
+    return found
 
 
 def put(values: dict[str, Any], name: str, value: Any) -> None:

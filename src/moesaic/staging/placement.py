@@ -24,7 +24,7 @@ def absolute(path: str | Path) -> Path:
         resolved = full.resolve()
         return resolved if full.name in ("", "..") else full.parent.resolve() / full.name
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"path {str(path)!r} cannot be used: {error}") from error
+        raise InputError(f"path {str(path)!r} cannot be used: {error}", "choose another path") from error
 
 
 def partial_of(out: Path) -> Path:

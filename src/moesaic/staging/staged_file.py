@@ -53,7 +53,9 @@ def _lock(staging: Path, output: Path) -> FileLock:
     except Timeout as error:
         raise InputError(f"another process is writing {output}", "wait for it or choose another output") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot create {staging}: {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(
+            f"cannot create {staging}: {getattr(error, 'strerror', None) or error}", "may this user write there?"
+        ) from error
     return lock
 
 

@@ -35,7 +35,7 @@ from moesaic import durable
 from moesaic.blueprint.attention import AttentionPlan
 from moesaic.blueprint.layer import LayerPlan
 from moesaic.blueprint.model import Blueprint
-from moesaic.errors import InputError, ResourceError, VerificationError
+from moesaic.errors import InputError, ResourceError, UnfinishedCheckError, VerificationError
 from moesaic.staging.key import compare_keys, read_key
 from moesaic.staging.manifest import MANIFEST_NAME, build_manifest, hash_file
 from moesaic.staging.placement import absolute, check_output, check_space, partial_of
@@ -63,6 +63,7 @@ class StagedOutput:
         self._log = self.root / "progress.jsonl"
         self._state = self.root / "state.safetensors"
         self._finished: dict[str, dict[str, Any]] = {}
+        self._rejected = False
 
     @staticmethod
     def check(out: str | Path, source: str | Path | None = None) -> None:
@@ -195,7 +196,8 @@ class StagedOutput:
         Args:
             manifest: Whether the output gets a manifest.json.
             results: For results.json, read after ``verify`` so that it can add to it; no such file when None.
-            verify: Called with the complete staged folder; when it raises, OUT does not appear.
+            verify: Called with the complete staged folder; when it raises, OUT does not appear. What has failed a check
+                would fail it again, so nothing of it stays then, unless the check came to no end.
         """
         names = self._place_shards()
         self._write_index(names)
@@ -204,7 +206,7 @@ class StagedOutput:
             content = build_manifest(self.folder, self._key, known)
             self.write_text(MANIFEST_NAME, json.dumps(content, indent=1, sort_keys=True) + "\n")
         if verify is not None:
-            verify(self.folder)
+            self._verified(verify)
         if results is not None:
             self.write_text(RESULTS_NAME, json.dumps(results, indent=1) + "\n")
         with durable.disk_errors(self.out):
@@ -213,6 +215,15 @@ class StagedOutput:
             durable.sync(self.root)
             durable.sync(self.out.parent)
         return self.out
+
+    def _verified(self, verify: Callable[[Path], object]) -> None:
+        try:
+            verify(self.folder)
+        except UnfinishedCheckError:
+            raise
+        except VerificationError:
+            self._rejected = True
+            raise
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -232,7 +243,9 @@ class StagedOutput:
                 self.root.rmdir()  # refused where another process has its lock in it
             raise
         except (OSError, ValueError) as error:
-            raise InputError(f"cannot create {self.root}: {getattr(error, 'strerror', None) or error}") from error
+            raise InputError(
+                f"cannot create {self.root}: {getattr(error, 'strerror', None) or error}", "may this user write there?"
+            ) from error
         try:
             yield
         finally:
@@ -335,8 +348,8 @@ class StagedOutput:
             self.write_text(INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def _leave(self) -> None:
-        """Remove the staging folder when OUT has appeared or nothing is worth keeping."""
-        if self.folder.exists() and (self._finished or any(self.training.iterdir())):
+        """Remove the staging folder when OUT has appeared, was found wrong, or nothing is worth keeping."""
+        if self.folder.exists() and not self._rejected and (self._finished or any(self.training.iterdir())):
             durable.empty(self.work)
         else:
             shutil.rmtree(self.root, ignore_errors=True)

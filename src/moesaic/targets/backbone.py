@@ -150,7 +150,9 @@ def _with_defaults(anatomy: Anatomy) -> Any:
         return CONFIG_MAPPING[model_type].from_dict(dict(anatomy.config))
     except Exception as error:  # transformers validates strictly and with many exception types
         reason = " ".join(str(error).split())[:160]
-        raise UnsupportedModelError(f"transformers cannot read this {model_type} config: {reason}") from error
+        raise UnsupportedModelError(
+            f"transformers cannot read this {model_type} config: {reason}", "is it complete?"
+        ) from error
 
 
 def _window(config: Any) -> tuple[int | None, bool]:
