@@ -20,6 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .moesaic_attention import swap_attention
 from .moesaic_ffn import MoEFeedForward, MoesaicExperts, use_path
 from .moesaic_kernel import kernel  # noqa: F401
+from .moesaic_kernel_blocks import BLOCKS  # noqa: F401
 from .moesaic_kernel_source import SOURCE  # noqa: F401
 from .moesaic_path_packed import Masked  # noqa: F401
 from .moesaic_path_rows import Rows  # noqa: F401

@@ -20,7 +20,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from .moesaic_kernel_source import SOURCE
+from .moesaic_kernel_blocks import BLOCKS
+from .moesaic_kernel_source import SOURCE as ROWS
+
+SOURCE = ROWS + BLOCKS
 
 WEIGHTS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ACTIVATIONS = {
@@ -63,7 +66,8 @@ def kernel(dtype: torch.dtype) -> ctypes.CDLL | None:
         warning = f"few tokens are computed by torch, which is slower than the compiled kernel: {error}"
         logging.get_logger(__name__).warning_once(warning)
         return None
-    library.moesaic_rows.argtypes = [ctypes.POINTER(Call)]
+    for function in (library.moesaic_rows, library.moesaic_blocks):
+        function.argtypes = [ctypes.POINTER(Call)]
     library.moesaic_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.moesaic_large_pages.restype = None
     return library

@@ -65,7 +65,9 @@ def _taken(matrices: Matrices, rows_M: Tensor) -> Matrices:
     """Copies of some rows."""
     *of_rows, down_DP = matrices
     picked = [None if tensor is None else tensor.index_select(0, rows_M) for tensor in of_rows]
-    return Matrices(picked[0], picked[1], matrices.up_PD.index_select(0, rows_M), picked[3], down_DP[:, rows_M])
+    by_rows = down_DP.stride(0) == 1  # it lies side by side with the others: then its columns are whole in memory
+    down_DM = down_DP.t().index_select(0, rows_M).t() if by_rows else down_DP[:, rows_M]
+    return Matrices(picked[0], picked[1], matrices.up_PD.index_select(0, rows_M), picked[3], down_DM)
 
 
 def _runs_of(rows_M: Tensor) -> list[Run]:
