@@ -6,6 +6,9 @@ Axes: T tokens, D model width, P neurons, E experts, K experts per token.
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -208,6 +211,19 @@ def test_a_kernel_is_compiled_once_and_found_again(monkeypatch: pytest.MonkeyPat
     stamp = first.stat().st_mtime_ns
     assert moesaic_kernel.built(torch.bfloat16) == first
     assert first.stat().st_mtime_ns == stamp
+
+
+def test_two_processes_that_compile_at_once_leave_one_whole_kernel(tmp_path: Path) -> None:
+    code = "import torch; from moesaic.nn.moesaic_kernel import built, kernel; print(built(torch.float16).name); "
+    code += "assert kernel(torch.float16) is not None"
+    environment = os.environ | {"MOESAIC_CACHE": str(tmp_path)}
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    names = {process.communicate(timeout=240)[0].strip() for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == list(names)
 
 
 def test_activations_are_those_of_all_families() -> None:

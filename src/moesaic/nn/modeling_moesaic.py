@@ -18,6 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 # All files of the architecture, used here or not: transformers up to 5.6 copies only those that this one names.
 from .moesaic_attention import swap_attention
+from .moesaic_costs import Costs  # noqa: F401
 from .moesaic_ffn import MoEFeedForward, MoesaicExperts, use_path
 from .moesaic_kernel import kernel  # noqa: F401
 from .moesaic_kernel_blocks import BLOCKS  # noqa: F401

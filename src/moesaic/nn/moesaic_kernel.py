@@ -80,13 +80,17 @@ def built(dtype: torch.dtype) -> Path:
         NoKernelError: no compiler, or none that accepts the source.
     """
     compiler = _compiler()
-    parts = (SOURCE, WEIGHTS[dtype], compiler, *FLAGS, torch.__version__, _cpu(), *_openmp_runtime())
-    name = f"rows-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-    folder = _cache_folder()
+    name = f"rows-{key_of(WEIGHTS[dtype], compiler, *FLAGS, *_openmp_runtime())}.so"
+    folder = cache_folder()
     if not (folder / name).exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             _compile(compiler, dtype, Path(scratch)).replace(folder / name)
     return folder / name
+
+
+def key_of(*parts: str) -> str:
+    """A short name for what depends on the kernel's source, torch, this CPU and ``parts``."""
+    return hashlib.sha256(chr(0).join((SOURCE, torch.__version__, _cpu(), *parts)).encode()).hexdigest()[:16]
 
 
 def _compiler() -> str:
@@ -129,6 +133,7 @@ def _openmp_runtime() -> list[str]:
     return [path for path in dict.fromkeys(paths) if Path(path).name.startswith(OPENMP_RUNTIMES)][:1]
 
 
+@cache
 def _cpu() -> str:
     """What ``-march=native`` depends on."""
     info = Path("/proc/cpuinfo")
@@ -137,7 +142,8 @@ def _cpu() -> str:
     return "\n".join((platform.machine(), platform.processor(), *own))
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where the kernel lies; made where it is missing. Raises NoKernelError."""
     own, general = os.environ.get("MOESAIC_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(own or Path(general) / "moesaic").expanduser().absolute()
     try:

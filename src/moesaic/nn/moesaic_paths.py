@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .moesaic_costs import ESTIMATES, Size, cheapest, measured
 from .moesaic_path_packed import Every, Masked
 from .moesaic_path_rows import Rows
 from .moesaic_path_sorted import Sorted
@@ -100,11 +101,13 @@ PATHS: tuple[Row, ...] = (
 
 
 PORTABLE = tuple(row for row in PATHS if not isinstance(row.path, Rows))
-"""Those of torch alone: what is decided with them does not depend on whether there is a compiler."""
+"""Those of torch alone, by the table: what is decided with them depends on no compiler and no measurement."""
 
 
 def choose(x_TD: Tensor, ffn: MoEFeedForward) -> Path:
     """The path for an input: the first of ``ffn.asked`` that supports it, or the fastest known.
+
+    The fastest is what the costs that were measured on this machine say, else what the table says.
 
     Raises:
         ValueError: none of the paths that were asked for supports it.
@@ -115,7 +118,7 @@ def choose(x_TD: Tensor, ffn: MoEFeedForward) -> Path:
             if span is None or not row.path.supports(x_TD, ffn):
                 continue
             if span[0] <= x_TD.shape[0] and (span[1] is None or x_TD.shape[0] < span[1]):
-                return row.path
+                return _cheapest(x_TD, ffn) or row.path if row.path.name in ESTIMATES else row.path
     able = [row.path for row in ffn.table if row.path.layout == ffn.layout and row.path.supports(x_TD, ffn)]
     for name in ffn.asked:
         for path in able:
@@ -125,3 +128,18 @@ def choose(x_TD: Tensor, ffn: MoEFeedForward) -> Path:
     routed, gradients = "routed" if ffn.routed else "unrouted", " with gradients" if torch.is_grad_enabled() else ""
     kind = f"{routed} {ffn.layout} experts of width {ffn.width} in {x_TD.dtype} on {x_TD.device.type}{gradients}"
     raise ValueError(f"{wanted} cannot compute {kind}; these can: {', '.join(path.name for path in able) or 'none'}")
+
+
+def _cheapest(x_TD: Tensor, ffn: MoEFeedForward) -> Path | None:
+    """The path of the smallest estimate; None where nothing was measured, or where the table must decide."""
+    if torch.compiler.is_compiling() or ffn.table is not PATHS or x_TD.device.type != "cpu" or len(x_TD) == 0:
+        return None
+    costs = measured(x_TD.dtype, torch.get_num_threads())
+    if costs is None:
+        return None
+    rows = [row for row in PATHS if row.path.layout == ffn.layout and row.path.name in ESTIMATES]
+    paths = {row.path.name: row.path for row in rows if row.path.supports(x_TD, ffn)}
+    weights = (2 if ffn.gate_proj is None else 3) * x_TD.shape[1]
+    sizes = ffn.neurons, ffn.shared, ffn.experts, ffn.width, ffn.top_k
+    size = Size(ffn.layout, ffn.routed, *sizes, weights, ffn.share())
+    return paths[cheapest(size, costs, len(x_TD), tuple(paths))]
