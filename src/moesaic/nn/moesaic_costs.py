@@ -111,6 +111,8 @@ ESTIMATES: dict[str, Callable[[Size, Costs, int], float]] = {
     "rows": _rows,
 }
 """Nanoseconds of a path by its name."""
+LAYOUTS = ("packed", "union")
+"""Those that the estimates know."""
 
 
 @lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .moesaic_costs import ESTIMATES, Size, cheapest, measured
+from .moesaic_costs import ESTIMATES, LAYOUTS, Size, cheapest, measured
 from .moesaic_path_packed import Every, Masked
 from .moesaic_path_rows import Rows
 from .moesaic_path_sorted import Sorted
@@ -132,7 +132,9 @@ def choose(x_TD: Tensor, ffn: MoEFeedForward) -> Path:
 
 def _cheapest(x_TD: Tensor, ffn: MoEFeedForward) -> Path | None:
     """The path of the smallest estimate; None where nothing was measured, or where the table must decide."""
-    if torch.compiler.is_compiling() or ffn.table is not PATHS or x_TD.device.type != "cpu" or len(x_TD) == 0:
+    if torch.compiler.is_compiling() or ffn.table is not PATHS or ffn.layout not in LAYOUTS:
+        return None
+    if x_TD.device.type != "cpu" or len(x_TD) == 0:
         return None
     costs = measured(x_TD.dtype, torch.get_num_threads())
     if costs is None:
