@@ -97,7 +97,7 @@ def scores_by_rule(ffn: NeuronFeedForward, x_TD: Tensor) -> tuple[Tensor, Tensor
     up_TF, up_off_TF = found["up"]
     inner_TF, inner_off_TF = found.get("gate", found["up"])
     slope_TF = 2 * (inner_TF.abs() + inner_off_TF) if ffn.activation == "relu2" else torch.tensor(1.13)
-    h_TF, h_off_TF = ffn.act(inner_TF), slope_TF * inner_off_TF + 16 * ULP * inner_TF.abs()
+    h_TF, h_off_TF = ffn.act_fn(inner_TF), slope_TF * inner_off_TF + 16 * ULP * inner_TF.abs()
     if "gate" in found:
         h_off_TF = h_off_TF * (up_TF.abs() + up_off_TF) + h_TF.abs() * up_off_TF
         h_TF = h_TF * up_TF

@@ -1,4 +1,4 @@
-"""The header of one safetensors file: which tensors it holds. Needs neither torch nor numpy, but to check the tiling."""
+"""The header of one safetensors file: which tensors it holds. Needs neither torch nor numpy, but to check tiling."""
 
 from __future__ import annotations
 

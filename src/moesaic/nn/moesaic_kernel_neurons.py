@@ -4,7 +4,7 @@ It goes on where `moesaic_kernel_source.py` ends, and uses what stands there. Ev
 a copy of gate and up in 4, 3 or 2 bits per weight. `PORTABLE` forces the form for CPUs without AVX-512's integers.
 """
 
-SOURCE = r"""
+NEURONS = r"""
 // Packed codes, per row in blocks of 64 weights w (the rest of the last block is padding with code 0):
 //   4 bits, 32 bytes: byte 16h + j has weight 32h + j in its low and 32h + 16 + j in its high nibble;
 //   3 bits, 24 bytes: bits 2i and 2i + 1 of byte j are the low bits of weight 16i + j; bit k of byte 16 + m is the
@@ -38,31 +38,6 @@ static inline f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
   return (f32x16)((mask & (i32x16)yes) | (~mask & (i32x16)no));
 }
 static inline f32x16 magnitude(f32x16 v) { return (f32x16)((i32x16)v & 0x7fffffff); }
-
-// exp by Cephes' polynomial, within 2 ulp; infinity from 89 on, 0 below -104.
-static inline f32x16 exponential(f32x16 v) {
-  v = select(v > 90, all(90), select(v < -105, all(-105), v));
-  const f32x16 shifted = v * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-  const i32x16 power = (i32x16)shifted - 0x4b400000, half = power >> 1;
-  const f32x16 r = v - n * 0.693359375f + n * 2.12194440e-4f;
-  f32x16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1;
-  return p * (f32x16)((half + 127) << 23) * (f32x16)((power - half + 127) << 23);
-}
-
-static inline f32x16 activate(f32x16 v, int64_t kind) {
-  const f32x16 positive = select(v < 0, all(0), v);
-  if (kind == SILU) return v / (1 + exponential(-v));
-  if (kind == GELU_TANH) return v / (1 + exponential(v * -1.59576912f * (1 + 0.044715f * v * v)));
-  if (kind == RELU) return positive;
-  if (kind == RELU_SQUARED) return positive * positive;
-  for (int i = 0; i < 16; i++) v[i] = activate(v[i], kind);
-  return v;
-}
 
 struct Low { const uint8_t *codes; const bf16 *scale, *offset; };  // of one row
 struct Shape { int64_t d, groups, group, row_bytes; };
@@ -349,7 +324,7 @@ extern "C" int moesaic_neurons(const Call *call, const LowBit *router) {
   const Shape s = {c.d_model, divided(c.d_model, r.group), r.group, divided(c.d_model, 64) * 8 * r.bits};
   const int64_t size = padded(c.tokens * c.d_model), useful = c.neurons / SHARE + 1, wide = padded(c.neurons);
   const int threads = (int)(c.threads < 1 ? 1 : c.threads < useful ? c.threads : useful);
-  const int64_t floats = (1 + threads) * size + c.tokens * (2 * wide + input_bytes(s) / 4) + wide;
+  const int64_t floats = (1 + threads) * size + c.tokens * (2 * wide + input_bytes(s) / 4) + 2 * wide;
   void *memory = malloc(4 * floats + 64);
   Input *in = (Input *)malloc(sizeof(Input) * c.tokens);
   if (!memory || !in) {
@@ -358,9 +333,9 @@ extern "C" int moesaic_neurons(const Call *call, const LowBit *router) {
   }
   float *x = (float *)(((uintptr_t)memory + 63) & ~(uintptr_t)63), *parts = x + size, *e = parts + threads * size;
   float *w = e + c.tokens * wide;
-  int32_t *rows = (int32_t *)(w + c.tokens * wide);
+  int32_t *rows = (int32_t *)(w + c.tokens * wide), *tokens = rows + wide;
   widen<WEIGHT>(c, x);
-  inputs(c, s, x, (char *)(rows + wide), in);
+  inputs(c, s, x, (char *)(tokens + wide), in);
   int64_t count = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -380,7 +355,7 @@ extern "C" int moesaic_neurons(const Call *call, const LowBit *router) {
     }
 #pragma omp barrier
 #pragma omp master
-    count = wanted(c, w, rows);
+    count = wanted(c, w, tokens, rows);
 #pragma omp barrier
     compute<WEIGHT>(c, w, rows, count, x, parts, own);
   }

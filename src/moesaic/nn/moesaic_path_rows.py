@@ -17,6 +17,8 @@ from .moesaic_side_by_side import can_lie, lay, layers, lies
 if TYPE_CHECKING:
     from .moesaic_ffn import MoEFeedForward
 
+BLOCKS_FROM = 2  # tokens; one alone is computed neuron by neuron
+
 ERRORS = {
     1: "the router chose an expert that does not exist",
     2: "there is no memory left",
@@ -103,7 +105,10 @@ def computed(ffn: Any, x_TD: Tensor, idx_TK: Tensor | None, weight_TK: Tensor | 
         torch.get_num_threads(),
     )
     library = kernel(x_TD.dtype)
-    failed = library.moesaic_rows(ctypes.byref(call)) if library is not None else 2
+    if library is None:
+        raise ValueError(ERRORS[2])
+    few = len(x_TD) < BLOCKS_FROM
+    failed = (library.moesaic_rows if few else library.moesaic_blocks)(ctypes.byref(call))
     if failed:
         raise ValueError(ERRORS[failed])
     return y_TD

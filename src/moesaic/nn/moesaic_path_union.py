@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .moesaic_slices import GAP_ROWS, Matrices, down, hidden, matmuls
 
@@ -49,7 +50,11 @@ class UnionMasked:
             own = ffn.places()[1]
             chosen = [own[e] for e in set(idx_TK.flatten().tolist())]
             runs = _bridged(sorted([(0, ffn.shared)] * (ffn.shared > 0) + [run for runs in chosen for run in runs]))
-        return weighed(ffn, matrices, x_TD, runs, weight_TE @ ffn.membership.to(x_TD.dtype))
+        # In the memory order of what it will be multiplied with: (W x^T)^T is stored by neurons.
+        member_UE = ffn.membership.to(x_TD.dtype).t()
+        by_neurons = matmuls(x_TD)[0] is not F.linear
+        weight_TU = (member_UE @ weight_TE.t()).t() if by_neurons else weight_TE @ member_UE.t()
+        return weighed(ffn, matrices, x_TD, runs, weight_TU)
 
 
 def weighed(ffn: UnionFeedForward, matrices: Matrices, x_TD: Tensor, runs: list[Run], weight_TU: Tensor) -> Tensor:
@@ -59,8 +64,11 @@ def weighed(ffn: UnionFeedForward, matrices: Matrices, x_TD: Tensor, runs: list[
     for start, stop in runs:
         h_TM = hidden(matrices, ffn.act_fn, x_TD, start, stop, up_matmul)
         shared = max(0, ffn.shared - start)
-        weighed_TM = h_TM[:, shared:] * weight_TU[:, start + shared - ffn.shared : stop - ffn.shared]
-        h_TM = torch.cat([h_TM[:, :shared], weighed_TM], dim=1) if shared else weighed_TM
+        weight_TM = weight_TU[:, start + shared - ffn.shared : stop - ffn.shared]
+        if torch.is_grad_enabled():
+            h_TM = torch.cat([h_TM[:, :shared], h_TM[:, shared:] * weight_TM], dim=1)
+        else:
+            h_TM[:, shared:] *= weight_TM
         y_TD = y_TD + down(matrices, h_TM, start, stop, down_matmul)
     return y_TD
 

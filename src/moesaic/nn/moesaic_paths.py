@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .moesaic_costs import ESTIMATES, LAYOUTS, Size, cheapest, measured
 from .moesaic_path_neuron_rows import NeuronRows
 from .moesaic_path_neurons import NeuronsEvery, NeuronsMasked
 from .moesaic_path_packed import Every, Masked
@@ -82,8 +83,10 @@ class Row(NamedTuple):
 ANY: Where = (None, None)
 FP32: Where = (None, torch.float32)
 
-# The compiled kernel on one thread of a Zen 5 CPU at 896 x 4864, half the neurons, against torch's dense FFN.
-FEW: Mapping[Where, Span] = {("cpu", None): (1, 9)}
+# The compiled kernel on one thread of a Zen 4 CPU at 896 x 4864 against torch's dense FFN. With all rows it is faster
+# up to 96 tokens in bf16 and 128 in fp32. torch is four times slower in fp16. Without AVX-512 it is unmeasured.
+WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+FEW: Mapping[Where, Span] = {("cpu", torch.float16): (1, None if WIDE else 9), ("cpu", None): (1, 65 if WIDE else 9)}
 
 # From the top, the first that supports an input and is the fastest for it. Numbers: benchmarks/ffn.py on a Zen 4 CPU
 # (MKL for fp32, oneDNN for bf16), torch 2.13; those of unions on one thread at 896 x 4864, eight top-1 experts of about
@@ -111,11 +114,13 @@ PATHS: tuple[Row, ...] = (
 
 
 PORTABLE = tuple(row for row in PATHS if not isinstance(row.path, Rows | TritonRows | TritonGrouped))
-"""Those of torch alone: what is decided with them does not depend on whether there is a compiler or a GPU."""
+"""Those of torch alone, by the table: what is decided with them depends on no compiler, GPU or measurement."""
 
 
 def choose(x_TD: Tensor, ffn: MoEFeedForward) -> Path:
     """The path for an input: the first of ``ffn.asked`` that supports it, or the fastest known.
+
+    The fastest is what the costs that were measured on this machine say, else what the table says.
 
     Raises:
         ValueError: none of the paths that were asked for supports it.
@@ -126,7 +131,7 @@ def choose(x_TD: Tensor, ffn: MoEFeedForward) -> Path:
             if span is None or not row.path.supports(x_TD, ffn):
                 continue
             if span[0] <= x_TD.shape[0] and (span[1] is None or x_TD.shape[0] < span[1]):
-                return row.path
+                return _cheapest(x_TD, ffn) or row.path if row.path.name in ESTIMATES else row.path
     able = [row.path for row in ffn.table if row.path.layout == ffn.layout and row.path.supports(x_TD, ffn)]
     for name in ffn.asked:
         for path in able:
@@ -136,3 +141,20 @@ def choose(x_TD: Tensor, ffn: MoEFeedForward) -> Path:
     routed, gradients = "routed" if ffn.routed else "unrouted", " with gradients" if torch.is_grad_enabled() else ""
     kind = f"{routed} {ffn.layout} experts of width {ffn.width} in {x_TD.dtype} on {x_TD.device.type}{gradients}"
     raise ValueError(f"{wanted} cannot compute {kind}; these can: {', '.join(path.name for path in able) or 'none'}")
+
+
+def _cheapest(x_TD: Tensor, ffn: MoEFeedForward) -> Path | None:
+    """The path of the smallest estimate; None where nothing was measured, or where the table must decide."""
+    if torch.compiler.is_compiling() or ffn.table is not PATHS or ffn.layout not in LAYOUTS:
+        return None
+    if x_TD.device.type != "cpu" or len(x_TD) == 0:
+        return None
+    costs = measured(x_TD.dtype, torch.get_num_threads())
+    if costs is None:
+        return None
+    rows = [row for row in PATHS if row.path.layout == ffn.layout and row.path.name in ESTIMATES]
+    paths = {row.path.name: row.path for row in rows if row.path.supports(x_TD, ffn)}
+    weights = (2 if ffn.gate_proj is None else 3) * x_TD.shape[1]
+    sizes = ffn.neurons, ffn.shared, ffn.experts, ffn.width, ffn.top_k
+    size = Size(ffn.layout, ffn.routed, *sizes, weights, ffn.share())
+    return paths[cheapest(size, costs, len(x_TD), tuple(paths))]

@@ -78,7 +78,13 @@ def _project(x_TD: Tensor, weight_PD: Tensor, bias_P: Tensor | None, rows: slice
 
 
 def _weight_first(x_TD: Tensor, w_MD: Tensor) -> Tensor:
-    """x W^T as (W x^T)^T: the library then packs the few tokens and not the weights."""
+    """x W^T as (W x^T)^T: the library then packs the few tokens and not the weights.
+
+    Not of a down projection that lies side by side with the others (`moesaic_side_by_side.py`): its columns are rows
+    in memory, and the library would turn them.
+    """
+    if w_MD.stride(0) == 1:
+        return F.linear(x_TD, w_MD)
     return (w_MD @ x_TD.t()).t()
 
 

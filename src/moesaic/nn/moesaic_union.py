@@ -40,6 +40,7 @@ class UnionFeedForward(MoEFeedForward):
         union = spec["neurons"] - spec["shared"]
         self.register_buffer("membership", torch.zeros(self.experts, union, dtype=torch.bool))
         self._places: tuple[Tensor, list[Tensor], list[list[Run]]] | None = None
+        self._share: tuple[list[Tensor], float] | None = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -52,6 +53,12 @@ class UnionFeedForward(MoEFeedForward):
                 rows = [row_U.nonzero().flatten() + self.shared for row_U in self.membership]
             self._places = self.membership, rows, [_runs_of(row_M) for row_M in rows]
         return self._places[1:]
+
+    def share(self) -> float:
+        rows, _ = self.places()
+        if self._share is None or self._share[0] is not rows:
+            self._share = rows, sum(map(len, rows)) / max(self.membership.numel(), 1)
+        return self._share[1]
 
     def expert_rows(self, matrices: Matrices, e: int, x_TD: Tensor) -> Tensor:
         all_rows, all_runs = self.places()
@@ -66,7 +73,9 @@ def _taken(matrices: Matrices, rows_M: Tensor) -> Matrices:
     """Copies of some rows."""
     *of_rows, down_DP = matrices
     picked = [None if tensor is None else tensor.index_select(0, rows_M) for tensor in of_rows]
-    return Matrices(picked[0], picked[1], matrices.up_PD.index_select(0, rows_M), picked[3], down_DP[:, rows_M])
+    by_rows = down_DP.stride(0) == 1  # it lies side by side with the others: then its columns are whole in memory
+    down_DM = down_DP.t().index_select(0, rows_M).t() if by_rows else down_DP[:, rows_M]
+    return Matrices(picked[0], picked[1], matrices.up_PD.index_select(0, rows_M), picked[3], down_DM)
 
 
 def _runs_of(rows_M: Tensor) -> list[Run]:
