@@ -13,7 +13,7 @@ from benchmarks.map import cost, grids
 from benchmarks.map.__main__ import main, records
 from benchmarks.map.cost import Shape, Used
 from benchmarks.map.measure import Bench
-from benchmarks.map.page import markdown
+from benchmarks.map.page import markdown, own_grid
 from benchmarks.map.points import Point, Setting, beaten, best_within, measured, published
 from benchmarks.map.references import (
     Cats,
@@ -29,8 +29,10 @@ from benchmarks.map.references import (
 from benchmarks.map.rows import BY_KEY, ROWS
 from torch import Tensor
 
+from moesaic.anatomy import read_anatomy
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.calibration.samples import sample_text
+from moesaic.checkpoint.reader import Checkpoint
 from moesaic.nn.ffn import FFNWeights
 from tests.tiny_models import build_tiny
 
@@ -402,6 +404,22 @@ def test_the_page_says_all_of_it(dense: Path, tmp_path: Path) -> None:
     assert "Where ours loses (WikiText-2)" in text
     assert len(json.loads((results / "map_tiny.json").read_text())["lines"]) == len(LINES)
     assert (results / "map_tiny.png").stat().st_size > 1000
+
+
+def test_a_model_that_lies_on_a_grid_is_no_comparison_for_it(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = build_tiny("llama", tmp_path / "tiny", dtype="float32")
+    assert own_grid(Checkpoint(folder), read_anatomy(Checkpoint(folder).config)) == set()
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if "mlp" in name:
+            tensors[name] = WeightOnly(4, 32)._grid(tensors[name]).decoded().contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    own = own_grid(Checkpoint(folder), read_anatomy(Checkpoint(folder).config))
+    assert "q4-g32" in own
+    point = replace(measured(LINES, GATED)[0], row="q4-g32", group="grid")
+    assert not point.buildable
 
 
 def test_a_page_without_rows_says_so() -> None:
