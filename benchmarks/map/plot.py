@@ -15,6 +15,7 @@ _TICKS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 1.7, 2.0)
 _STYLES = {
     "bound": {"color": "grey", "linestyle": ":", "marker": "x"},
     "weights": {"color": "black", "linestyle": "none", "marker": "s"},
+    "grid": {"color": "lightgrey", "linestyle": "none", "marker": "s"},
     "activations": {"linestyle": "--", "marker": "^"},
     "ours": {"linestyle": "-", "marker": "o"},
     "variant": {"linestyle": "-", "marker": ".", "linewidth": 0.8},
@@ -71,7 +72,10 @@ def _panel(axis: Any, panel: Setting, series: Sequence[Sequence[Point]], colours
             [(ratio.ratio if ratio.high is None else ratio.high) - ratio.ratio for ratio in ratios],
         ]
         single = "@" not in points[0].row
-        label = "weight-only quantisation" if single else points[0].label.rpartition(",")[0]
+        label = points[0].label.rpartition(",")[0]
+        if single:
+            own = ", the dense model's own grid" if points[0].group == "grid" else ""
+            label = f"weight-only quantisation{own}"
         axis.errorbar([p.cost.bytes for p in points], ys, yerr=bars, elinewidth=0.7, capsize=2, label=label, **style)
         if single:
             axis.annotate(

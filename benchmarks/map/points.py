@@ -57,8 +57,8 @@ class Point:
 
     @property
     def buildable(self) -> bool:
-        """The oracle cannot be built, and nothing is gained by the dense model."""
-        return self.group not in ("bound", "dense")
+        """The oracle cannot be built, and nothing is told by the dense model, also on its own grid."""
+        return self.group not in ("bound", "dense", "grid")
 
     def to_dict(self) -> dict[str, Any]:
         """For map_MODEL.json."""

@@ -7,11 +7,12 @@ from typing import Literal
 
 from benchmarks.map.references import Cats, LowBit, Nested, Reference, Scored, Teal, WeightOnly
 
-Group = Literal["dense", "bound", "weights", "activations", "ours", "variant"]
+Group = Literal["dense", "bound", "weights", "grid", "activations", "ours", "variant"]
 GROUPS: dict[Group, str] = {
     "dense": "dense",
     "bound": "the best that any choice of neurons could do; no one can build it",
     "weights": "weight-only quantisation, all neurons",
+    "grid": "weights on the grid that the dense model's lie on already; these are the dense model",
     "activations": "thresholds on activations",
     "ours": "neuron experts, and older methods of ours",
     "variant": "variants that were tried",
