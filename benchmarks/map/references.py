@@ -19,7 +19,12 @@ from benchmarks.map.cost import Cost, Shape, Used
 from torch import Tensor
 from torch.nn import functional as F
 
+from moesaic.calibration.inputs import SiteInputs
+from moesaic.materialise.apply import build_ffn
+from moesaic.methods.neuron_experts.config import Config
+from moesaic.methods.neuron_experts.method import plan_site
 from moesaic.nn.ffn import FFNWeights, activation_function
+from moesaic.nn.moesaic_neurons import NeuronFeedForward
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """(x_TD, h_TF) -> score_TF: what a choice of neurons goes by; h is what the FFN would compute."""
@@ -278,6 +283,24 @@ class LowBit(Scored):
             return grids.asymmetric(w_FD, self.bits, self.group).decoded()
         importance_D = x_TD.float().square().mean(dim=0) if self.grid == "inputs" else None
         return grids.least_squares(w_FD, self.bits, self.group, importance_D).decoded()
+
+
+@dataclass(frozen=True)
+class Product(LowBit):
+    """Neuron experts as moesaic makes them: planned by the method, chosen by the module of the converted model."""
+
+    @property
+    def needs_text(self) -> bool:
+        """For thresholds."""
+        return self.choice == "threshold"
+
+    def fit(self, weights: FFNWeights, x_TD: Tensor) -> ReferenceFFN:
+        """What the module chooses, of the dense weights."""
+        options = {"active": self.active, "bits": self.bits, "group": self.group, "choice": self.choice}
+        plan = plan_site(weights, SiteInputs(x_TD), Config.model_validate(options), seed=0)
+        module = build_ffn(weights, plan)
+        assert isinstance(module, NeuronFeedForward)
+        return ReferenceFFN(weights, lambda x_TD, _h_TF: module.chosen(x_TD).float(), threshold=1.0)
 
 
 @dataclass(frozen=True)

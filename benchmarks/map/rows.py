@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from benchmarks.map.references import Cats, LowBit, Nested, Reference, Scored, Teal, WeightOnly
+from benchmarks.map.references import Cats, LowBit, Nested, Product, Reference, Scored, Teal, WeightOnly
 
 Group = Literal["dense", "bound", "weights", "grid", "activations", "ours", "variant"]
 GROUPS: dict[Group, str] = {
@@ -75,6 +75,7 @@ ROWS: tuple[Row, ...] = (
     *_at("50 25", "low3", "neuron experts, 3 bits", "ours", LowBit(bits=3)),
     *_at("75", "cats", "CATS", "activations", Cats()),
     *_at("35 25", "nested-threshold", f"{_NESTED}, threshold", "ours", Nested(choice="threshold"), "nested"),
+    *_at("50 25", "product4", "neuron experts of moesaic, 4 bits", "ours", Product(), "low4"),
     *_at("75 33", "low4", "neuron experts, 4 bits", "ours", LowBit()),
     *_at("50 25", "low4-threshold", "neuron experts, 4 bits, threshold", "ours", LowBit(choice="threshold"), "low4"),
     *_at("35 25", "nested-refit", f"{_NESTED}, refitted", "ours", Nested(refit=True), "nested"),

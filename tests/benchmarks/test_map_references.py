@@ -12,6 +12,7 @@ from benchmarks.map.references import (
     Cats,
     LowBit,
     Nested,
+    Product,
     Reference,
     Scored,
     Teal,
@@ -156,6 +157,27 @@ def test_the_neurons_that_write_everything_are_found(reference: Scored, x_TD: Te
     used_TF = ffn.masked(x_TD) != 0
     assert bool((used_TF == planted_F).all())
     assert ffn.tally.used().neurons == pytest.approx(0.25)
+
+
+def test_the_product_chooses_what_the_reference_chooses(x_TD: Tensor) -> None:
+    """On weights that every grid holds exactly; then in a bf16 model, by a threshold, the share that was asked for."""
+    generator = torch.Generator().manual_seed(7)
+    coarse = {
+        name: torch.randint(0, 16, t.shape, generator=generator) / 8 - 1 for name, t in weights().tensors().items()
+    }
+    coarse = {
+        name: torch.where(
+            torch.arange(t.shape[1]) % 32 < 2, torch.tensor([-1.0, 0.875])[torch.arange(t.shape[1]) % 2], t
+        )
+        for name, t in coarse.items()
+    }
+    dense = replace(weights(), **coarse)
+    ours, reference = (kind(active=0.25).fit(dense, x_TD).masked(x_TD) for kind in (Product, LowBit))
+    assert float(((ours != 0) == (reference != 0)).float().mean()) > 0.999
+    dense = weights().to(torch.bfloat16)
+    ffn = Product(active=0.5, choice="threshold").fit(dense, x_TD.bfloat16())
+    ffn(x_TD.bfloat16())
+    assert ffn.tally.used().neurons == pytest.approx(0.5, abs=0.02)
 
 
 def test_every_token_has_neurons_of_its_own(x_TD: Tensor) -> None:
