@@ -110,7 +110,7 @@ def test_lora_of_peft_counts_trains_switches_off_and_merges(model: Any) -> None:
     assert sum(".mlp." in name for name in gradients) == 2 * 3 * 2  # layers, projections, A and B
     assert all(grad is not None and bool(grad.any()) for grad in gradients.values())
     with torch.no_grad(), tuned.disable_adapter():
-        assert torch.equal(tuned(ids).logits, dense)
+        assert relative_error(tuned(ids).logits, dense) < 1e-5  # a wrapped layer takes torch's path
     merged = tuned.merge_and_unload()
     assert type(merged.model.layers[0].mlp.up_proj) is nn.Linear
     with torch.no_grad():

@@ -33,10 +33,6 @@ static inline int64_t padded(int64_t a) { return divided(a, 16) * 16; }
 
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 static inline i32x16 ints(const float *p) { i32x16 v; memcpy(&v, p, sizeof v); return v; }
-static inline f32x16 all(float f) { return f - (f32x16){}; }
-static inline f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
-  return (f32x16)((mask & (i32x16)yes) | (~mask & (i32x16)no));
-}
 static inline f32x16 magnitude(f32x16 v) { return (f32x16)((i32x16)v & 0x7fffffff); }
 
 struct Low { const uint8_t *codes; const bf16 *scale, *offset; };  // of one row
