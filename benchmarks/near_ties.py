@@ -79,7 +79,7 @@ class Converted:
 def rounded_inputs(model: nn.Module) -> Iterator[None]:
     """Within the block, every router of ``model`` reads its input rounded to bf16."""
     handles = [
-        module.router.register_forward_pre_hook(lambda _, args: (args[0].bfloat16().float(),))
+        module.router.register_forward_pre_hook(lambda _, args: (args[0].bfloat16().float(), *args[1:]))
         for module in model.modules()
         if isinstance(module, MoEFeedForward) and module.router is not None
     ]

@@ -138,7 +138,6 @@ def test_a_blueprint_with_one_budget_is_refused(
         ({"method": "mlpmoe"}, "says already how", "leave method out"),
         ({"options": {"branches": 4}}, "says already how", "leave options out"),
         ({"dense_layers": [0]}, "which layers are dense", "dense layers out"),
-        ({"budget": 0.5, "calibration": {"tokens": 128}}, "no text is given", "add --calib"),
     ],
 )
 def test_what_a_blueprint_would_overrule_is_refused(

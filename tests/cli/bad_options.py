@@ -45,12 +45,6 @@ TABLE = [
         write("s.yaml", "{method: mlpmoe, options: {branches: 4}}"),
     ),
     Bad(
-        "a budget without a text",
-        "convert model out --blueprint done --budget 0.5 --calib-tokens 128",
-        "no text is given",
-        "add --calib",
-    ),
-    Bad(
         "settings: value of another type",
         "convert model out --config s.yaml",
         "calibration.tokens: Input should be a valid integer",
@@ -89,9 +83,9 @@ TABLE = [
     Bad("unknown option", "convert model out --set layuot=S3A3E8", "no option 'layuot'", "layout"),
     Bad(
         "option of another type",
-        "convert model out --set iterations=many",
-        "iterations: .*integer",
-        "iterations: .*Default: 1",
+        "convert model out --set markers_per_token=many",
+        "markers_per_token: .*integer",
+        "markers_per_token: .*Default: 10",
     ),
     Bad("option without value", "convert model out --set iterations", "cannot read --set", "key=value"),
     Bad("option no YAML", "convert model out --set 'layout=['", "cannot read the value of --set"),

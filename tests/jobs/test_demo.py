@@ -19,6 +19,7 @@ def test_the_demo_converts_measures_and_speaks(tmp_path: Path) -> None:
         "cmoe S3A3E8",
         "mlpmoe, 32 slices",
         "token clusters",
+        "neuron experts",
         "control: static",
         "control: random",
     ]
@@ -27,6 +28,8 @@ def test_the_demo_converts_measures_and_speaks(tmp_path: Path) -> None:
     assert rows["control: random"].ratio > rows["control: static"].ratio > rows["token clusters"].ratio > 1
     for label in ("cmoe S3A3E8", "token clusters", "control: static", "control: random"):
         assert rows[label].active == pytest.approx(0.75, abs=0.05)
+    assert rows["neuron experts"].active == pytest.approx(0.5, abs=1e-3)
+    assert 1 < rows["neuron experts"].ratio < rows["token clusters"].ratio
     assert all(row.prefill > 0 and row.decode > 0 for row in done.rows)
     assert done.sentence
-    assert [folder.is_dir() for folder in done.outputs] == [True] * 3
+    assert [folder.is_dir() for folder in done.outputs] == [True] * 4

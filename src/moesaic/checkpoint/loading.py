@@ -111,8 +111,7 @@ def _loaded(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
         raise CheckpointError(
             f"transformers cannot load {folder}: {reason}", "try AutoModelForCausalLM.from_pretrained on it"
         ) from error
-    if hasattr(loaded[0], "exact_prefill"):  # else a conversion to single neurons would be measured as the dense model
-        loaded[0].exact_prefill(False)
+    mask_prompts(loaded[0])
     return loaded
 
 
@@ -121,9 +120,17 @@ def _odd(experts: torch.Tensor) -> bool:
     return experts.dim() == 3 and experts.shape[-1] * experts.element_size() % 16 != 0
 
 
+def mask_prompts(model: Any) -> Any:
+    """The model, its prompts computed as generated tokens are: else a conversion to single neurons would be measured
+    as the dense model."""
+    if hasattr(model, "exact_prefill"):
+        model.exact_prefill(False)
+    return model
+
+
 @contextmanager
 def prefill_as_loaded(model: Any) -> Iterator[None]:
-    """Within the block, a model of :func:`load_model` computes prompts as its config says, as for who generates."""
+    """Within the block, a model of :func:`mask_prompts` computes prompts as its config says, as for who generates."""
     if not hasattr(model, "exact_prefill"):
         yield
         return

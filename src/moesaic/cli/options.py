@@ -68,8 +68,8 @@ Budget = Annotated[
     float | None,
     typer.Option(
         "--budget",
-        help="With --blueprint and --calib: the fraction of the FFN neurons that text like --calib may use, where the "
-        "experts have widths of their own or are single neurons.",
+        help="With --blueprint: the fraction of the FFN neurons that text like --calib may use, where the experts have "
+        "widths of their own or are single neurons.",
     ),
 ]
 Target = Annotated[

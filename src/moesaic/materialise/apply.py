@@ -18,7 +18,7 @@ from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.ffn import halves, load_ffn
 from moesaic.errors import InputError
 from moesaic.materialise.attention import pack_attention
-from moesaic.materialise.pack import pack, site_spec
+from moesaic.materialise.pack import AS_STORED, pack, site_spec
 from moesaic.nn.ffn import LEARNED, FFNWeights
 
 if TYPE_CHECKING:
@@ -42,9 +42,8 @@ def build_ffn(weights: FFNWeights, plan: LayerPlan, dtype: torch.dtype | None = 
         module = build_feed_forward(site_spec(weights, plan), weights.d_model, weights.activation)
     tensors = pack(weights, plan)
     tensors |= {f"act_fn.{name}": tensor for name, tensor in weights.learned.items()}
-    exact = ("router.", "selection_bias", "gate_scale", "membership")
     module.load_state_dict(
-        {name: tensor if name.startswith(exact) else tensor.to(dtype=dtype) for name, tensor in tensors.items()},
+        {name: tensor if name.startswith(AS_STORED) else tensor.to(dtype=dtype) for name, tensor in tensors.items()},
         assign=True,
     )
     return module.eval()

@@ -33,6 +33,9 @@ TENSOR_NAMES = {
 }
 """Field of :class:`FFNWeights` -> name on disk and in the module, relative to the FFN's module path."""
 
+AS_STORED = ("router.", "selection_bias", "gate_scale", "membership")
+"""How names begin whose tensors decide, and keep their dtype whatever the FFN computes in."""
+
 
 def pack(weights: FFNWeights, plan: LayerPlan) -> dict[str, Tensor]:
     """The tensors of the converted FFN, by name relative to its module path; new memory, contiguous.

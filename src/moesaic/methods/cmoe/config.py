@@ -24,7 +24,7 @@ class Config(MethodConfig):
         description="SxAyEz: x shared units, y of z - x routed experts per token (paper: x = N_s, y = N_k, z = N).",
     )
     markers_per_token: int = Field(default=10, ge=1, description="Neurons marked per token, the largest |h^| (K_a).")
-    iterations: int = Field(
+    iterations: int = study(
         default=1,
         ge=1,
         description="Rounds of balanced assignment; before each but the first the centroids become the means of their "

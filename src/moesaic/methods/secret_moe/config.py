@@ -48,7 +48,7 @@ class Config(MethodConfig):
     )
     steps: int = Field(default=400, ge=0, description="Steps of Adam per FFN; 0 only rebuilds the start.")
     batch: int = Field(default=512, ge=1, description="Tokens per step.")
-    rate: float = Field(
+    rate: float = study(
         default=1e-3, gt=0, allow_inf_nan=False, description="Peak learning rate of neurons, cosine to zero."
     )
     router_rate: float = study(
