@@ -138,7 +138,6 @@ def test_a_blueprint_with_one_budget_is_refused(
         ({"method": "mlpmoe"}, "says already how", "leave method out"),
         ({"options": {"branches": 4}}, "says already how", "leave options out"),
         ({"dense_layers": [0]}, "which layers are dense", "dense layers out"),
-        ({"budget": 0.5, "calibration": {"tokens": 128}}, "no text is given", "add --calib"),
     ],
 )
 def test_what_a_blueprint_would_overrule_is_refused(
@@ -147,6 +146,14 @@ def test_what_a_blueprint_would_overrule_is_refused(
     with pytest.raises(InputError, match=message) as caught:
         moesaic.convert(tiny("llama"), tmp_path / "out", blueprint=tmp_path / "any", settings=settings)
     assert hint in caught.value.hint
+
+
+def test_a_budget_that_reads_text_needs_a_source(tiny: Tiny, tmp_path: Path) -> None:
+    made = moesaic.convert(tiny("llama"), tmp_path / "first", settings=UNION)
+    few = {"budget": 0.5, "calibration": {"tokens": 128}}
+    with pytest.raises(InputError, match="no text is given") as caught:
+        moesaic.convert(tiny("llama"), tmp_path / "out", blueprint=made.output, settings=few)
+    assert "add --calib" in caught.value.hint
 
 
 def test_a_budget_needs_a_blueprint(tiny: Tiny, tmp_path: Path) -> None:

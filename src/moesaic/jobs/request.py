@@ -117,7 +117,7 @@ def check_request(
 
 
 def _check_beside_blueprint(settings: ConvertSettings) -> None:
-    """Refuse settings that a blueprint would silently overrule, and a budget without the text that it counts on."""
+    """Refuse settings that a blueprint would silently overrule."""
     asked = settings.model_fields_set
     if decided := [name for name in ("method", "options") if name in asked and getattr(settings, name)]:
         raise InputError(
@@ -126,11 +126,6 @@ def _check_beside_blueprint(settings: ConvertSettings) -> None:
         )
     if settings.allocation is not None or settings.dense_layers:
         raise InputError("a blueprint says already which layers are dense", "leave allocation and dense layers out")
-    if settings.budget is not None and not settings.calibration.names_sources:
-        raise InputError(
-            "a budget is what a text may use, and no text is given",
-            "add --calib: text like that to come; wikitext is what conversions take by default",
-        )
 
 
 def check_options(settings: ConvertSettings) -> MethodConfig:
