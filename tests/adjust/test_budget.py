@@ -148,6 +148,14 @@ def test_what_a_blueprint_would_overrule_is_refused(
     assert hint in caught.value.hint
 
 
+def test_a_budget_that_reads_text_needs_a_source(tiny: Tiny, tmp_path: Path) -> None:
+    made = moesaic.convert(tiny("llama"), tmp_path / "first", settings=UNION)
+    few = {"budget": 0.5, "calibration": {"tokens": 128}}
+    with pytest.raises(InputError, match="no text is given") as caught:
+        moesaic.convert(tiny("llama"), tmp_path / "out", blueprint=made.output, settings=few)
+    assert "add --calib" in caught.value.hint
+
+
 def test_a_budget_needs_a_blueprint(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="none is given"):
         moesaic.convert(tiny("llama"), tmp_path / "out", settings=UNION | {"budget": 0.5})

@@ -107,7 +107,7 @@ def prepare(request: Request) -> Job:
 
 
 def _check_given(given: Blueprint, settings: ConvertSettings) -> None:
-    """Refuse settings that contradict a blueprint."""
+    """Refuse settings that contradict a blueprint, and a budget without the text that it counts on."""
     if settings.router is not None and all(plan.router.kind == "static" for plan in given.sites.values()):
         raise InputError("the blueprint routes nothing: all it keeps is always on", "leave --router out")
     if settings.router is not None and any(plan.varied for plan in given.sites.values()):
@@ -121,6 +121,12 @@ def _check_given(given: Blueprint, settings: ConvertSettings) -> None:
         )
     if settings.budget is not None:
         check_budget(given.sites)
+        reads = any(budget_reads_text(plan) for plan in given.sites.values())
+        if reads and not settings.calibration.names_sources:
+            raise InputError(
+                "a budget is what a text may use, and no text is given",
+                "add --calib: text like that to come; wikitext is what conversions take by default",
+            )
 
 
 def _load_blueprint(path: Path) -> Blueprint:
