@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import transformers
-from benchmarks.ffn import CLOCKS, cpu_name
+from benchmarks.machine import CLOCKS, cpu_name
 from benchmarks.weight_only import WEIGHT_ONLY, quantised
 from transformers import AutoModelForCausalLM
 
