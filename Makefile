@@ -46,8 +46,9 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-bench: $(VENV)/.installed  ## the FFN block beside stock transformers, and the balanced assignment beside scipy
-	$(BIN)/python -m benchmarks.ffn
+# BENCH="--minutes 8 --threads 2 --report docs/results/ffn" for the published page
+bench: $(VENV)/.installed  ## one FFN beside torch and stock transformers, and the balanced assignment beside scipy
+	$(BIN)/python -m benchmarks.ffn $(BENCH)
 	$(BIN)/python -m benchmarks.assignment
 
 clean:

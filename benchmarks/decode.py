@@ -1,23 +1,24 @@
-"""How fast does a converted model decode one token after another on a CPU, beside its dense model?
+"""How fast does a converted model read a prompt and decode on a CPU, beside its dense model?
 
-    python -m benchmarks.decode DENSE NAME=FOLDER ... [--threads 2] [--dtype bfloat16] [--steps 64] [--rounds 3]
-    python -m benchmarks.decode DENSE neurons=FOLDER --active 0.5 0.33 0.25 --weight-only int8 int4
+    python -m benchmarks.decode NAME DENSE "CMoE S2A2E8=FOLDER" ... [--threads 2] [--report docs/results/decode]
+    python -m benchmarks.decode NAME DENSE "neuron experts=FOLDER" --active 0.5 0.33 0.25 --weight-only int8 int4
 
-Every folder is a contender twice: by the runtime's own choice of paths, and by torch alone, for which gradients'
-absence is all that differs. `all rows` is the first folder with all experts on: the compiled kernel without routing.
-A folder of neuron experts is one more contender for each share in `--active`. `--weight-only` adds the dense model with
-the linear layers of its blocks in 8 or 4 bits by torch's own products (bf16; embeddings and head stay as they are).
+Every folder is a contender by the runtime's own choice of paths; with `--torch` also by torch alone. `all rows` is the
+first folder with all experts on: the compiled kernel without routing. A folder of neuron experts is a contender for
+each share in `--active` instead. `--weight-only` adds the dense model with the linear layers of its blocks in 8 or 4
+bits by torch's own products (bf16; embeddings and head stay as they are).
 
 All models are in memory, and all decode the same step before any decodes the next, in an order that is shuffled anew.
-So a busy moment hits all alike. Reported are milliseconds per token, minimum and median over all steps, and how many
-times as fast as dense: the ratio of the minima, and the median of the ratios within a step.
+So a busy moment hits all alike. Reported are milliseconds, minimum and median, and how many times as fast as dense: the
+ratio of the minima, and the median of the ratios within a step. `--report` keeps one model's figures under NAME in
+REPORT.json, beside those of others, and writes REPORT.md of all.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -25,16 +26,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from benchmarks.ffn import CLOCKS, cpu_name
+from benchmarks.ffn import BOTH, Row, ratios
+from benchmarks.machine import CLOCKS, conditions
+from benchmarks.rows import write_rows
 from benchmarks.weight_only import WEIGHT_ONLY, quantised
 from transformers import AutoModelForCausalLM
 
+from moesaic.durable import replace_text
 from moesaic.nn.moesaic_neurons import NeuronFeedForward
 from moesaic.nn.register import register
 
-DENSE = "dense"
+DENSE, ALL_ROWS = "dense", "all rows"
 TORCH = ("masked", "every")
+
+INTRO = """# Decoding in transformers, dense beside converted
+
+`python -m benchmarks.decode NAME DENSE NAME=FOLDER ... --threads 2 --report docs/results/decode`
+
+A prompt of random tokens is read, then one token after another is decoded, batch 1. All models do the same step before
+any does the next, in a new order each time. Each cell has the minimum / the median of milliseconds, or the ratio of the
+minima / the median of the ratios within a step. Above 1 is faster than dense.
+
+Converted models decode by a kernel that is compiled at its first use. It reads exactly the rows that a token wants,
+with gate, up and down of a neuron side by side. From two tokens on it computes blocks of 64 neurons, each row once for
+all tokens that want it. In neuron experts one call scores all neurons by their low-bit copies, chooses, and computes
+the chosen ones. They read a prompt by the dense network, unless that is switched off.
+
+* `all rows`: the first converted model with all experts on. That is what the kernel gives without routing.
+* Token clusters use their share in the mean over the text that they were fitted on. Random tokens may use another.
+* `torch int8`, `torch int4`: the dense model, its blocks' layers in torch's own weight-only products. Embeddings and
+  head stay in bf16.
+"""
 
 
 class Contender:
@@ -43,10 +65,12 @@ class Contender:
     def __init__(self, model: Any, way: Callable[[], Any] = nullcontext) -> None:
         self.model, self.way, self.out = model, way, None
 
-    def begin(self, ids_1W: torch.Tensor) -> None:
-        """Read the prompt."""
+    def begin(self, ids_1W: torch.Tensor, clock: Callable[[], float]) -> float:
+        """Read the prompt; seconds."""
+        begin = clock()
         with self.way():
             self.out = self.model(input_ids=ids_1W, use_cache=True, logits_to_keep=1)
+        return clock() - begin
 
     def step(self, clock: Callable[[], float]) -> float:
         """Decode a token; seconds."""
@@ -80,84 +104,114 @@ def _at(ffns: list[NeuronFeedForward], share: float) -> Iterator[None]:
             ffn.top_k = top_k
 
 
-def contenders(
-    dense: Path, folders: dict[str, Path], dtype: torch.dtype, active: list[float], weight_only: list[str]
-) -> dict[str, Contender]:
+def contenders(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Contender]:
     """The dense model first."""
 
-    def load(path: Path) -> Any:
+    def load(path: str | Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
-    found = {DENSE: Contender(load(dense))}
-    for kind in weight_only:
+    found = {DENSE: Contender(load(args.dense))}
+    for kind in args.weight_only:
         found[f"{DENSE}, torch {kind}"] = Contender(quantised(found[DENSE].model, kind, keep=("lm_head",)))
-    for name, folder in folders.items():
+    for name, _, folder in (given.partition("=") for given in args.folders):
         model = load(folder)
-        found[name] = Contender(model)
-        found[f"{name}, torch"] = Contender(model, lambda model=model: model.use_path(*TORCH))
-        if "all rows" not in found:
-            found["all rows"] = Contender(model, lambda model=model: _all_on(model))
+        if ALL_ROWS not in found:
+            found[ALL_ROWS] = Contender(model, lambda model=model: _all_on(model))
         neurons = [ffn for ffn in model.modules() if isinstance(ffn, NeuronFeedForward)]
-        for share in active if neurons else []:
-            way = partial(_at, neurons, share)
-            found[f"{name}, {100 * share:.0f} %"] = Contender(model, way)
+        shares = args.active if neurons else []
+        for share in shares:
+            found[f"{name} {100 * share:.0f} %"] = Contender(model, partial(_at, neurons, share))
+        if not shares:
+            found[name] = Contender(model)
+        if args.torch:
+            found[f"{name}, torch"] = Contender(model, lambda model=model: model.use_path(*TORCH))
     return found
+
+
+Seconds = dict[str, list[float]]
 
 
 @torch.inference_mode()
 def measure(
     found: dict[str, Contender], clock: Callable[[], float], steps: int, rounds: int, prompt: int
-) -> dict[str, list[float]]:
-    """Seconds of every step of every contender. One round more warms up."""
+) -> tuple[Seconds, Seconds]:
+    """Seconds of every prompt and of every step of every contender. One round more warms up."""
     vocabulary = min(int(one.model.config.get_text_config().vocab_size) for one in found.values())
-    shuffled, seconds = random.Random(0), {name: [] for name in found}
+    shuffled, prompts, decoded = random.Random(0), {name: [] for name in found}, {name: [] for name in found}
     for turn in range(rounds + 1):
         ids_1W = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(turn))
-        for one in found.values():
-            one.begin(ids_1W)
+        for name in shuffled.sample(list(found), len(found)):
+            elapsed = found[name].begin(ids_1W, clock)
+            if turn:
+                prompts[name].append(elapsed)
         for _ in range(steps if turn else 3):
             for name in shuffled.sample(list(found), len(found)):
                 elapsed = found[name].step(clock)
                 if turn:
-                    seconds[name].append(elapsed)
-    return seconds
+                    decoded[name].append(elapsed)
+    return prompts, decoded
 
 
-def markdown(seconds: dict[str, list[float]]) -> str:
-    """A row per contender."""
-    lines = ["| | ms per token, min | median | times dense, of minima | median |", "|---|---|---|---|---|"]
-    dense = seconds[DENSE]
-    for name, own in seconds.items():
-        ratio = statistics.median(other / mine for other, mine in zip(dense, own, strict=True))
-        numbers = (
-            f"{1e3 * min(own):.2f} | {1e3 * statistics.median(own):.2f} | {min(dense) / min(own):.2f} | {ratio:.2f}"
-        )
-        lines.append(f"| {name} | {numbers} |")
+def rows_of(prompts: Seconds, decoded: Seconds) -> list[Row]:
+    """A row per contender: milliseconds [minimum, median] and times dense [of the minima, median within a step]."""
+    return [
+        {
+            "name": name,
+            **{f"{part}_ms": [round(1e3 * figure(own[name]), 2) for figure in BOTH] for part, own in both.items()},
+            **{f"{part}_times_dense": ratios(own[DENSE], own[name]) for part, own in both.items()},
+        }
+        for both in ({"decode": decoded, "prefill": prompts},)
+        for name in decoded
+    ]
+
+
+def markdown(models: dict[str, Any]) -> str:
+    """The page of all models."""
+    return "\n\n".join([INTRO.strip(), *(_section(name, **found) for name, found in models.items())]) + "\n"
+
+
+def _section(name: str, conditions: dict[str, Any], rows: list[Row]) -> str:
+    """Every figure is of one run."""
+    lines = [f"## {name}", "", ", ".join(f"{key} {value}" for key, value in conditions.items()) + ".", ""]
+    lines += ["| | decode, ms per token | times dense | prefill, ms | times dense |", "|---|---|---|---|---|"]
+    for row in rows:
+        cells = (row["decode_ms"], row["decode_times_dense"], row["prefill_ms"], row["prefill_times_dense"])
+        lines.append(f"| {row['name']} | {' | '.join(f'{least:.2f} / {middle:.2f}' for least, middle in cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
+    args = _arguments()
+    torch.set_num_threads(args.threads)
+    register()
+    found = contenders(args, getattr(torch, args.dtype))
+    rows = rows_of(*measure(found, CLOCKS[args.clock], args.steps, args.rounds, args.prompt))
+    settings = {key: getattr(args, key) for key in ("dtype", "prompt", "steps", "rounds")}
+    own = {args.name: {"conditions": conditions(args.clock) | settings, "rows": rows}}
+    print(_section(args.name, **own[args.name]))
+    if args.report is not None:
+        file = args.report.with_suffix(".json")
+        models = (json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}) | own
+        write_rows(file, models)
+        replace_text(args.report.with_suffix(".md"), markdown(models))
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="of the model, on the page")
     parser.add_argument("dense", type=Path)
     parser.add_argument("folders", nargs="+", help="NAME=FOLDER of converted models")
-    parser.add_argument("--active", type=float, nargs="+", default=[], help="shares of neuron experts, besides its own")
+    parser.add_argument("--active", type=float, nargs="+", default=[], help="shares of neuron experts")
     parser.add_argument("--weight-only", nargs="+", default=[], choices=list(WEIGHT_ONLY))
+    parser.add_argument("--torch", action="store_true", help="also every folder without the compiled kernel")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: for a busy machine and 1 thread")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    register()
-    folders = {name: Path(path) for name, _, path in (given.partition("=") for given in args.folders)}
-    found = contenders(args.dense, folders, getattr(torch, args.dtype), args.active, args.weight_only)
-    print(
-        f"{cpu_name()}, {args.threads} threads, {args.clock} clock, {args.dtype}, torch {torch.__version__}, ", end=""
-    )
-    print(f"transformers {transformers.__version__}\n")
-    print(markdown(measure(found, CLOCKS[args.clock], args.steps, args.rounds, args.prompt)))
+    parser.add_argument("--report", type=Path, help="write REPORT.json and REPORT.md there")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

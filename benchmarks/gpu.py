@@ -40,8 +40,8 @@ if "--dry-run" in sys.argv:
 
 import torch
 import transformers
-from benchmarks.ffn import cpu_name
 from benchmarks.gpu_models import FORMS, SHAPES, Shape, converted_model, dense_ffn, dense_model, fresh, moe_ffn
+from benchmarks.machine import cpu_name
 from benchmarks.rows import write_rows
 from torch import Tensor
 

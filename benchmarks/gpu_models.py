@@ -61,7 +61,7 @@ def _union(d_ff: int, share: float) -> dict[str, Any]:
 
 
 FORMS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "CMoE S2A2E8": lambda d_ff: _packed(d_ff, 10, 2, 2),
+    "CMoE S2A2E8": lambda d_ff: _packed(d_ff, 8, 2, 2),
     "top-1 of 16": lambda d_ff: _packed(d_ff, 16, 0, 1),
     "union 75 %": lambda d_ff: _union(d_ff, 0.75),
     "union 50 %": lambda d_ff: _union(d_ff, 0.5),
@@ -72,16 +72,16 @@ WHOLE = ("CMoE S2A2E8", "union 50 %")
 """Those that whole models are measured with."""
 
 
-def spec_of(shape: Shape, form: str) -> dict[str, Any]:
-    """Spec of an FFN, see :class:`MoEFeedForward`."""
+def spec_of(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Spec of an FFN with such experts and a linear router, see :class:`MoEFeedForward`."""
     plain = dict.fromkeys(("normalise_input", "selection_bias", "gate_bias", "up_bias", "down_bias"), False)
     router = {"router": "linear", "router_tensors": ["weight"], "gate": "uniform", "gated": True}
-    return {"union": False, **FORMS[form](shape.d_ff), **router, **plain}
+    return {"union": False, **sizes, **router, **plain}
 
 
 def moe_ffn(shape: Shape, form: str) -> Callable[[], MoEFeedForward]:
     """Makes an FFN of experts."""
-    return lambda: build_feed_forward(spec_of(shape, form), shape.d_model, "silu")
+    return lambda: build_feed_forward(spec_of(FORMS[form](shape.d_ff)), shape.d_model, "silu")
 
 
 def dense_ffn(shape: Shape) -> Callable[[], nn.Module]:
@@ -136,6 +136,6 @@ def dense_model(shape: Shape, device: torch.device) -> Any:
 
 def converted_model(shape: Shape, form: str, device: torch.device) -> Any:
     """The same with FFNs of experts in all layers, in bf16."""
-    sites = {f"model.layers.{i}.mlp": spec_of(shape, form) for i in range(shape.layers)}
+    sites = {f"model.layers.{i}.mlp": spec_of(FORMS[form](shape.d_ff)) for i in range(shape.layers)}
     config = MoesaicConfig(config_of(shape), ffn_sites=sites)
     return fresh(lambda: MoesaicForCausalLM(config), torch.bfloat16, device)

@@ -22,15 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.ffn import CLOCKS, cpu_name
+from benchmarks.ffn_forms import neuron_ffn
+from benchmarks.gpu_models import Shape, dense_ffn, fresh
+from benchmarks.machine import CLOCKS, cpu_name
 from benchmarks.rows import write_rows
 from benchmarks.weight_only import WEIGHT_ONLY, quantised
-from torch import Tensor, nn
-from transformers import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from torch import Tensor
 
 from moesaic.nn.moesaic_ffn import MoEFeedForward
-from moesaic.nn.moesaic_union import build_feed_forward
 
 DENSE = "torch dense"
 Run = Callable[[int, Tensor], Any]
@@ -38,16 +37,16 @@ Run = Callable[[int, Tensor], Any]
 
 def contenders(args: argparse.Namespace) -> dict[str, tuple[Run, float]]:
     """Computes an input by one of its copies; bytes that a token reads."""
-    d_model, neurons = args.shape
-    config = Qwen2Config(hidden_size=d_model, intermediate_size=neurons, hidden_act="silu")
-    dense = [_random(Qwen2MLP(config)) for _ in range(args.copies)]
+    shape = Shape(*args.shape)
+    d_model, neurons, *_ = shape
+    dense = _several(args, dense_ffn(shape))
     weights, of = 3 * d_model * neurons, lambda modules: lambda i, x_TD: modules[i](x_TD)
     found: dict[str, tuple[Run, float]] = {DENSE: (of(dense), 2 * weights)}
     for kind in WEIGHT_ONLY:
         bits = 8 if kind == "int8" else 4.5
         found[f"torch {kind}"] = of([quantised(ffn, kind) for ffn in dense]), bits / 8 * weights
     for bits in args.bits:
-        ffns = [_neuron_ffn(args, bits) for _ in range(args.copies)]
+        ffns = _several(args, lambda bits=bits: neuron_ffn(shape, bits, args.group))
         router = 2 * neurons * (d_model * bits / 8 + -(-d_model // args.group) * 4) + 4 * neurons
         if bits == args.bits[0]:
             found["kernel, all rows"] = _all_rows(ffns), 2 * weights
@@ -55,6 +54,10 @@ def contenders(args: argparse.Namespace) -> dict[str, tuple[Run, float]]:
         for share in args.active:
             found[f"{bits} bits, {100 * share:.0f} %"] = _at(ffns, round(share * neurons)), router + 2 * weights * share
     return found
+
+
+def _several(args: argparse.Namespace, make: Callable[[], Any]) -> list[Any]:
+    return [fresh(make, torch.bfloat16, torch.device("cpu")) for _ in range(args.copies)]
 
 
 def _at(ffns: list[MoEFeedForward], top_k: int) -> Run:
@@ -73,29 +76,6 @@ def _all_rows(ffns: list[MoEFeedForward]) -> Run:
         return y_TD
 
     return run
-
-
-def _random(module: Any) -> Any:
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return module.to(torch.bfloat16).eval()
-
-
-def _neuron_ffn(args: argparse.Namespace, bits: int) -> MoEFeedForward:
-    d_model, neurons = args.shape
-    tensors = ["norm", *(f"{side}_{part}" for side in ("up", "gate") for part in ("codes", "scale", "offset"))]
-    spec = {
-        **{"neurons": neurons, "shared": 0, "experts": neurons, "expert_width": 1, "top_k": 1, "gate": "uniform"},
-        **{"router": "low_bit", "router_bits": bits, "router_group": args.group, "router_tensors": tensors},
-        **{"selection_bias": False, "gated": True, "gate_bias": False, "up_bias": False, "down_bias": False},
-    }
-    ffn = _random(build_feed_forward(spec, d_model, "silu"))
-    for name, tensor in ffn.router.named_buffers():
-        if name.endswith("codes"):
-            tensor.random_(0, 256)
-        else:
-            tensor.uniform_(*((-0.1, -0.05) if name.endswith("offset") else (0.005, 0.015)))
-    return ffn
 
 
 @torch.inference_mode()
