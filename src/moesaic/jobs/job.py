@@ -93,11 +93,6 @@ def prepare(request: Request) -> Job:
     reads = given is None and request.config.needs_calibration()
     if given is not None and settings.budget is not None:
         reads = any(budget_reads_text(plan) for plan in given.sites.values())
-        if reads and not settings.calibration.names_sources:
-            raise InputError(
-                "a budget is what a text may use, and no text is given",
-                "add --calib: text like that to come; wikitext is what conversions take by default",
-            )
     if reads or settings.router is not None or settings.allocation is not None:
         tokenizer = load_tokenizer(checkpoint.folder)
         longest = max_positions(checkpoint.config)
