@@ -81,10 +81,6 @@ class LowBitRouter(KeptAsStored):
         found = "threshold" in present
         self.register_buffer("threshold", torch.zeros(1, dtype=torch.float32) if found else None)
 
-    def kept(self) -> dict[str, Tensor]:
-        """See :class:`KeptAsStored`."""
-        return dict(self.named_buffers(recurse=False))
-
     def matrix(self, part: str) -> Tensor:
         """The low-bit copy of `up` or `gate`, fp32 [F, D]."""
         codes_FB, scale_FG, offset_FG = (getattr(self, f"{part}_{name}") for name in ("codes", "scale", "offset"))

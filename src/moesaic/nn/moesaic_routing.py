@@ -19,8 +19,8 @@ class KeptAsStored(nn.Module):
     """A module whose tensors stay as they are under .to(bfloat16), .half(), .double(): decisions would be others."""
 
     def kept(self) -> dict[str, Tensor]:
-        """The tensors that keep their dtype."""
-        raise NotImplementedError
+        """The tensors that keep their dtype: by default all buffers that are the module's own."""
+        return dict(self.named_buffers(recurse=False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: tensor.data for name, tensor in self.kept().items()}
