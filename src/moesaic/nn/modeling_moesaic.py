@@ -21,6 +21,7 @@ from .moesaic_activation import Scaled  # noqa: F401
 from .moesaic_attention import swap_attention
 from .moesaic_costs import Costs  # noqa: F401
 from .moesaic_ffn import MoEFeedForward, MoesaicExperts, use_path
+from .moesaic_kept import FEW  # noqa: F401
 from .moesaic_kernel import kernel  # noqa: F401
 from .moesaic_kernel_blocks import BLOCKS  # noqa: F401
 from .moesaic_kernel_neurons import NEURONS  # noqa: F401

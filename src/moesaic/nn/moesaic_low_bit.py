@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .moesaic_activation import gated
+from .moesaic_kept import kept
 from .moesaic_routing import KeptAsStored
 
 BLOCK = 64
@@ -97,7 +98,8 @@ class LowBitRouter(KeptAsStored):
         return h_TF.abs() * self.norm
 
     def _project(self, x_TD: Tensor, part: str, bias_F: Tensor | None) -> Tensor:
-        return F.linear(x_TD.float(), self.matrix(part), None if bias_F is None else bias_F.float())
+        matrix_FD = kept(self, part, len(x_TD), lambda: self.matrix(part))
+        return F.linear(x_TD.float(), matrix_FD, None if bias_F is None else bias_F.float())
 
     def choose(self, score_TF: Tensor) -> Tensor:
         """Which neurons each token computes, bool [T, F]."""
