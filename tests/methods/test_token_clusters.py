@@ -62,6 +62,17 @@ def error(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor) -> float:
 
 
 @pytest.mark.parametrize("options", SPLITS.values(), ids=SPLITS)
+def test_calibration_in_bfloat16_decides_as_well_as_in_float32(options: dict[str, Any]) -> None:
+    weights, x_TD = clustered()
+    weights = weights.to(torch.bfloat16)
+    low, high = (
+        error(weights, plan_of(weights, x_TD.to(dtype), active=0.5, **options), x_TD)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert 0 < low < 1.05 * high
+
+
+@pytest.mark.parametrize("options", SPLITS.values(), ids=SPLITS)
 @pytest.mark.parametrize(("gated", "biases"), [(True, False), (False, True)])
 @pytest.mark.parametrize("active", [0.75, 0.4])
 def test_one_token_uses_what_was_asked_and_storage_is_within_its_bound(

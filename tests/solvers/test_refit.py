@@ -50,6 +50,23 @@ def test_both_forms_are_the_closed_form_for_any_batches_and_blocks(
     np.testing.assert_allclose(refit_few(down_DF, h_TF, y_TD, w_T, ridge).numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("ridge", [0.1, 1.0])
+def test_a_solution_in_float32_is_near_that_in_float64(ridge: float) -> None:
+    # Loud common neurons, as real layers have them: the condition is near its bound.
+    down_DF, h_TF, y_TD, w_T = problem(900, d_ff=600)
+    h_TF[:, ::7] += 30
+    exact_DF = refit(down_DF, [(h_TF, y_TD, w_T)], ridge).double()
+    low = [tensor.float() for tensor in (down_DF, h_TF, y_TD, w_T)]
+    found_DF = refit(low[0], [tuple(low[1:])], ridge).double()  # type: ignore[list-item]
+    assert float((found_DF - exact_DF).abs().max()) < 5e-3 * float((exact_DF - down_DF).abs().max())
+
+
+def test_a_weak_ridge_is_solved_in_float64() -> None:
+    assert module._precision(torch.float32, 4864, 0.1) == torch.float32
+    assert module._precision(torch.float32, 4864, 1e-3) == torch.float64
+    assert module._precision(torch.float64, 4, 1.0) == torch.float64
+
+
 def test_another_readout_is_found() -> None:
     down_DF, h_TF, _, w_T = problem(200)
     other_DF = down_DF.flip(1)

@@ -18,8 +18,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesaic.solvers.router_fit import RidgeStatistics, energy_targets, refine_softmax
-from moesaic.solvers.token_clusters import REFINEMENTS, TokenClusters, first_clusters, largest, sums_by_expert
+from moesaic.solvers.products import block_product
+from moesaic.solvers.router_fit import FactoredRidge, energy_targets, refine_softmax
+from moesaic.solvers.token_clusters import (
+    REFINEMENTS,
+    TokenClusters,
+    first_clusters,
+    kept_energy,
+    largest,
+    mean_rows,
+    sums_by_expert,
+)
 
 _HELD_OUT = 8  # one of so many blocks of tokens sets the price
 _BLOCK = 1024  # tokens of a block; of shorter ones the text on both sides gives too much away (docs/lab-notes.md)
@@ -47,28 +56,45 @@ def lowest_price(mean_EF: Tensor, count_E: Tensor, active: float) -> float:
         count_E: Tokens of each expert.
         active: Neurons per token.
     """
-    value_N, order_N = mean_EF.flatten().sort(descending=True, stable=True)
-    used_N = count_E.double().repeat_interleave(mean_EF.shape[1])[order_N].cumsum(0)
-    fitting = int((used_N <= active * float(count_E.sum())).sum())
-    return float(value_N[fitting]) if fitting < len(value_N) else 0.0
+    # The largest value such that all of it or more cost too much, by bisection: floats >= 0 are ordered as their bits.
+    mean_EF = mean_EF.float().contiguous()
+    bits_EF, allowed = mean_EF.view(torch.int32), active * float(count_E.sum())
+    low, high = 0, int(bits_EF.max()) + 1
+    if _used(bits_EF, count_E, low) <= allowed:
+        return 0.0
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _used(bits_EF, count_E, middle) > allowed:
+            low = middle
+        else:
+            high = middle
+    return float(torch.tensor(low, dtype=torch.int32).view(torch.float32))
+
+
+def _used(bits_EF: Tensor, count_E: Tensor, least: int) -> float:
+    """Neurons that the tokens use, where experts have those of at least this value."""
+    return float(((bits_EF >= least).sum(dim=1) * count_E).sum())
 
 
 @dataclass
 class _Tokens:
-    """Inputs and energy shares of the tokens that build the experts, and of those that set the price."""
+    """Inputs and energy shares of the tokens that build the experts, and of those that set the price; and the mean
+    share of the first."""
 
     x_TD: Tensor
     share_TF: Tensor
     held_x_HD: Tensor
     held_share_HF: Tensor
     allowed_F: Tensor
+    mean_F: Tensor
 
     @classmethod
     def split(cls, x_TD: Tensor, share_TF: Tensor, allowed_F: Tensor) -> _Tokens:
         held_T = held_out(len(x_TD))
         if not held_T.any():
-            return cls(x_TD, share_TF, x_TD, share_TF, allowed_F)
-        return cls(x_TD[~held_T], share_TF[~held_T], x_TD[held_T], share_TF[held_T], allowed_F)
+            return cls(x_TD, share_TF, x_TD, share_TF, allowed_F, mean_rows(share_TF))
+        built_TF = share_TF[~held_T]
+        return cls(x_TD[~held_T], built_TF, x_TD[held_T], share_TF[held_T], allowed_F, mean_rows(built_TF))
 
 
 @dataclass
@@ -112,13 +138,12 @@ def cluster_tokens_freely(
     """
     allowed_F = torch.ones(share_TF.shape[1], dtype=torch.bool) if allowed_F is None else allowed_F
     tokens = _Tokens.split(x_TD, share_TF, allowed_F)
-    gram_DD = RidgeStatistics.collect([(tokens.x_TD, tokens.x_TD[:, :0])]).xx_DD
+    factored = FactoredRidge.of(tokens.x_TD, ridge)
     expert_T = first_clusters(tokens.share_TF, experts, seed)
     state = _sets(tokens, expert_T, None, experts, active)
     tried: list[tuple[_State, Tensor]] = []
     for _ in range(rounds):
-        cross_DE = (tokens.x_TD.T @ energy_targets(_gains(tokens, state), "raw")).double()
-        router_ED = RidgeStatistics(gram_DD, cross_DE).solve(ridge)
+        router_ED = factored.solve(tokens.x_TD.T @ energy_targets(_gains(tokens, state), "raw"))
         next_T = (tokens.x_TD @ router_ED.T).argmax(dim=1)
         state = _sets(tokens, next_T, router_ED, experts, active)
         tried.append((state, router_ED))
@@ -150,8 +175,7 @@ def _over(mean_EF: Tensor, price: float) -> Tensor:
 
 def _gains(tokens: _Tokens, state: _State) -> Tensor:
     """What each expert would keep of each token's energy, less what its neurons cost, [T, E]."""
-    member_EF = state.own_EF.float()
-    return tokens.share_TF @ member_EF.T - state.price * member_EF.sum(dim=1)
+    return kept_energy(tokens.share_TF, state.own_EF) - state.price * state.own_EF.sum(dim=1)
 
 
 def _sets(tokens: _Tokens, expert_T: Tensor, router_ED: Tensor | None, experts: int, active: int) -> _State:
@@ -161,7 +185,7 @@ def _sets(tokens: _Tokens, expert_T: Tensor, router_ED: Tensor | None, experts: 
     """
     # One average token more: a cluster without tokens gets the static choice, a small one leans to it.
     count_E = torch.bincount(expert_T, minlength=experts)
-    sum_EF = sums_by_expert(tokens.share_TF, expert_T, experts) + tokens.share_TF.mean(dim=0)
+    sum_EF = sums_by_expert(tokens.share_TF, expert_T, experts) + tokens.mean_F
     mean_EF = sum_EF / (count_E + 1)[:, None]
     held_H = None if router_ED is None else (tokens.held_x_HD @ router_ED.T).argmax(dim=1)
     load_E = count_E if held_H is None else torch.bincount(held_H, minlength=experts)
@@ -173,5 +197,5 @@ def _sets(tokens: _Tokens, expert_T: Tensor, router_ED: Tensor | None, experts: 
         own_EF |= largest(mean_EF.masked_fill(own_EF | ~tokens.allowed_F, -1.0), spare) & tokens.allowed_F
     kept = 0.0
     if held_H is not None:
-        kept = float((tokens.held_share_HF * own_EF[held_H]).sum(dim=1).mean())
+        kept = float(block_product(tokens.held_share_HF, own_EF).gather(1, held_H[:, None]).mean())
     return _State(mean_EF, own_EF, price, share_E, kept)

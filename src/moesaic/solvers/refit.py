@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-30
+_LARGEST_CONDITION = 1e6  # of a system that is solved in float32
 _BLOCK = 1024  # columns of a Gram matrix that are multiplied at a time: only the upper triangle of blocks is computed
 
 
@@ -50,18 +51,26 @@ def refit(down_DF: Tensor, batches: Iterable[tuple[Tensor, Tensor, Tensor]], rid
         batches: (h_TF, y_TD, w_T): activations with zeros where a token does not use a neuron, wanted outputs, weights.
         ridge: lambda relative to the mean diagonal of the weighted Gram matrix of h.
     """
-    d_ff = down_DF.shape[1]
-    gram_FF = torch.zeros(d_ff, d_ff, dtype=torch.float64)
-    cross_FD = torch.zeros(d_ff, down_DF.shape[0], dtype=torch.float64)
+    d_ff, device = down_DF.shape[1], down_DF.device
+    dtype = _precision(down_DF.dtype, d_ff, ridge)
+    gram_FF = torch.zeros(d_ff, d_ff, dtype=dtype, device=device)
+    cross_FD = torch.zeros(d_ff, down_DF.shape[0], dtype=dtype, device=device)
     for h_TF, y_TD, w_T in batches:
         root_T1 = w_T.sqrt().unsqueeze(1)
-        weighted_TF = root_T1 * h_TF
-        cross_FD += weighted_TF.T @ (root_T1 * y_TD)
-        _add_gram(gram_FF, weighted_TF)
+        # By neurons: products of rows that lie whole in memory are faster by a third.
+        weighted_FT = (root_T1 * h_TF).T.contiguous()
+        cross_FD += weighted_FT @ (root_T1 * y_TD)
+        _add_gram(gram_FF, weighted_FT)
     strength = ridge * float(gram_FF.diagonal().mean())
     if not strength > 0:  # nothing was seen
         return down_DF
     return _solve(gram_FF, cross_FD.add_(down_DF.T, alpha=strength), strength).T.float()
+
+
+def _precision(dtype: torch.dtype, unknowns: int, ridge: float) -> torch.dtype:
+    """Of sums and solution. No eigenvalue of the Gram matrix is above its trace, so that its condition is at most
+    unknowns / ridge."""
+    return torch.float32 if dtype != torch.float64 and unknowns <= _LARGEST_CONDITION * ridge else torch.float64
 
 
 def refit_few(down_DM: Tensor, h_TM: Tensor, y_TD: Tensor, w_T: Tensor, ridge: float) -> Tensor:
@@ -70,17 +79,18 @@ def refit_few(down_DM: Tensor, h_TM: Tensor, y_TD: Tensor, w_T: Tensor, ridge: f
     if tokens >= neurons:
         return refit(down_DM, [(h_TM, y_TD, w_T)], ridge)
     root_T1 = w_T.sqrt().unsqueeze(1)
+    dtype = _precision(h_TM.dtype, neurons, ridge)
     h_TM, residual_TD = root_T1 * h_TM, root_T1 * (y_TD - h_TM @ down_DM.T)
-    gram_TT = (h_TM @ h_TM.T).double()
+    gram_TT = (h_TM @ h_TM.T).to(dtype)
     strength = ridge * float(gram_TT.diagonal().sum()) / max(1, neurons)
-    return down_DM + (h_TM.T.double() @ _solve(gram_TT, residual_TD.double(), strength)).T.float()
+    return down_DM + (h_TM.T.to(dtype) @ _solve(gram_TT, residual_TD.to(dtype), strength)).T.float()
 
 
-def _add_gram(gram_FF: Tensor, h_TF: Tensor) -> None:
-    """Add h^T h, the upper triangle of blocks only: :func:`_solve` reads no more."""
+def _add_gram(gram_FF: Tensor, h_FT: Tensor) -> None:
+    """Add h h^T, the upper triangle of blocks only: :func:`_solve` reads no more."""
     for start in range(0, len(gram_FF), _BLOCK):
         block = slice(start, start + _BLOCK)
-        gram_FF[block, start:] += h_TF[:, block].T @ h_TF[:, start:]
+        gram_FF[block, start:] += h_FT[block] @ h_FT[start:].T
 
 
 def _solve(gram_NN: Tensor, right_ND: Tensor, strength: float) -> Tensor:

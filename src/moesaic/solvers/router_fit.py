@@ -105,9 +105,29 @@ class RidgeStatistics:
 
     def solve(self, ridge: float) -> Tensor:
         """argmin_W |X W^T - Y|^2 + lambda |W|^2, float32 [E, D]; lambda = ``ridge`` x the mean diagonal of X^T X."""
-        strength = ridge * self.xx_DD.diagonal().mean().clamp(min=_TINY)
-        factor = torch.linalg.cholesky(self.xx_DD + strength * torch.eye(len(self.xx_DD), dtype=torch.float64))
-        return torch.cholesky_solve(self.xy_DE, factor).T.float().contiguous()
+        return FactoredRidge(_ridge_factor(self.xx_DD, ridge)).solve(self.xy_DE)
+
+
+@dataclass
+class FactoredRidge:
+    """Ridge regressions of several targets on the same inputs: the Cholesky factor, lower, float64 [D, D]."""
+
+    factor_DD: Tensor
+
+    @classmethod
+    def of(cls, x_TD: Tensor, ridge: float) -> FactoredRidge:
+        """For ``x_TD``; ``ridge`` as in :meth:`RidgeStatistics.solve`."""
+        return cls(_ridge_factor(RidgeStatistics.collect([(x_TD, x_TD[:, :0])]).xx_DD, ridge))
+
+    def solve(self, xy_DE: Tensor) -> Tensor:
+        """The weights for X^T Y, float32 [E, D]."""
+        return torch.cholesky_solve(xy_DE.double(), self.factor_DD).T.float().contiguous()
+
+
+def _ridge_factor(xx_DD: Tensor, ridge: float) -> Tensor:
+    strength = ridge * xx_DD.diagonal().mean().clamp(min=_TINY)
+    eye_DD = torch.eye(len(xx_DD), dtype=torch.float64, device=xx_DD.device)
+    return torch.linalg.cholesky(xx_DD + strength * eye_DD)
 
 
 def fit_ridge(batches: Iterable[tuple[Tensor, Tensor]], ridge: float) -> Tensor:

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moesaic.solvers.router_fit import RidgeStatistics, energy_shares, energy_targets, refine_softmax, top_k_sets
+from moesaic.solvers.products import BLOCK, block_product, rounded_products
+from moesaic.solvers.router_fit import (
+    FactoredRidge,
+    RidgeStatistics,
+    energy_shares,
+    energy_targets,
+    refine_softmax,
+    top_k_sets,
+)
 
 _TINY = 1e-30
 _FIRST_ROUNDS = 5  # of spherical k-means, for the first clusters
@@ -80,11 +88,10 @@ def cluster_tokens(
         seed: Of the first clusters and of the refinement's samples.
         router_steps: Steps of each refinement of the router (:func:`~moesaic.solvers.router_fit.refine_softmax`).
     """
-    gram_DD = RidgeStatistics.collect([(x_TD, x_TD[:, :0])]).xx_DD
+    factored = FactoredRidge.of(x_TD, ridge)
 
     def by_ridge(kept_TE: Tensor, _: Tensor | None) -> Tensor:
-        cross_DE = (x_TD.T @ energy_targets(kept_TE, "raw")).double()
-        return RidgeStatistics(gram_DD, cross_DE).solve(ridge)
+        return factored.solve(x_TD.T @ energy_targets(kept_TE, "raw"))
 
     def by_steps(kept_TE: Tensor, router_ED: Tensor | None) -> Tensor:
         assert router_ED is not None
@@ -110,12 +117,12 @@ def _alternate(
 ) -> TokenClusters:
     """Rounds of sets for the tokens' experts, router, tokens; ``fit`` makes the router of the energies that the sets
     keep and the router before."""
-    mean_F = share_TF.mean(dim=0)
+    mean_F = mean_rows(share_TF)
     best: TokenClusters | None = None
     for _ in range(rounds):
         # One average token more: a cluster without tokens gets the static choice, a small one leans to it.
         shared_F, own_EF = choose_neurons(sums_by_expert(share_TF, expert_T, experts) + mean_F, *sizes)
-        kept_TE = share_TF @ (own_EF | shared_F).float().T
+        kept_TE = kept_energy(share_TF, own_EF | shared_F)
         router_ED = fit(kept_TE, router_ED)
         routed_T = (x_TD @ router_ED.T).argmax(dim=1)
         kept = float(kept_TE.gather(1, routed_T[:, None]).mean())
@@ -163,11 +170,34 @@ def first_clusters(share_TF: Tensor, experts: int, seed: int) -> Tensor:
     order_T = torch.randperm(len(pattern_TF), generator=torch.Generator().manual_seed(seed))
     centre_EF = pattern_TF[order_T[torch.arange(experts) % len(order_T)]]
     for _ in range(_FIRST_ROUNDS):
-        expert_T = (pattern_TF @ centre_EF.T).argmax(dim=1)
+        expert_T = _nearest(pattern_TF, centre_EF)
         centre_EF = F.normalize(sums_by_expert(pattern_TF, expert_T, experts), dim=1)
-    return (pattern_TF @ centre_EF.T).argmax(dim=1)
+    return _nearest(pattern_TF, centre_EF)
+
+
+def _nearest(pattern_TF: Tensor, centre_EF: Tensor) -> Tensor:
+    """The centre most like each pattern, int64 [T]. Those of 16-bit patterns have no more digits."""
+    with rounded_products(pattern_TF.dtype == torch.bfloat16):
+        return block_product(pattern_TF, centre_EF).argmax(dim=1)
+
+
+def kept_energy(share_TF: Tensor, own_EF: Tensor) -> Tensor:
+    """Share of each token's energy that each set keeps, float32 [T, E]. 16-bit shares give 16-bit sums: as targets of a
+    router they differ by less than tokens of one expert do."""
+    return (share_TF @ own_EF.to(share_TF.dtype).T).float()
 
 
 def sums_by_expert(rows_TF: Tensor, expert_T: Tensor, experts: int) -> Tensor:
-    """Sums of the rows of each expert's tokens [E, F]; a product with 0/1 takes several times as long."""
-    return rows_TF.new_zeros(experts, rows_TF.shape[1]).index_add_(0, expert_T, rows_TF)
+    """Sums of the rows of each expert's tokens, float32 [E, F]; a product with 0/1 takes several times as long."""
+    sum_EF = torch.zeros(experts, rows_TF.shape[1], dtype=torch.float32, device=rows_TF.device)
+    for rows_BF, expert_B in zip(rows_TF.split(BLOCK), expert_T.split(BLOCK), strict=True):
+        sum_EF.index_add_(0, expert_B, rows_BF.float())
+    return sum_EF
+
+
+def mean_rows(rows_TF: Tensor) -> Tensor:
+    """The mean row, float32 [F]."""
+    total_F = torch.zeros(rows_TF.shape[1], dtype=torch.float32, device=rows_TF.device)
+    for rows_BF in rows_TF.split(BLOCK):
+        total_F += rows_BF.float().sum(dim=0)
+    return total_F / len(rows_TF)

@@ -113,12 +113,12 @@ class Config(MethodConfig):
     def held(self, d_ff: int, tokens: int) -> float:
         """See :class:`MethodConfig`: activations, shares and what is made of them, what experts keep of tokens.
 
-        With free widths, the shares of the tokens that set no price once more. A Gram matrix, its factor and a copy are
-        float64.
+        With free widths, the shares of the tokens that set no price once more. Calibration in bfloat16 takes half of
+        that. A Gram matrix, its factor and the products that are added to it.
         """
-        solved = 0 if self.refit == "none" else 6 * d_ff**2
+        solved = 0 if self.refit == "none" else 3 * d_ff**2
         parts = self.sizes(d_ff)
-        return tokens * ((5 if parts.varied else 4) * d_ff + 3 * len(parts.own)) + solved
+        return tokens * ((4 if parts.varied else 3) * d_ff + 3 * len(parts.own)) + solved
 
     def needs_calibration(self) -> bool:
         """Whether this config reads calibration inputs: always."""

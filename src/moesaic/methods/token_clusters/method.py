@@ -36,9 +36,10 @@ from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.energy import mean_output_energy
 from moesaic.solvers.free_widths import cluster_tokens_freely
 from moesaic.solvers.kmeans import balanced_kmeans
+from moesaic.solvers.products import BLOCK, rounded_products
 from moesaic.solvers.refit import refit, refit_few, stream_weights, token_weights
 from moesaic.solvers.router_fit import energy_targets, fit_ridge, top_k_sets
-from moesaic.solvers.token_clusters import cluster_tokens, largest, neuron_shares, predicted_patterns
+from moesaic.solvers.token_clusters import cluster_tokens, largest, mean_rows, neuron_shares, predicted_patterns
 
 _BATCH = 2048
 
@@ -58,8 +59,8 @@ class _Routing:
 
 @torch.no_grad()
 def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, seed: int) -> LayerPlan:
-    """Split one FFN; see :class:`moesaic.methods.base.MethodModule`. Holds 4 T F floats (5 with
-    free widths) and 3 F^2 doubles.
+    """Split one FFN; see :class:`moesaic.methods.base.MethodModule`. Holds 4 T F numbers (3 unless widths are
+    free) of the calibration's dtype and 3 F^2 floats.
 
     Raises:
         InputError: no calibration tokens, or experts that do not fit.
@@ -67,20 +68,19 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     parts = config.sizes(weights.d_ff)
     if inputs is None or inputs.tokens == 0:
         raise InputError("token clusters need calibration inputs", "give calibration text")
-    work = weights.to(torch.float32)
+    down_DF = weights.down_DF.float()
     x_TD = torch.cat(list(inputs.batches(dtype=torch.float32)))
-    h_TF = torch.cat([work.hidden(x_BD) for x_BD in x_TD.split(_BATCH)])
-    y_TD = torch.cat([h_BF @ work.down_DF.T for h_BF in h_TF.split(_BATCH)])
+    h_TF, y_TD, share_TF = _activations(weights, inputs)
     stream_T = inputs.stream_T if config.token_weight == "stream" else None
     weight_T = stream_weights(y_TD, stream_T)
-    share_TF = neuron_shares(h_TF, work.down_DF.norm(dim=0)).mul_(weight_T[:, None])
+    share_TF *= weight_T[:, None]
     if not parts.own:
-        kept_F = _static_choice(share_TF, h_TF, work.down_DF, parts.shared)
-        routing = _Routing(kept_F.nonzero().flatten(), (), STATIC, share_TF.new_zeros(len(share_TF), 0))
+        kept_F = _static_choice(share_TF, h_TF, down_DF, parts.shared)
+        routing = _Routing(kept_F.nonzero().flatten(), (), STATIC, y_TD.new_zeros(len(y_TD), 0))
     elif config.split != "disjoint":
         allowed_F = None
         if parts.union is not None and parts.union < weights.d_ff:
-            allowed_F = _static_choice(share_TF, h_TF, work.down_DF, parts.union)
+            allowed_F = _static_choice(share_TF, h_TF, down_DF, parts.union)
             share_TF *= allowed_F
         routing = _overlapping(x_TD, share_TF, allowed_F, config, seed)
     else:
@@ -99,14 +99,37 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     if config.refit == "none":
         return plan
     weight_T *= token_weights(y_TD)
-    return replace(plan, readout=_readout(plan, work.down_DF, (h_TF, y_TD, weight_T), routing, config))
+    with rounded_products(h_TF.dtype == torch.bfloat16):
+        return replace(plan, readout=_readout(plan, down_DF, (h_TF, y_TD, weight_T), routing, config))
+
+
+def _activations(weights: FFNWeights, inputs: SiteInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Activations [T, F] and energy shares [T, F], in bfloat16 where calibration runs in it; outputs, float32 [T, D].
+
+    The output bias is left out.
+    """
+    low = inputs.x_TD.dtype == torch.bfloat16
+    work = weights.to(torch.bfloat16 if low else torch.float32)
+    down_DF = work.down_DF.float()
+    norm_F = down_DF.norm(dim=0)
+    h_TF = work.up_FD.new_empty(inputs.tokens, work.d_ff)
+    share_TF = torch.empty_like(h_TF)
+    y_TD = down_DF.new_empty(inputs.tokens, work.d_model)
+    with rounded_products(low):
+        for number, x_BD in enumerate(inputs.batches(BLOCK, dtype=h_TF.dtype)):
+            block = slice(number * BLOCK, (number + 1) * BLOCK)
+            h_TF[block] = work.hidden(x_BD)
+            h_BF = h_TF[block].float()
+            y_TD[block] = h_BF @ down_DF.T
+            share_TF[block] = neuron_shares(h_BF, norm_F)
+    return h_TF, y_TD, share_TF
 
 
 def _static_choice(share_TF: Tensor, h_TF: Tensor, down_DF: Tensor, count: int) -> Tensor:
     """The same neurons for all tokens, bool [F]: of largest mean share, to which the share of all energy is added.
     Without that the neurons of a few tokens with massive activations would go, which no expert has then."""
-    energy_F = mean_output_energy(h_TF.split(_BATCH), down_DF)
-    score_F = share_TF.mean(dim=0) + (energy_F / energy_F.sum().clamp(min=1e-30)).float()
+    energy_F = mean_output_energy((h_BF.float() for h_BF in h_TF.split(BLOCK)), down_DF)
+    score_F = mean_rows(share_TF) + (energy_F / energy_F.sum().clamp(min=1e-30)).float()
     return largest(score_F[None], count)[0]
 
 
@@ -125,9 +148,9 @@ def _overlapping(x_TD: Tensor, share_TF: Tensor, allowed_F: Tensor | None, confi
 
 
 def _disjoint(x_TD: Tensor, share_TF: Tensor, parts: FFNShape, config: Config, seed: int) -> _Routing:
-    shared_F = largest(share_TF.mean(dim=0)[None], parts.shared)[0]
+    shared_F = largest(mean_rows(share_TF)[None], parts.shared)[0]
     rest_N = (~shared_F).nonzero().flatten()
-    share_TN = share_TF[:, rest_N]
+    share_TN = share_TF[:, rest_N].float()
     rows_ND = predicted_patterns(x_TD, share_TN, config.router_ridge)
     clusters = balanced_kmeans(rows_ND, parts.own, rounds=config.rounds, seed=seed).members()
     energy_TE = torch.stack([share_TN[:, members].sum(dim=1) for members in clusters], dim=1)
@@ -144,33 +167,28 @@ def _routing(x_TD: Tensor, shared_S: Tensor, experts: tuple[Tensor, ...], router
 def _readout(
     plan: LayerPlan, down_DF: Tensor, tokens: tuple[Tensor, Tensor, Tensor], routing: _Routing, config: Config
 ) -> Tensor:
-    """The down projection of the stored neurons, float32 [D, P]; ``tokens`` are activations, which are overwritten,
-    outputs and weights."""
+    """The down projection of the stored neurons, float32 [D, P]; ``tokens`` are activations, outputs and weights."""
     h_TF, y_TD, w_T = tokens
-    _mask(h_TF, routing)
-
-    def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        return zip(h_TF.split(_BATCH), y_TD.split(_BATCH), w_T.split(_BATCH), strict=True)
-
-    common_DF = refit(down_DF, batches(), config.global_ridge)
+    common_DF = refit(down_DF, _used(h_TF, y_TD, w_T, routing), config.global_ridge)
     if config.refit == "global" or config.split != "overlapping":
         return common_DF[:, plan.packed.clamp(min=0)] * (plan.packed >= 0)
     shared_DS = common_DF[:, routing.shared_S]
     parts = [shared_DS]
     for own_M, chosen_T in zip(routing.experts, routing.chosen_TE.T, strict=True):
         mine_C = chosen_T.nonzero().flatten()
-        h_CF = h_TF[mine_C]
+        h_CF = h_TF[mine_C].float()
         wanted_CD = y_TD[mine_C] - h_CF[:, routing.shared_S] @ shared_DS.T
         parts.append(refit_few(common_DF[:, own_M], h_CF[:, own_M], wanted_CD, w_T[mine_C], config.expert_ridge))
     return torch.cat(parts, dim=1)
 
 
-def _mask(h_TF: Tensor, routing: _Routing) -> None:
-    """Zero the neurons that a token does not use, in place."""
-    own_EF = h_TF.new_zeros(len(routing.experts), h_TF.shape[1])
+def _used(h_TF: Tensor, y_TD: Tensor, w_T: Tensor, routing: _Routing) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of activations, float32, with zeros for the neurons that a token does not use; outputs and weights."""
+    own_EF = y_TD.new_zeros(len(routing.experts), h_TF.shape[1])
     for own_F, members in zip(own_EF, routing.experts, strict=True):
         own_F[members] = 1
-    for h_BF, chosen_BE in zip(h_TF.split(_BATCH), routing.chosen_TE.split(_BATCH), strict=True):
+    tokens = (tensor.split(_BATCH) for tensor in (h_TF, routing.chosen_TE, y_TD, w_T))
+    for h_BF, chosen_BE, y_BD, w_B in zip(*tokens, strict=True):
         used_BF = chosen_BE @ own_EF
         used_BF[:, routing.shared_S] = 1
-        h_BF.mul_(used_BF)
+        yield used_BF.mul_(h_BF), y_BD, w_B
