@@ -12,13 +12,13 @@ import pytest
 from moesaic.cli.main import main
 
 
-def test_quick_windows_are_no_longer_than_the_context(
+def test_windows_are_no_longer_than_the_context(
     tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "harbour.txt"
     text.write_text("Ships sail at dawn, and the harbour wakes. " * 200, encoding="utf-8")
-    argv = ["moesaic", "eval", str(tiny("llama")), "--quick", "--limit", "1", "--text", str(text), "--json"]
-    monkeypatch.setattr(sys, "argv", argv)
+    argv = ["moesaic", "eval", str(tiny("llama")), "--limit", "1", "--text", str(text)]
+    monkeypatch.setattr(sys, "argv", [*argv, "--dtype", "fp32", "--json"])
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code

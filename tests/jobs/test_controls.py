@@ -83,7 +83,7 @@ def test_a_control_that_splits_fewer_experts_of_a_moe_still_runs(tiny: Callable[
     beside = decide(control_job("static", dense, model, CalibrationConfig.model_validate(calibration)))
     assert set(beside.sites) < set(model.sites)  # the control asks for more text per expert
     config = CalibrationConfig.model_validate(calibration)
-    control, active = control_model("static", dense, model, config, Silent())
+    control, active = control_model(control_job("static", dense, model, config), dense, model, Silent())
     whole = [path for path, plan in model.sites.items() if not plan.experts and plan.keeps_all]
     kept = sum(plan.active_neurons for path, plan in beside.sites.items() if path not in whole)
     rest = sum(plan.d_ff for path, plan in model.sites.items() if path in whole or path not in beside.sites)

@@ -32,7 +32,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_model_dense_and_controls_share_one_protocol(tiny: Callable[[str], Path], output: Path, text: Path) -> None:
     results = moesaic.evaluate_model(
-        output, baseline=tiny("llama"), text=text, window=64, limit=3, controls=True, speed=True, proxy=True
+        output,
+        baseline=tiny("llama"),
+        text=text,
+        window=64,
+        limit=3,
+        controls=True,
+        speed=True,
+        proxy=True,
+        dtype="fp32",
     )
     assert re.fullmatch(r"ppl\[held-out\.txt@[0-9a-f]{8} w64 n=3\]", results["protocol"])
     assert set(results["perplexity"]) == {"dense", "model", "static", "random"}
@@ -61,7 +69,7 @@ def test_the_dense_model_against_itself_has_ratio_one(tiny: Callable[[str], Path
 def test_windows_are_as_long_as_a_short_context(tiny: Callable[[str], Path], text: Path, tmp_path: Path) -> None:
     long = tmp_path / "long.txt"
     long.write_text(text.read_text() * 3)
-    results = moesaic.evaluate_model(tiny("gpt2"), text=long)
+    results = moesaic.evaluate_model(tiny("gpt2"), text=long, dtype="fp32")
     assert results["protocol"].endswith(" w1024 n=all]")
 
 
@@ -87,8 +95,8 @@ def test_what_was_measured_before_stays_and_texts_of_one_name_are_told_apart(
 
 
 def test_a_protocol_names_the_windows_that_were_read(output: Path, text: Path) -> None:
-    every = moesaic.evaluate_model(output, text=text, window=64)
-    more = moesaic.evaluate_model(output, text=text, window=64, limit=1000)
+    every = moesaic.evaluate_model(output, text=text, window=64, full=True, dtype="fp32")
+    more = moesaic.evaluate_model(output, text=text, window=64, limit=1000, dtype="fp32")
     assert more["protocol"] == every["protocol"]
     assert every["protocol"].endswith(" w64 n=all]")
     with pytest.raises(InputError, match="0 tokens"):

@@ -69,6 +69,10 @@ def duration(seconds: float) -> str:
     return f"{minutes}:{rest:02d}"
 
 
+_STEPS_BEFORE_ETA = 3
+"""The first step warms up: kernels are compiled, weights read. So an ETA needs two more."""
+
+
 class ConsoleProgress:
     """Progress with ETA: one line rewritten on a terminal, a line every ten seconds elsewhere."""
 
@@ -76,34 +80,45 @@ class ConsoleProgress:
         self._quiet = quiet
         self._terminal = sys.stderr.isatty()
         self._label, self._total, self._done = "", 0, 0
-        self._started = self._last = 0.0
+        self._started = self._first = self._last = 0.0
 
     def start(self, label: str, total: int) -> None:
         """A phase of ``total`` steps begins."""
         self._label, self._total, self._done = label, total, 0
-        self._started = self._last = time.monotonic()
+        self._started = self._first = self._last = time.monotonic()
+        if total and not self._quiet:
+            self._show(f"{label}  0/{total}", end="")
 
     def advance(self, detail: str = "") -> None:
         """One step is done."""
         self._done += 1
         now = time.monotonic()
+        if self._done == 1:
+            self._first = now
         last_step = self._done == self._total
         if self._quiet or (not self._terminal and not last_step and now - self._last < 10):
             return
         self._last = now
-        spent = now - self._started
-        left = spent / self._done * (self._total - self._done)
-        text = f"{self._label}  {self._done}/{self._total}  {duration(spent)} spent, {duration(left)} left"
-        if detail:
-            text = f"{text}  {detail}"
+        text = f"{self._label}  {self._done}/{self._total}  {duration(now - self._started)} spent"
+        if (left := self._left(now)) is not None:
+            text = f"{text}, {duration(left)} left"
+        self._show(f"{text}  {detail}".rstrip(), end="\n" if last_step else "")
+
+    def _left(self, now: float) -> float | None:
+        """Seconds to go, from the mean of the steps after the first; None while too few of those are known."""
+        if self._done < _STEPS_BEFORE_ETA or self._done == self._total:
+            return None
+        return (now - self._first) / (self._done - 1) * (self._total - self._done)
+
+    def _show(self, text: str, end: str) -> None:
         if self._terminal:
-            print(f"\r\x1b[2K{text}", end="\n" if last_step else "", file=sys.stderr, flush=True)
+            print(f"\r\x1b[2K{text}", end=end, file=sys.stderr, flush=True)
         else:
             say(text)
 
     def note(self, text: str) -> None:
         """A remark on a line of its own."""
         if not self._quiet:
-            if self._terminal and 0 < self._done < self._total:
+            if self._terminal and self._done < self._total:
                 say()
             say(text)

@@ -2,15 +2,15 @@
 
 Protocol: one token stream of the joined text, non-overlapping windows, no BOS inserted, the first token of each window
 is not predicted, loss in fp32, mean over all predicted tokens. An incomplete last window is left out. The name of a
-result says all of it: ``ppl[wikitext2-raw/test w2048 n=all]``.
+result says all of it: ``ppl[wikitext2-raw/test w2048 n=all]``; a model that is not in fp32 adds its dtype: ``bf16``.
 
-Axes: N windows, W tokens per window, V vocabulary.
+Axes: N windows, W tokens per window, R of them, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from moesaic.errors import InputError
 from moesaic.progress import Progress, Silent
 
-_LOSS_ROWS = 256  # positions per fp32 log-softmax: bounds the copy at 256 x V x 4 bytes
+_LOSS_BYTES = 16e6
+"""Of logits in fp32 at once. Larger blocks are mapped anew each time, which took three times as long."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ def token_windows(tokenizer: Any, text: str, window: int, limit: int | None) -> 
     return ids[: count * window].view(count, window)
 
 
-def protocol_name(dataset: str, window: int, limit: int | None) -> str:
-    """The name under which a perplexity is reported."""
-    return f"ppl[{dataset} w{window} n={'all' if limit is None else limit}]"
+def protocol_name(dataset: str, window: int, limit: int | None, dtype: str = "") -> str:
+    """The name under which a perplexity is reported. ``dtype``: of the model, where that is not fp32."""
+    count = "all" if limit is None else limit
+    return f"ppl[{dataset} w{window} n={count}{dtype and f' {dtype}'}]"
 
 
-@torch.inference_mode()
 def perplexity(
     model: Callable[..., Any],
     ids_NW: Tensor,
@@ -74,13 +75,24 @@ def perplexity(
     progress.start(name, len(ids_NW))
     window_nll = []
     for ids_W in ids_NW:
-        logits_WV = model(input_ids=ids_W[None], use_cache=False).logits[0]
-        nll = 0.0
-        for rows, targets in zip(logits_WV[:-1].split(_LOSS_ROWS), ids_W[1:].split(_LOSS_ROWS), strict=True):
-            nll += F.cross_entropy(rows.float(), targets, reduction="sum").item()
-        window_nll.append(nll)
+        window_nll.append(window_loss(model, ids_W))
         progress.advance()
-    predicted = ids_NW.shape[0] * (ids_NW.shape[1] - 1)
+    return of_windows(name, window_nll, ids_NW.shape[1])
+
+
+@torch.inference_mode()
+def window_loss(model: Callable[..., Any], ids_W: Tensor) -> float:
+    """Summed negative log-likelihood of a window's tokens but the first, in nats."""
+    logits_WV = model(input_ids=ids_W[None], use_cache=False).logits[0]
+    nll, rows = 0.0, max(1, int(_LOSS_BYTES / (4 * logits_WV.shape[-1])))
+    for part_RV, targets_R in zip(logits_WV[:-1].split(rows), ids_W[1:].split(rows), strict=True):
+        nll += F.cross_entropy(part_RV.float(), targets_R, reduction="sum").item()
+    return nll
+
+
+def of_windows(name: str, window_nll: Sequence[float], window: int) -> Perplexity:
+    """The perplexity of windows of ``window`` tokens from what :func:`window_loss` gave of each."""
+    predicted = len(window_nll) * (window - 1)
     total = sum(window_nll)
     value = math.exp(total / predicted) if total / predicted < 700 else math.inf
     return Perplexity(name, value, predicted, tuple(window_nll))

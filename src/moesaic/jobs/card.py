@@ -35,7 +35,7 @@ _EVALUATION_TEXTS = {
         "dataset_split": "test",
     }
 }
-_PROTOCOL_TEXT = re.compile(r"ppl\[(?P<text>.+) w\d+ n=\w+\]")
+_PROTOCOL_TEXT = re.compile(r"ppl\[(?P<text>.+) w\d+ n=\w+( \w+)?\]")
 
 
 def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:

@@ -40,26 +40,25 @@ def _of_the_split(blueprint: Blueprint, activity: Activity) -> float:
 
 
 def control_model(
-    name: str,
-    baseline: Path,
-    blueprint: Blueprint,
-    calibration: CalibrationConfig,
-    progress: Progress,
-    activity: Activity | None = None,
+    job: Job, baseline: Path, blueprint: Blueprint, progress: Progress, dtype: torch.dtype | str = "auto"
 ) -> tuple[Any, float]:
-    """The dense model, in memory, converted by a control at the active fraction and in the layers of ``blueprint``, and
-    its own active fraction.
+    """The dense model, in memory, converted by a control in the layers of ``blueprint``, and its own active fraction.
 
-    ``activity``: what the text used of the model, to which the control's fraction is fitted; None: as planned.
     An expert of an existing MoE that ``blueprint`` leaves whole stays whole. A control that is calibrated may leave
     others whole too, which saw too little text: then its active fraction is larger.
+
+    Args:
+        job: What :func:`control_job` made of the others.
+        baseline: Folder of the dense model.
+        blueprint: Of the model that the control stands beside.
+        progress: Receives layers done.
+        dtype: Of the model; ``auto`` is the folder's own.
     """
-    job = control_job(name, baseline, blueprint, calibration, activity)
     control = decide(job, progress)
     untouched = {path: LayerPlan(plan.d_ff, torch.arange(plan.d_ff)) for path, plan in blueprint.sites.items()}
     whole = {path: plan for path, plan in blueprint.sites.items() if not plan.experts and plan.keeps_all}
     control = replace(control, sites={**untouched, **control.sites, **whole})
-    model = load_model(baseline, "auto")
+    model = load_model(baseline, dtype)
     apply_blueprint(model, control, job.anatomy, job.checkpoint)
     return model.eval(), active_fraction(control)
 
@@ -71,7 +70,10 @@ def control_job(
     calibration: CalibrationConfig,
     activity: Activity | None = None,
 ) -> Job:
-    """The conversion that makes that control; see :func:`control_model`."""
+    """The conversion that makes a control at the active fraction of ``blueprint``.
+
+    ``activity``: what the text used of the model, to which the fraction is fitted; None: as planned.
+    """
     dense_config = Checkpoint(baseline).config
     hierarchical = FAMILIES[dense_config["model_type"]].moe is not None
     anatomy = read_anatomy(dense_config, hierarchical=hierarchical)

@@ -150,13 +150,14 @@ def _converted(out: Path, dense_folder: Path, calibration: dict[str, int], progr
 def _add_controls(shown: _Shown, dense_folder: Path, calibration: dict[str, int], progress: Progress) -> None:
     """Both controls, at the active share of the first conversion."""
     from moesaic.calibration.config import CalibrationConfig
-    from moesaic.jobs.controls import CONTROLS, control_model
+    from moesaic.jobs.controls import CONTROLS, control_job, control_model
 
     first = next(iter(shown.blueprints.values()))
     config = CalibrationConfig.model_validate(calibration)
     for name in CONTROLS:
         label = f"control: {name}"
-        shown.models[label], shown.active[label] = control_model(name, dense_folder, first, config, progress)
+        job = control_job(name, dense_folder, first, config)
+        shown.models[label], shown.active[label] = control_model(job, dense_folder, first, progress)
 
 
 def _measured(shown: _Shown, tokenizer: Any, windows: int, progress: Progress) -> tuple[str, tuple[Row, ...]]:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from moesaic.adjust.budget import budget_reads_text
 from moesaic.anatomy.base import Config, clipped, vocabulary
@@ -28,57 +25,22 @@ from moesaic.checkpoint.source import resolve_model
 from moesaic.checkpoint.tokenizer import load_tokenizer
 from moesaic.durable import replace_text
 from moesaic.errors import InputError, ResourceError
-from moesaic.evaluate.activity import Activity, counting
-from moesaic.evaluate.comparison import compare
 from moesaic.evaluate.fidelity import router_fidelity, summarise
-from moesaic.evaluate.perplexity import Perplexity, perplexity, protocol_name, token_windows
-from moesaic.evaluate.proxy import ProxyPerplexity, proxy_change, proxy_perplexity
+from moesaic.evaluate.perplexity import protocol_name, token_windows
 from moesaic.evaluate.speed import measure
 from moesaic.jobs.card import write_card
-from moesaic.jobs.controls import CONTROLS, active_fraction, control_model
+from moesaic.jobs.controls import CONTROLS, active_fraction, control_job, control_model
+from moesaic.jobs.evaluation_run import SHORT, EvaluationRun, Precision, resolve_dtype
 from moesaic.progress import Progress, Silent
 from moesaic.staging.results import RESULTS_NAME, merged, read_results
 
+if TYPE_CHECKING:
+    import torch
+
 _FIDELITY_WINDOWS = 2
-_WINDOW = 2048
-
-
-@dataclass
-class _Run:
-    """State of one evaluation: the protocol, and what has been measured."""
-
-    name: str
-    ids_NW: Tensor
-    progress: Progress
-    tokenizer: Any = None  # set when proxy perplexity is wanted
-    measured: dict[str, Perplexity] = field(default_factory=dict)
-    proxies: dict[str, ProxyPerplexity] = field(default_factory=dict)
-    activity: dict[str, Activity] = field(default_factory=dict)
-    active: dict[str, float] = field(default_factory=dict)  # of the controls
-
-    def perplexity(self, label: str, model: Any) -> None:
-        self.progress.note(f"perplexity of {label}")
-        with counting(model) as self.activity[label]:
-            self.measured[label] = perplexity(model, self.ids_NW, self.name, progress=self.progress)
-        if self.tokenizer is not None:
-            self.proxies[label] = proxy_perplexity(model, self.tokenizer)
-
-    def table(self) -> dict[str, Any]:
-        dense = self.measured.get("dense")
-        return {
-            label: result.to_dict()
-            | ({"ratio_to_dense": compare(result, dense).to_dict()} if dense and label != "dense" else {})
-            | ({"active_ffn_fraction": self.active[label]} if label in self.active else {})
-            for label, result in self.measured.items()
-        }
-
-    def proxy_table(self) -> dict[str, Any]:
-        dense = self.proxies.get("dense")
-        return {
-            label: {"name": result.name, "micro": result.micro, "macro": result.macro}
-            | ({"change_percent": asdict(proxy_change(result, dense))} if dense and label != "dense" else {})
-            for label, result in self.proxies.items()
-        }
+_QUICK = (1024, 16)
+"""Tokens per window, and windows: two to three minutes for a model of 0.5 B parameters on two cores."""
+_FULL = 2048
 
 
 def evaluate_model(
@@ -88,26 +50,35 @@ def evaluate_model(
     text: str | Path | None = None,
     window: int | None = None,
     limit: int | None = None,
+    full: bool = False,
+    dtype: Precision = "auto",
     controls: bool = False,
     fidelity: bool = True,
     speed: bool = False,
     proxy: bool = False,
     save: bool = True,
+    fresh: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint, usually a converted one, beside its dense source.
+
+    What is measured of a window is kept in the cache. The same call after an interruption goes on, and the dense model
+    is measured once under each protocol.
 
     Args:
         model: Folder of any causal language model.
         baseline: The dense model under the same protocol; without it no ratio is given.
         text: A UTF-8 text file; default: the shipped WikiText-2 raw test split.
-        window: Tokens per window; default: 2048, or the model's longest context where that is shorter.
-        limit: Number of windows; None is all.
+        window: Tokens per window; default: 1024, with ``full`` 2048, or the model's longest context if shorter.
+        limit: Number of windows; default: 16, with ``full`` all.
+        full: All windows.
+        dtype: Of all models: ``auto`` is bf16 for a bf16 checkpoint where the CPU multiplies it natively, else fp32.
         controls: Also convert the baseline by the ``static`` and ``random`` controls at the same active fraction.
         fidelity: Measure router fidelity on the first windows; only folders of the moesaic architecture have it.
-        speed: Measure prefill and decode speed beside the baseline.
+        speed: Measure prefill and decode speed beside the baseline, each in its own dtype.
         proxy: Also MLPMoE's proxy perplexity: eight short texts that ship with moesaic (docs/methods/mlpmoe.md).
-        save: Merge the results into the folder's results.json when it is a moesaic output.
+        save: Merge the results into the folder's results.json when it is a moesaic output, figure by figure.
+        fresh: Measure anew what is in the cache.
 
     Returns:
         ``{"protocol", "perplexity": {label: ...}, "fidelity", "speed", "parameters", ...}``, ready for JSON;
@@ -125,39 +96,71 @@ def evaluate_model(
     dense_folder = None if baseline is None else resolve_model(str(baseline))
     save = save and converted
     _check(checkpoint, blueprint, dense_folder, controls=controls, speed=speed, save=save)
-    written = _read(text)
-    tokenizer = load_tokenizer(folder)
-    window = _window(window, checkpoint.config)
-    ids_NW = token_windows(tokenizer, written, window, limit)
-    check_ids(ids_NW, tokenizer, vocabulary(checkpoint.config))
-    limit = limit if len(ids_NW) == limit else None  # a shorter text is read whole
-    name = protocol_name(_dataset(text, written), window, limit)
-    run = _Run(name, ids_NW, progress or Silent(), tokenizer if proxy else None)
-    results: dict[str, Any] = {"protocol": run.name}
+    limit = limit if full or limit is not None else _QUICK[1]
+    precision = resolve_dtype(dtype, checkpoint)
+    run = _begin(checkpoint, text, _window(window, checkpoint.config, full=full), limit, precision)
+    run.models = 1 + (dense_folder is not None) + (len(CONTROLS) if controls else 0)
+    run.fresh, run.progress = fresh, progress or Silent()
+    run.tokenizer = load_tokenizer(folder) if proxy else None
+    results: dict[str, Any] = {"protocol": run.name, "dtype": str(precision).removeprefix("torch.")}
+
+    def keep() -> None:
+        results["perplexity"] = run.table()
+        if save:
+            _save(folder, run, results)
+
     if dense_folder is not None:
-        with _loaded(dense_folder) as dense:
-            results["parameters_dense"] = dense.num_parameters()
-            run.perplexity("dense", dense)
-    with _loaded(folder) as loaded:
-        results["parameters"] = loaded.num_parameters()
-        run.perplexity("model", loaded)
-        if fidelity and (sites := router_fidelity(loaded, ids_NW[:_FIDELITY_WINDOWS])):
-            results["fidelity"] = {"summary": summarise(sites), "sites": [site.to_dict() for site in sites]}
-        if speed and dense_folder is not None:
-            results["speed"] = _speed_beside(dense_folder, loaded)
+        run.measure("dense", *_of_folder(Checkpoint(dense_folder), precision))
+        results["parameters_dense"] = run.facts["dense"]["parameters"]
+    run.measure("model", *_of_folder(checkpoint, precision), _fidelity(run, results) if fidelity else None)
+    results["parameters"] = run.facts["model"]["parameters"]
     if blueprint is not None:
         results["active_ffn_fraction"] = run.activity["model"].fraction(blueprint.sites)
         results["active_ffn_planned"] = active_fraction(blueprint)
         several = any(budget_reads_text(plan) for plan in blueprint.sites.values())
         results["other_budgets"] = several and not tuned(checkpoint.config)
+    keep()
+    if speed and dense_folder is not None:
+        results["speed"] = _speed_beside(dense_folder, folder, run.progress)
+        keep()
     if controls and dense_folder is not None and blueprint is not None:
-        _measure_controls(run, dense_folder, blueprint, _calibration(checkpoint))
-    results["perplexity"] = run.table()
+        for name in CONTROLS:
+            _measure_control(name, run, dense_folder, blueprint, checkpoint, precision)
+            keep()
     if proxy:
         results["proxy"] = run.proxy_table()
-    if save:
-        _save(folder, run, results)
+        keep()
     return results
+
+
+def _begin(
+    checkpoint: Checkpoint, text: str | Path | None, window: int, limit: int | None, precision: torch.dtype
+) -> EvaluationRun:
+    """The windows and the protocol's name."""
+    written = _read(text)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    ids_NW = token_windows(tokenizer, written, window, limit)
+    check_ids(ids_NW, tokenizer, vocabulary(checkpoint.config))
+    limit = limit if len(ids_NW) == limit else None  # a shorter text is read whole
+    dtype = str(precision).removeprefix("torch.")
+    name = protocol_name(_dataset(text, written), window, limit, SHORT[dtype])
+    key = {"text": hashlib.sha256(written.encode()).hexdigest(), "window": window, "dtype": dtype}
+    return EvaluationRun(name, ids_NW, key, 1, Silent())
+
+
+def _of_folder(
+    checkpoint: Checkpoint, dtype: torch.dtype
+) -> tuple[dict[str, Any], Callable[[], tuple[Any, dict[str, Any]]]]:
+    """What tells a folder's model from others, and how it is loaded."""
+    return {"model": checkpoint.fingerprint()}, lambda: (load_model(checkpoint.folder, dtype), {})
+
+
+def _fidelity(run: EvaluationRun, results: dict[str, Any]) -> Callable[[Any], None]:
+    def measure_routers(model: Any) -> None:
+        if sites := router_fidelity(model, run.ids_NW[:_FIDELITY_WINDOWS]):
+            results["fidelity"] = {"summary": summarise(sites), "sites": [site.to_dict() for site in sites]}
+
+    return measure_routers
 
 
 def _check(
@@ -189,7 +192,7 @@ def _check(
         read_results(checkpoint.folder)  # damaged, it is refused before the work
 
 
-def _save(folder: Path, run: _Run, results: dict[str, Any]) -> None:
+def _save(folder: Path, run: EvaluationRun, results: dict[str, Any]) -> None:
     """Into results.json and the card; where that fails, no figure is lost."""
     try:
         merge_results(folder, {"evaluation": {run.name: results}})
@@ -197,28 +200,38 @@ def _save(folder: Path, run: _Run, results: dict[str, Any]) -> None:
         run.progress.note(f"the results are not saved: {error}")
 
 
-def _window(asked: int | None, config: Config) -> int:
-    longest = clipped(_WINDOW if asked is None else asked, config)
+def _window(asked: int | None, config: Config, *, full: bool) -> int:
+    longest = clipped((_FULL if full else _QUICK[0]) if asked is None else asked, config)
     if asked is not None and asked > longest:
         raise InputError(f"a window of {asked} tokens, the model reads {longest}", f"use --window {longest}")
     return longest
 
 
-def _speed_beside(dense_folder: Path, converted: Any) -> dict[str, Any]:
+def _speed_beside(dense_folder: Path, folder: Path, progress: Progress) -> dict[str, Any]:
     """Speed of the dense and of the converted model, measured in turn, each as transformers loads it."""
-    with _loaded(dense_folder) as dense, prefill_as_loaded(converted):
+    progress.note("speed of both models, in turn")
+    with _loaded(dense_folder) as dense, _loaded(folder) as converted, prefill_as_loaded(converted):
         return {label: speed.to_dict() for label, speed in measure({"dense": dense, "model": converted}).items()}
 
 
-def _measure_controls(run: _Run, dense_folder: Path, blueprint: Blueprint, calibration: CalibrationConfig) -> None:
-    """Perplexity of each control, one model in memory at a time."""
-    for name in CONTROLS:
-        control, run.active[name] = control_model(
-            name, dense_folder, blueprint, calibration, run.progress, run.activity["model"]
-        )
-        run.perplexity(name, control)
-        del control
-        gc.collect()
+def _measure_control(
+    name: str,
+    run: EvaluationRun,
+    dense_folder: Path,
+    blueprint: Blueprint,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+) -> None:
+    """Perplexity of a control, which is converted where its windows are not in the cache."""
+    run.progress.note(f"control {name}: reading the dense model")
+    job = control_job(name, dense_folder, blueprint, _calibration(checkpoint), run.activity["model"])
+
+    def load() -> tuple[Any, dict[str, Any]]:
+        model, active = control_model(job, dense_folder, blueprint, run.progress, dtype)
+        return model, {"active_ffn_fraction": active}
+
+    # The control leaves whole what the blueprint leaves whole.
+    run.measure(name, {"model": job.key, "beside": blueprint.digest()}, load)
 
 
 @contextmanager
