@@ -34,6 +34,7 @@ ORDER = [
     "tune",
     "gguf",
     "evaluate",
+    "report",
     "jobs",
     "cli",
 ]

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 import moesaic
-from moesaic.jobs.card import model_card, write_card
+from moesaic.jobs.card import model_card, write_pages
 
 MADE: dict[str, Any] = {
     "version": "1",
@@ -118,7 +118,7 @@ def test_a_written_folder_has_a_card_and_its_renewal_adds_the_metrics(
     assert "base_model" not in before, "a folder's name is no model of the hub"
     stored = json.loads((done.output / "results.json").read_text())
     (done.output / "results.json").write_text(json.dumps(stored | {"evaluation": evaluated(PROTOCOL, 9.0)}))
-    write_card(done.output)
+    write_pages(done.output)
     after = ModelCard.load(done.output / "README.md").data.to_dict()
     assert after["model-index"][0]["results"][0]["metrics"][0]["value"] == 9.0
     assert {key: after[key] for key in before} == before

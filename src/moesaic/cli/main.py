@@ -11,6 +11,7 @@ from typing import NoReturn
 import typer
 
 from moesaic.cli import (
+    compare,
     convert,
     demo,
     distill,
@@ -20,6 +21,7 @@ from moesaic.cli import (
     inspect,
     methods,
     plan,
+    report,
     targets,
     tune,
     undo,
@@ -37,7 +39,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _verb in (demo, plan, convert, eval, export, inspect, tune, distill, verify, undo, methods, targets, doctor):
+_VERBS = (demo, plan, convert, eval, report, compare, inspect, export, tune, distill, verify, undo)
+for _verb in (*_VERBS, methods, targets, doctor):
     _verb.attach(app)
 
 

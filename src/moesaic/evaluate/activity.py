@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.blueprint.layer import LayerPlan
+from moesaic.nn.moesaic_ffn import MoEFeedForward
 from moesaic.nn.moesaic_neurons import NeuronFeedForward
 from moesaic.nn.moesaic_union import UnionFeedForward
 
@@ -72,15 +73,25 @@ def _counter(activity: Activity, path: str, passes: _Pass) -> Callable[[Counted,
         if passes.mask_NT is not None:
             new = len(x_TD) // len(passes.mask_NT)
             x_TD = x_TD[passes.mask_NT[:, -new:].flatten().bool()]
-        activity.neurons[path] = activity.neurons.get(path, 0.0) + _used(ffn, x_TD)
+        activity.neurons[path] = activity.neurons.get(path, 0.0) + float(neurons_used(ffn, x_TD).double().sum())
         activity.tokens[path] = activity.tokens.get(path, 0) + len(x_TD)
 
     return count
 
 
-def _used(ffn: Counted, x_TD: Tensor) -> int:
-    """Neurons that these tokens use together."""
+def neurons_used(ffn: MoEFeedForward, x_TD: Tensor) -> Tensor:
+    """Neurons that each of these tokens uses, [T]. Padding counts, and a neuron of two chosen experts counts twice.
+
+    Args:
+        ffn: Of any layout.
+        x_TD: What it reads.
+    """
     if isinstance(ffn, NeuronFeedForward):
-        return int(ffn.chosen(x_TD).sum()) if ffn.by_threshold else ffn.top_k * len(x_TD)
-    index_TK, _ = ffn.route(x_TD)
-    return ffn.shared * len(x_TD) + int(ffn.membership.sum(dim=1)[index_TK].sum())
+        if ffn.by_threshold:
+            return ffn.chosen(x_TD).sum(dim=1).float()
+        return torch.full((len(x_TD),), float(ffn.top_k), device=x_TD.device)
+    if isinstance(ffn, UnionFeedForward):
+        index_TK, _ = ffn.route(x_TD)
+        return (ffn.shared + ffn.membership.sum(dim=1)[index_TK].sum(dim=1)).float()
+    routed = ffn.neurons - ffn.shared if ffn.static else ffn.top_k * ffn.width
+    return torch.full((len(x_TD),), float(ffn.shared + routed), device=x_TD.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from moesaic.checkpoint.mark import KEY, saved_again, tuned
 from moesaic.checkpoint.origin import CARD, is_hub_id
 from moesaic.durable import replace_text
 from moesaic.evaluate.comparison import Comparison
+from moesaic.jobs.report import PAGE_NAME, gather, write_report
+from moesaic.report.page import page
 from moesaic.staging.results import read_results
 
 if TYPE_CHECKING:
@@ -64,21 +67,23 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 def finish(staged: StagedOutput, results: dict[str, Any], check: Callable[[Path], Mapping[str, Any]]) -> Path:
     """Let an output appear once ``check`` has passed on the staged folder; what it found joins ``results``.
 
-    Results and card are part of the output. Raises what ``check`` raises; the output does not appear then.
+    Results, card and page are part of the output. Raises what ``check`` raises; the output does not appear then.
     """
 
     def verify(folder: Path) -> None:
         results.update(check(folder))
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         staged.write_text(CARD, model_card(config, results))
+        staged.write_text(PAGE_NAME, page(replace(gather(folder, results), name=staged.out.name)))
 
     return staged.finish(results=results, verify=verify)
 
 
-def write_card(folder: Path) -> None:
-    """Write or renew the card of an output folder from its config.json and results.json."""
+def write_pages(folder: Path) -> None:
+    """Write or renew the card and the page of an output folder from what it holds."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     replace_text(folder / CARD, model_card(config, read_results(folder)))
+    write_report(folder)
 
 
 def _metadata(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:

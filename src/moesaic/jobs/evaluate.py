@@ -28,7 +28,7 @@ from moesaic.errors import InputError, ResourceError
 from moesaic.evaluate.fidelity import router_fidelity, summarise
 from moesaic.evaluate.perplexity import protocol_name, token_windows
 from moesaic.evaluate.speed import measure
-from moesaic.jobs.card import write_card
+from moesaic.jobs.card import write_pages
 from moesaic.jobs.controls import CONTROLS, active_fraction, control_job, control_model
 from moesaic.jobs.evaluation_run import SHORT, EvaluationRun, Precision, resolve_dtype
 from moesaic.progress import Progress, Silent
@@ -270,7 +270,7 @@ def _calibration(checkpoint: Checkpoint) -> CalibrationConfig:
 
 
 def merge_results(folder: Path, new: dict[str, Any]) -> None:
-    """Merge entries into the folder's results.json, atomically, and renew its model card.
+    """Merge entries into the folder's results.json, atomically, and renew its model card and its page.
 
     What was measured of other weights is dropped: see :func:`moesaic.checkpoint.converted.current_results`.
 
@@ -281,4 +281,4 @@ def merge_results(folder: Path, new: dict[str, Any]) -> None:
     if not as_written(folder):
         results[WEIGHTS_KEY] = checkpoint.fingerprint()
     replace_text(folder / RESULTS_NAME, json.dumps(results, indent=1) + "\n")
-    write_card(folder)
+    write_pages(folder)

@@ -30,6 +30,7 @@ from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.native_parity import parity_ids
 from moesaic.evaluate.parity import TOLERANCE, relative_difference
 from moesaic.jobs.card import finish
+from moesaic.jobs.report import SAMPLE_KEY
 from moesaic.jobs.training_record import write_record
 from moesaic.jobs.tune_request import TuneRequest, check_tune
 from moesaic.jobs.verify import check_tensors
@@ -54,7 +55,7 @@ from moesaic.tune.teacher import KeptStates
 _PARITY_WINDOW = 256
 _ROUTING = ("gate", "selection_bias", "router_tensors")
 """Keys of an FFN's spec that training can change."""
-_STALE = ("evaluation", "parity", "native_parity", "native_parity_skipped", "tune", "export", WEIGHTS_KEY)
+_STALE = ("evaluation", "parity", "native_parity", "native_parity_skipped", "tune", "export", SAMPLE_KEY, WEIGHTS_KEY)
 """Results of the source folder that do not hold for the output."""
 
 

@@ -1,0 +1,48 @@
+"""``moesaic report OUT``: the page of an output; of several outputs, one page that compares them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesaic.cli import options as opt
+from moesaic.cli.console import ConsoleProgress, emit, quiet_libraries
+
+
+def attach(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command(name="report")(run)
+
+
+def run(
+    folders: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Folders that `moesaic convert` wrote.")],
+    baseline: Annotated[
+        str | None,
+        typer.Option("--baseline", help="The dense model: adds each layer's error and the dense model's losses."),
+    ] = None,
+    sample: Annotated[
+        Path | None, typer.Option("--sample", help="UTF-8 text whose tokens are shown. Default: a short one, shipped.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Read the sample text again.")] = False,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", help="File to write. Default: OUT/report.html; of several, moesaic-report.html here."),
+    ] = None,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write what is known of a converted model as one HTML page that needs no network. Prints where it is."""
+    quiet_libraries()
+    from moesaic.jobs.compare import compare_outputs
+    from moesaic.jobs.report import report
+
+    progress = ConsoleProgress(quiet)
+    if len(folders) == 1:
+        emit(str(report(folders[0], baseline=baseline, sample=sample, again=again, to=to, progress=progress)))
+        return
+    for folder in folders:
+        report(folder, baseline=baseline, sample=sample, again=again, progress=progress)
+    page = Path("moesaic-report.html") if to is None else to
+    compare_outputs(folders, page)
+    emit(str(page))

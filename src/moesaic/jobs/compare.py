@@ -1,0 +1,57 @@
+"""Several outputs beside each other: their facts, and the ratios of their perplexities where they read one text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesaic.durable import replace_text
+from moesaic.evaluate.comparison import compare
+from moesaic.evaluate.perplexity import Perplexity
+from moesaic.jobs.report import gather
+from moesaic.report.compare import comparison, names_of
+from moesaic.report.facts import MODEL, Facts
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The facts of each output, and perplexities over the first one's: protocol -> name -> ratio, low, high."""
+
+    models: tuple[Facts, ...]
+    paired: dict[str, dict[str, dict[str, float | None]]]
+
+
+def compare_outputs(folders: Sequence[str | Path], page: str | Path | None = None) -> Compared:
+    """Gather what is known of several outputs; with ``page``, also write the page that compares them there.
+
+    Raises:
+        InputError: a folder is no output of moesaic.
+        CheckpointError, VerificationError: a folder is damaged.
+    """
+    models = tuple(gather(Path(folder).expanduser()) for folder in folders)
+    compared = Compared(models, _paired(models))
+    if page is not None:
+        replace_text(Path(page).expanduser(), comparison(models, compared.paired))
+    return compared
+
+
+def _paired(models: Sequence[Facts]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Paired over windows, as the ratio to the dense model is; a model that read other windows is left out."""
+    first, *others = zip(names_of(models), models, strict=True)
+    found: dict[str, dict[str, dict[str, float | None]]] = {}
+    for protocol in first[1].evaluations:
+        base = _perplexity(first[1], protocol)
+        for name, facts in others:
+            own = _perplexity(facts, protocol)
+            if base and own and len(base.window_nll) == len(own.window_nll):
+                found.setdefault(protocol, {})[name] = compare(own, base).to_dict()
+    return found
+
+
+def _perplexity(facts: Facts, protocol: str) -> Perplexity | None:
+    row: dict[str, Any] | None = facts.evaluations.get(protocol, {}).get("perplexity", {}).get(MODEL)
+    if not row or not row.get("window_nll"):
+        return None
+    return Perplexity(row["name"], row["value"], row["predicted"], tuple(row["window_nll"]))

@@ -1,0 +1,232 @@
+"""The page of an output: its facts are gathered, a short text is read, the page is written beside the weights.
+
+report.html is in no manifest, as results.json and the card are not: what is measured later changes all three.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.anatomy import FAMILIES, read_anatomy
+from moesaic.anatomy.base import Anatomy, max_positions
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.blueprint.model import Blueprint
+from moesaic.calibration.documents import read_text
+from moesaic.checkpoint.converted import (
+    WEIGHTS_KEY,
+    as_written,
+    check_source,
+    current_results,
+    read_blueprint,
+    read_dense_anatomy,
+)
+from moesaic.checkpoint.ffn import load_ffn
+from moesaic.checkpoint.loading import load_model
+from moesaic.checkpoint.mark import tuned
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.source import resolve_model
+from moesaic.checkpoint.tokenizer import load_tokenizer
+from moesaic.durable import replace_text
+from moesaic.errors import InputError
+from moesaic.evaluate.sample import read_sample, token_losses
+from moesaic.materialise.apply import apply_blueprint
+from moesaic.progress import Progress, Silent
+from moesaic.report.facts import Facts, Layer
+from moesaic.report.page import page
+from moesaic.staging.results import RESULTS_NAME, merged
+from moesaic.targets import OWN
+from moesaic.train.loop import read_log
+
+PAGE_NAME = "report.html"
+SAMPLE_KEY = "sample"
+_TOKENS = 192
+"""Most tokens of a sample: more are not read by eye."""
+
+
+def gather(folder: Path, results: Mapping[str, Any] | None = None) -> Facts:
+    """What is known of a converted folder; ``results`` in place of what its results.json says.
+
+    Raises:
+        InputError: it is no output of moesaic.
+        CheckpointError, VerificationError: it is damaged.
+    """
+    checkpoint = Checkpoint(folder)
+    blueprint = read_blueprint(checkpoint, hashed=False)
+    infos = [checkpoint.info(name) for name in checkpoint.names]
+    layers, row_bytes = ((), 0) if blueprint is None else _layers(checkpoint, blueprint)
+    return Facts(
+        name=folder.resolve().name,
+        config=checkpoint.config,
+        results=current_results(checkpoint) if results is None else results,
+        layers=layers,
+        row_bytes=row_bytes,
+        parameters=sum(torch.Size(info.shape).numel() for info in infos),
+        nbytes=checkpoint.nbytes,
+        dtype=checkpoint.dtype,
+        training=tuple(read_log(folder)),
+    )
+
+
+def _layers(checkpoint: Checkpoint, blueprint: Blueprint) -> tuple[tuple[Layer, ...], int]:
+    """All FFNs in order, and what a token reads of one neuron."""
+    own = checkpoint.config.get("model_type") == OWN
+    element = getattr(torch, checkpoint.dtype).itemsize
+    if own:
+        anatomy = read_dense_anatomy(checkpoint)
+        d_model, gated = anatomy.d_model, anatomy.gated
+        sites = {site.path: site.d_ff for site in anatomy.sites}
+    else:  # stock architectures of experts are gated, and their config.json has the width under one name
+        d_model, gated = int(checkpoint.config["hidden_size"]), True
+        sites = {path: plan.d_ff for path, plan in blueprint.sites.items()}
+        sites = _with_dense(checkpoint, sites) | sites
+    layers = tuple(
+        _layer(path, blueprint.sites[path], d_model, gated)
+        if path in blueprint.sites
+        else Layer(path, d_ff, converted=False)
+        for path, d_ff in sites.items()
+    )
+    return layers, (3 if gated else 2) * d_model * element
+
+
+def _with_dense(checkpoint: Checkpoint, sites: Mapping[str, int]) -> dict[str, int]:
+    """The FFNs of a stock folder in order, the layers that stayed dense among them, by the path of the others."""
+    first = next(iter(sites))
+    path = Layer(first, 1)
+    parts = first.split(f".{path.index}.", 1)
+    widest = max(sites.values())
+    names = [f".{index}.".join(parts) for index in range(int(checkpoint.config["num_hidden_layers"]))]
+    return {name: sites.get(name, widest) for name in names} if len(parts) == 2 else dict(sites)
+
+
+def _layer(path: str, plan: LayerPlan, d_model: int, gated: bool) -> Layer:
+    shape = plan.shape
+    single = plan.router.kind == "low_bit"
+    return Layer(
+        path=path,
+        d_ff=plan.d_ff,
+        shared=len(plan.shared),
+        experts=len(plan.experts),
+        top_k=plan.top_k,
+        widths=() if single else shape.own,
+        router=plan.router.kind,
+        gate=plan.gate,
+        active=plan.active_neurons,
+        router_bytes=shape.router_bytes(d_model, gated=gated),
+    )
+
+
+def write_report(folder: Path) -> None:
+    """Write or renew the page of an output folder from what it holds."""
+    replace_text(folder / PAGE_NAME, page(gather(folder)))
+
+
+def report(
+    folder: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    sample: str | Path | None = None,
+    again: bool = False,
+    to: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the page of one output, and return where it is. A short text is read where none has been.
+
+    Args:
+        folder: The output.
+        baseline: The dense model: adds each layer's error and the dense model's losses. A stock architecture is read
+            through it, as its blueprint says; without it there is no sample of one.
+        sample: A UTF-8 text file in place of the text that ships; its first 192 tokens are read.
+        again: Read the text although it was read before.
+        to: Where to write; default: report.html in the folder.
+        progress: Receives notes.
+
+    Raises:
+        InputError: the folder is no output of moesaic, or ``baseline`` not the model it was made from.
+    """
+    progress = progress or Silent()
+    folder = Path(folder).expanduser()
+    facts = gather(folder)
+    dense = None if baseline is None else Checkpoint(resolve_model(str(baseline)))
+    if dense is not None:
+        check_source(dense, Checkpoint(folder))
+    known = facts.sample
+    wanted = again or sample is not None or not known or (dense is not None and "nll_dense" not in known)
+    if wanted and (found := _read(folder, dense, sample, progress)):
+        save_sample(folder, found)
+        facts = gather(folder)
+    path = folder / PAGE_NAME if to is None else Path(to).expanduser()
+    replace_text(path, page(facts))
+    return path
+
+
+def save_sample(folder: Path, found: Mapping[str, Any]) -> None:
+    """Keep what a sample showed in results.json."""
+    checkpoint = Checkpoint(folder)
+    results = {key: value for key, value in current_results(checkpoint).items() if key != SAMPLE_KEY}
+    results = merged(results, {SAMPLE_KEY: dict(found)})
+    if not as_written(folder):
+        results[WEIGHTS_KEY] = checkpoint.fingerprint()
+    replace_text(folder / RESULTS_NAME, json.dumps(results, indent=1) + "\n")
+
+
+def _read(folder: Path, dense: Checkpoint | None, text: str | Path | None, progress: Progress) -> dict[str, Any]:
+    """The sample's figures, for results.json; {} where the model's experts cannot be seen."""
+    checkpoint = Checkpoint(folder)
+    blueprint = read_blueprint(checkpoint, hashed=False)
+    own = checkpoint.config.get("model_type") == OWN
+    if blueprint is None or (not own and (dense is None or tuned(checkpoint.config))):
+        progress.note(
+            "no tokens are shown: the experts of a stock architecture are read through its dense model and blueprint "
+            "(--baseline MODEL)"
+        )
+        return {}
+    tokenizer = load_tokenizer(folder)
+    written = _text(text)
+    longest = min(_TOKENS, max_positions(checkpoint.config.get("text_config", checkpoint.config)) or _TOKENS)
+    ids_T = tokenizer(written, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0][:longest]
+    if len(ids_T) < 2:
+        raise InputError(f"the sample has {len(ids_T)} tokens, two are needed", "give a longer text")
+    progress.note(f"reading a sample of {len(ids_T)} tokens")
+    anatomy = _anatomy(checkpoint, dense)
+    made: dict[str, Any] = {"tokens": [tokenizer.decode([token]) for token in ids_T.tolist()]}
+    widths = {path: plan.d_ff for path, plan in blueprint.sites.items()}
+    weights = None if dense is None or tuned(checkpoint.config) else _dense_ffns(dense, anatomy)
+    if dense is not None:
+        made["nll_dense"] = token_losses(load_model(dense.folder, "auto"), ids_T)
+    model = load_model(folder, "auto") if own else _rebuilt(dense, blueprint, anatomy)
+    made["nll"], sites = read_sample(model, ids_T, widths, weights)
+    return made | {"sites": {path: site.to_dict() for path, site in sites.items()}}
+
+
+def _anatomy(checkpoint: Checkpoint, dense: Checkpoint | None) -> Anatomy:
+    if dense is None:
+        return read_dense_anatomy(checkpoint)
+    return read_anatomy(dense.config, hierarchical=FAMILIES[dense.config["model_type"]].moe is not None)
+
+
+def _dense_ffns(dense: Checkpoint, anatomy: Anatomy) -> Any:
+    sites = {site.path: site for site in anatomy.sites}
+    return lambda path: load_ffn(dense, sites[path], anatomy.activation)
+
+
+def _rebuilt(dense: Checkpoint | None, blueprint: Blueprint, anatomy: Anatomy) -> Any:
+    """The converted model in our runtime, from the dense one and the blueprint of a stock folder."""
+    assert dense is not None
+    model = load_model(dense.folder, "auto")
+    apply_blueprint(model, blueprint, anatomy, dense)
+    return model.eval()
+
+
+def _text(path: str | Path | None) -> str:
+    if path is None:
+        return files("moesaic").joinpath("data", "sample.txt").read_text(encoding="utf-8")
+    try:
+        return read_text(Path(path).expanduser())
+    except OSError as error:
+        raise InputError(f"sample {path} cannot be read: {error.strerror}", "give a UTF-8 text file") from error

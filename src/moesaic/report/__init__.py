@@ -1,0 +1,1 @@
+"""What is known of a converted model, as one HTML page that needs nothing else. No torch here."""
