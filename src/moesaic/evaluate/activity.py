@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.blueprint.layer import LayerPlan
-from moesaic.nn.moesaic_ffn import MoEFeedForward
 from moesaic.nn.moesaic_neurons import NeuronFeedForward
 from moesaic.nn.moesaic_union import UnionFeedForward
 
@@ -73,25 +72,17 @@ def _counter(activity: Activity, path: str, passes: _Pass) -> Callable[[Counted,
         if passes.mask_NT is not None:
             new = len(x_TD) // len(passes.mask_NT)
             x_TD = x_TD[passes.mask_NT[:, -new:].flatten().bool()]
-        activity.neurons[path] = activity.neurons.get(path, 0.0) + float(neurons_used(ffn, x_TD).double().sum())
+        activity.neurons[path] = activity.neurons.get(path, 0.0) + int(neurons_used(ffn, x_TD).sum())
         activity.tokens[path] = activity.tokens.get(path, 0) + len(x_TD)
 
     return count
 
 
-def neurons_used(ffn: MoEFeedForward, x_TD: Tensor) -> Tensor:
-    """Neurons that each of these tokens uses, [T]. Padding counts, and a neuron of two chosen experts counts twice.
-
-    Args:
-        ffn: Of any layout.
-        x_TD: What it reads.
-    """
+def neurons_used(ffn: Counted, x_TD: Tensor) -> Tensor:
+    """Neurons that each of these tokens uses, [T]; one that two chosen experts share counts twice."""
     if isinstance(ffn, NeuronFeedForward):
         if ffn.by_threshold:
-            return ffn.chosen(x_TD).sum(dim=1).float()
-        return torch.full((len(x_TD),), float(ffn.top_k), device=x_TD.device)
-    if isinstance(ffn, UnionFeedForward):
-        index_TK, _ = ffn.route(x_TD)
-        return (ffn.shared + ffn.membership.sum(dim=1)[index_TK].sum(dim=1)).float()
-    routed = ffn.neurons - ffn.shared if ffn.static else ffn.top_k * ffn.width
-    return torch.full((len(x_TD),), float(ffn.shared + routed), device=x_TD.device)
+            return ffn.chosen(x_TD).sum(dim=1)
+        return torch.full((len(x_TD),), ffn.top_k, device=x_TD.device)
+    index_TK, _ = ffn.route(x_TD)
+    return ffn.shared + ffn.membership.sum(dim=1)[index_TK].sum(dim=1)

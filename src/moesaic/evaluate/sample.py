@@ -5,7 +5,7 @@ Axes: T tokens, D model width, E routed experts, K active.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moesaic.evaluate.activity import neurons_used
+from moesaic.blueprint.layer import LayerPlan
+from moesaic.evaluate.activity import Counted, neurons_used
 from moesaic.nn.ffn import FFNWeights
 from moesaic.nn.moesaic_ffn import MoEFeedForward
 from moesaic.nn.moesaic_neurons import NeuronFeedForward
@@ -56,21 +57,21 @@ def token_losses(model: nn.Module, ids_T: Tensor) -> list[float | None]:
 
 @torch.inference_mode()
 def read_sample(
-    model: nn.Module, ids_T: Tensor, d_ff: dict[str, int], dense: Callable[[str], FFNWeights] | None = None
+    model: nn.Module, ids_T: Tensor, plans: Mapping[str, LayerPlan], dense: Callable[[str], FFNWeights] | None = None
 ) -> tuple[list[float | None], dict[str, SiteSample]]:
     """The losses of a converted model's tokens, and what its FFNs did, by module path.
 
     Args:
         model: Holds our FFNs.
         ids_T: The text.
-        d_ff: Neurons of each dense FFN, by path.
+        plans: Of its FFNs, by path.
         dense: Gives the dense FFN of a path, for the errors.
     """
     found: dict[str, SiteSample] = {}
     handles = [
-        module.register_forward_hook(_reader(found, path, len(ids_T), d_ff[path], dense))
+        module.register_forward_hook(_reader(found, path, len(ids_T), plans[path], dense))
         for path, module in model.named_modules()
-        if isinstance(module, MoEFeedForward) and path in d_ff
+        if isinstance(module, MoEFeedForward) and path in plans
     ]
     try:
         losses = token_losses(model, ids_T)
@@ -81,7 +82,7 @@ def read_sample(
 
 
 def _reader(
-    found: dict[str, SiteSample], path: str, tokens: int, d_ff: int, dense: Callable[[str], FFNWeights] | None
+    found: dict[str, SiteSample], path: str, tokens: int, plan: LayerPlan, dense: Callable[[str], FFNWeights] | None
 ) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
     """For ``register_forward_hook``."""
 
@@ -89,7 +90,7 @@ def _reader(
         x_TD = arguments[0].reshape(-1, arguments[0].shape[-1])
         if not len(x_TD):
             return
-        used_T = neurons_used(ffn, x_TD) / d_ff
+        used_T = _used(ffn, x_TD, plan) / plan.d_ff
         site = SiteSample(share=float(used_T.mean()))
         if len(x_TD) == tokens:
             site.shares = used_T.tolist()
@@ -99,6 +100,16 @@ def _reader(
         found[path] = site
 
     return read
+
+
+def _used(ffn: MoEFeedForward, x_TD: Tensor, plan: LayerPlan) -> Tensor:
+    """Neurons that each token uses, padding not counted, [T]."""
+    if isinstance(ffn, Counted):
+        return neurons_used(ffn, x_TD)
+    if ffn.static:
+        return torch.full((len(x_TD),), plan.active_neurons)
+    own_E = torch.tensor([int((expert >= 0).sum()) for expert in plan.experts])
+    return int((plan.shared >= 0).sum()) + own_E[ffn.route(x_TD)[0].cpu()].sum(dim=1)
 
 
 def _choices(ffn: MoEFeedForward, x_TD: Tensor) -> list[list[int]] | None:

@@ -194,14 +194,24 @@ def _read(folder: Path, dense: Checkpoint | None, text: str | Path | None, progr
         raise InputError(f"the sample has {len(ids_T)} tokens, two are needed", "give a longer text")
     progress.note(f"reading a sample of {len(ids_T)} tokens")
     anatomy = _anatomy(checkpoint, dense)
-    made: dict[str, Any] = {"tokens": [tokenizer.decode([token]) for token in ids_T.tolist()]}
-    widths = {path: plan.d_ff for path, plan in blueprint.sites.items()}
+    made: dict[str, Any] = {"tokens": _pieces(tokenizer, ids_T.tolist())}
     weights = None if dense is None or tuned(checkpoint.config) else _dense_ffns(dense, anatomy)
     if dense is not None:
         made["nll_dense"] = token_losses(load_model(dense.folder, "auto"), ids_T)
     model = load_model(folder, "auto") if own else _rebuilt(dense, blueprint, anatomy)
-    made["nll"], sites = read_sample(model, ids_T, widths, weights)
+    made["nll"], sites = read_sample(model, ids_T, blueprint.sites, weights)
     return made | {"sites": {path: site.to_dict() for path, site in sites.items()}}
+
+
+def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text of each token; together they are the text. A token that ends within a character has none of its own."""
+    pieces, known = [], ""
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:count])
+        whole = text.rstrip("\ufffd")
+        pieces.append(whole[len(known) :])
+        known = whole if len(whole) > len(known) else known
+    return pieces
 
 
 def _anatomy(checkpoint: Checkpoint, dense: Checkpoint | None) -> Anatomy:

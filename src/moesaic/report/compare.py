@@ -9,10 +9,10 @@ from typing import Any
 from moesaic.report.cost import used_shares
 from moesaic.report.facts import DENSE, MODEL, Facts, protocol_words, shared_protocols
 from moesaic.report.html import escape, note, table
-from moesaic.report.layers import Series, figure, layer_lines, percent
+from moesaic.report.layers import Series, figure, layer_lines
 from moesaic.report.page import document
 from moesaic.report.quality import Mark, label_name, scale
-from moesaic.report.svg import Chart, nice_ticks
+from moesaic.report.svg import Chart, nice_ticks, percent
 
 _ALWAYS = ("layout", "active")
 _STYLES = ("s0", "s1", "s2", "s3", "s4", "s5")
@@ -138,7 +138,10 @@ def _quality(models: Sequence[Facts], names: Sequence[str]) -> list[str]:
             parts += [f"<h3>{escape(protocol_words(protocol))}</h3>", scale(marks)]
     if not parts:
         return [note("No text was read by all of them beside the dense model: measure them under one protocol.")]
-    return [note("Perplexity over the dense model's: 1 is no loss. Lines are 95 % intervals."), *parts]
+    return [
+        note("Perplexity over the dense model's: 1 is no loss. The scale is logarithmic. Lines are 95 % intervals."),
+        *parts,
+    ]
 
 
 def _map(models: Sequence[Facts], names: Sequence[str]) -> list[str]:
@@ -164,7 +167,11 @@ def _map(models: Sequence[Facts], names: Sequence[str]) -> list[str]:
             )
             chart.text(x, y, name, 9)
         charts.append(figure(protocol_words(protocol), chart.svg([0, 0.25, 0.5, 0.75, 1.0])))
-    return [note("Below and to the left is better."), f'<div class="charts">{"".join(charts)}</div>'] if charts else []
+    return (
+        [note("Below and to the left is better."), f'<div class="charts wide">{"".join(charts)}</div>']
+        if charts
+        else []
+    )
 
 
 def _layers(models: Sequence[Facts], names: Sequence[str]) -> list[str]:

@@ -35,7 +35,7 @@ def cost(facts: Facts) -> list[str]:
         if facts.varies:
             add("the same, on the sample text, MiB", full, facts.ffn_bytes(used_shares(facts)) / 2**20)
         routers = sum(layer.router_bytes for layer in facts.layers)
-        add("of that routers, MiB", None, routers / 2**20)
+        add("the routers' part of it, MiB", None, routers / 2**20)
     parameters = facts.parameters_dense()
     add("parameters, millions", None if parameters is None else parameters / 1e6, facts.parameters / 1e6)
     add("weights on disk, MiB", None, facts.nbytes / 2**20)

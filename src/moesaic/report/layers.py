@@ -8,16 +8,11 @@ from typing import Any
 from moesaic.report.cost import used_shares
 from moesaic.report.facts import Facts, Layer
 from moesaic.report.html import element, escape, note, table
-from moesaic.report.svg import Point, heat_map, layer_chart, layer_ticks, nice_ticks
+from moesaic.report.svg import MOST_COLUMNS, Point, heat_map, layer_chart, layer_ticks, nice_ticks, percent
 
 Series = tuple[str, str, Sequence[Point]]
 """Name, class, points (layer, value)."""
 _MOST_ROWS = 200
-
-
-def percent(value: float) -> str:
-    """``75 %``."""
-    return f"{100 * value:.3g} %"
 
 
 def layer_lines(
@@ -30,7 +25,7 @@ def layer_lines(
     layers = sorted({int(x) for _, _, points in series for x, _ in points})
     highest = max(y for _, _, points in series for _, y in points)
     ends = nice_ticks(0, highest * 1.02 or 1.0)
-    chart = layer_chart(title, layers, (0, ends[-1] if top is None else top), show)
+    chart = layer_chart(title, layers, (0, ends[-1] if top is None or highest < top / 2 else top), show)
     for name, style, points in series:
         chart.line(points, style, name=name)
     legend = ""
@@ -117,14 +112,17 @@ def _loads(facts: Facts, fidelity: Mapping[str, Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     even = [1 / len(values) for _, values in rows]
+    many = max(len(values) for _, values in rows) > MOST_COLUMNS
+    order = "Each row is sorted by load." if many else "One row per layer, one column per expert."
     dead = sum(site["dead"] for site in fidelity.values())
-    shown = f"{dead} of {sum(len(values) for _, values in rows)} experts were chosen by no token; they are outlined."
+    read = max(site["tokens"] for site in fidelity.values())
+    shown = f"{dead} of {sum(len(values) for _, values in rows)} experts were chosen by none of {read:,} tokens."
     picture = f'<div class="scroll" tabindex="0">{heat_map(rows, even, "Load of every expert")}</div>'
     return figure(
         "Load of every expert",
         picture,
         "",
-        f"One row per layer. The darkest cells have three times an even share of the choices, or more. {shown}",
+        f"{order} The strongest cells have three times an even share of the choices, or more. {shown}",
     )
 
 

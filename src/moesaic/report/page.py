@@ -10,8 +10,9 @@ from pathlib import PurePath
 from moesaic.report.cost import cost, mebibytes
 from moesaic.report.facts import DENSE, MODEL, Facts, protocol_words
 from moesaic.report.html import definitions, escape, note, section, tile
-from moesaic.report.layers import layers, percent
+from moesaic.report.layers import layers
 from moesaic.report.quality import Mark, quality
+from moesaic.report.svg import percent
 from moesaic.report.tokens import tokens
 from moesaic.report.training import training
 
@@ -40,7 +41,9 @@ def document(title: str, lead: str, tiles: Sequence[str], sections: Sequence[tup
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title>\n<style>{style}</style></head>\n<body><main>'
         f'<header><h1>{heading}</h1><p class="lead">{escape(lead)}</p><nav>{links}</nav></header>'
-        f'<div class="tiles">{"".join(tiles)}</div>\n' + "\n".join(html for _, _, html in kept) + "\n"
+        + (f'<div class="tiles">{"".join(tiles)}</div>\n' if tiles else "")
+        + "\n".join(html for _, _, html in kept)
+        + "\n"
         "<footer>Made by moesaic. This file needs no network and no other file.</footer></main>\n"
         f"<script>{script}</script></body></html>\n"
     )
@@ -67,9 +70,10 @@ def page(facts: Facts) -> str:
 
 
 def title_of(facts: Facts) -> str:
-    """Such as ``SmolLM2-135M as cmoe S3A3E8``."""
-    layout = facts.made.get("config", {}).get("layout")
-    return " ".join(part for part in (facts.base, "as", facts.made["method"], layout) if part)
+    """Such as ``SmolLM2-135M as cmoe S3A3E8``, or ``as token clusters at 50 %``."""
+    config = facts.made.get("config", {})
+    size = config.get("layout") or (f"at {percent(config['active'])}" if config.get("active") else "")
+    return " ".join(part for part in (facts.base, "as", facts.made["method"].replace("_", " "), size) if part)
 
 
 def _lead(facts: Facts) -> str:
@@ -101,7 +105,13 @@ def _tiles(facts: Facts) -> list[str]:
         made.append(tile(shown, "of the neurons per token", remark))
     if (bytes_ := facts.relative_bytes) is not None:
         read = facts.dense_ffn_bytes * bytes_
-        made.append(tile(f"{bytes_:.2f}{TIMES}", "FFN bytes per token", f"{mebibytes(read)}, routers included"))
+        made.append(
+            tile(
+                f"{bytes_:.2f}{TIMES}",
+                "FFN bytes per token",
+                f"{mebibytes(read)}, routers included" + (", on the sample" if facts.varies else ""),
+            )
+        )
     if speed := facts.speed():
         made.append(
             tile(
@@ -117,9 +127,8 @@ def _tiles(facts: Facts) -> list[str]:
 
 
 def _made(facts: Facts) -> list[str]:
-    made, results = facts.made, facts.results
+    made = facts.made
     licence = made.get("license") or {}
-    seconds = results.get("conversion", {}).get("seconds")
     rows = [
         ("Dense model", facts.base),
         ("Licence", str(licence.get("name") or licence.get("id") or "not said by the dense model's files")),
@@ -127,7 +136,6 @@ def _made(facts: Facts) -> list[str]:
         ("Architecture", str(made.get("target") or facts.config.get("model_type"))),
         ("Stored as", f"{facts.dtype}, {mebibytes(facts.nbytes)}"),
         ("Calibration", _calibration(facts)),
-        ("Converted in", f"{seconds:.0f} s" if seconds else ""),
         ("moesaic", str(made.get("version", ""))),
         ("Source sha256", str(made.get("source", ""))[:16]),
         ("Blueprint", str(made.get("blueprint", ""))[:16]),

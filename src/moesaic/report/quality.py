@@ -5,12 +5,14 @@ The rows are HTML placed in percent, so that their words keep their size on ever
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moesaic.report.facts import DENSE, MODEL, Facts, protocol_words
 from moesaic.report.html import element, escape, note, table
+from moesaic.report.svg import percent
 
 _NAMES = {
     MODEL: "this model",
@@ -53,21 +55,21 @@ def label_name(label: str) -> str:
 
 
 def scale(marks: Sequence[Mark]) -> str:
-    """Rows of dots with intervals on one axis that begins at 1, the dense model; "" without rows."""
+    """Rows of dots with intervals on one logarithmic axis with 1, the dense model, marked; "" without rows."""
     if not marks:
         return ""
     low = min(1.0, *(mark.low or mark.ratio for mark in marks))
     high = max(1.02, *(mark.high or mark.ratio for mark in marks))
-    span = (high - low) * 1.04
+    span = math.log(high / low) * 1.04
 
     def place(value: float) -> str:
-        return f"{100 * (value - low) / span:.2f}%"
+        return f"{100 * math.log(value / low) / span:.2f}%"
 
     rows = []
     for mark in marks:
         line = ""
         if mark.low is not None and mark.high is not None:
-            length = f"{100 * (mark.high - mark.low) / span:.2f}%"
+            length = f"{100 * math.log(mark.high / mark.low) / span:.2f}%"
             line = f'<i class="interval" style="left:{place(mark.low)};width:{length}"></i>'
         title = f"{mark.name}: {mark.shown} times the dense model's perplexity"
         rows.append(
@@ -97,8 +99,8 @@ def quality(facts: Facts) -> list[str]:
         parts.append(note("Without the dense model there is no ratio: add `--baseline DENSE` to `moesaic eval`."))
     return [
         note(
-            "Perplexity over that of the dense model on the same windows: 1 is no loss. Lines are 95 % intervals, "
-            "paired over windows."
+            "Perplexity over that of the dense model on the same windows: 1 is no loss, and the scale is logarithmic. "
+            "Lines are 95 % intervals, paired over windows."
         ),
         *parts,
     ]
@@ -114,4 +116,4 @@ def _row(label: str, row: Mapping[str, Any], evaluation: Mapping[str, Any]) -> l
     if label == MODEL:
         used = evaluation.get("active_ffn_fraction")
     shown = Mark.of("", ratio, "").shown if ratio else ""
-    return [label_name(label), f"{row['value']:.3f}", shown, "" if used is None else f"{used:.1%}"]
+    return [label_name(label), f"{row['value']:.3f}", shown, "" if used is None else percent(round(used, 3))]

@@ -13,6 +13,8 @@ from html import escape
 Point = tuple[float, float]
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 34
+MOST_COLUMNS = 40
+"""Of a heat map whose columns have numbers."""
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -134,34 +136,41 @@ def layer_ticks(layers: Sequence[int]) -> list[float]:
     return [float(place) for place in range(min(layers), max(layers) + 1, step)]
 
 
+def percent(value: float) -> str:
+    """``75 %``."""
+    return f"{100 * value:.3g} %"
+
+
 def heat_map(rows: Sequence[tuple[str, Sequence[float]]], even: Sequence[float], label: str) -> str:
     """Shares per row and column, coloured by their ratio to ``even``, the even share of each row; zeros are outlined.
 
-    Rows may have different numbers of columns.
+    Rows may have different numbers of columns. Of more than ``MOST_COLUMNS`` each row is sorted, the largest first.
     """
     columns = max(len(values) for _, values in rows)
-    cell = max(9, min(26, 560 // columns))
-    high = 15
+    many = columns > MOST_COLUMNS
+    cell = max(4.0, min(26.0, 560 / columns))
+    gap, high = (0.5 if many else 1.5), 15
     width, height = LEFT + columns * cell + RIGHT, TOP + len(rows) * high + 26
     parts = [
-        f'<svg class="heat" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" '
+        f'<svg class="heat" width="{width:.0f}" height="{height}" viewBox="0 0 {width:.1f} {height}" role="img" '
         f'aria-label="{escape(label)}">'
     ]
     for place, ((name, values), fair) in enumerate(zip(rows, even, strict=True)):
         y = TOP + place * high
         if len(rows) <= 40 or place % 2 == 0:
             parts.append(f'<text x="{LEFT - 6}" y="{y + 11}" text-anchor="end">{escape(name)}</text>')
-        for column, value in enumerate(values):
-            strength = min(value / fair, 3) / 3 if fair else 0
-            style = "dead" if value == 0 else "cell"
-            title = (
-                f"layer {name}, expert {column}: {value:.1%} of the choices, {value / (fair or 1):.2f} of an even share"
-            )
+        numbered = sorted(enumerate(values), key=lambda each: -each[1]) if many else enumerate(values)
+        for column, (expert, value) in enumerate(numbered):
+            ratio = value / fair if fair else 0.0
+            style = "cell" if value else "unused" if many else "dead"
+            title = f"layer {name}, expert {expert}: {value:.1%} of the choices, {ratio:.2f} of an even share"
+            strength = 0.06 + 0.94 * min(ratio / 3, 1)
             parts.append(
-                f'<rect class="{style}" x="{LEFT + column * cell}" y="{y}" width="{cell - 1.5}" height="{high - 1.5}" '
-                f'rx="2" fill-opacity="{0.06 + 0.94 * strength:.3f}"><title>{escape(title)}</title></rect>'
+                f'<rect class="{style}" x="{LEFT + column * cell:.1f}" y="{y}" width="{cell - gap:.1f}" '
+                f'height="{high - 1.5}" rx="{0 if many else 2}" fill-opacity="{strength:.3f}">'
+                f"<title>{escape(title)}</title></rect>"
             )
-    for column in range(0, columns, max(1, math.ceil(columns / 12))):
+    for column in [] if many else range(0, columns, max(1, math.ceil(columns / 12))):
         parts.append(
             f'<text x="{LEFT + (column + 0.5) * cell:.1f}" y="{height - 10}" text-anchor="middle">{column}</text>'
         )

@@ -57,7 +57,7 @@ for (const root of document.querySelectorAll(".routing")) {
   function tell(place) {
     panel.replaceChildren();
     const head = document.createElement("h4");
-    head.textContent = `“${data.tokens[place]}”`;
+    head.textContent = data.tokens[place].replaceAll(" ", "␣").replaceAll("\n", "↵") || "part of a character";
     panel.append(head);
     const line = document.createElement("div");
     const own = data.nll[place];

@@ -50,7 +50,7 @@ def _layer(facts: Facts, path: str, site: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _token(text: str) -> str:
-    shown = escape(text).replace("\n", "↵\n")
+    shown = escape(text or "·").replace("\n", "↵\n")
     return f'<span class="token" tabindex="0">{shown}</span>'
 
 
