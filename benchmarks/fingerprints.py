@@ -26,7 +26,7 @@ from tests.tiny_models import FAMILIES, MOE_FAMILIES, MOE_VARIANTS, VARIANTS, bu
 
 import moesaic
 
-TIMED = {"results.json", "README.md", "manifest.json"}
+TIMED = {"results.json", "README.md", "report.html", "manifest.json"}
 DEAR = ("tomoe", "secret_moe", "llama_moe", "moefication", "random")
 """Methods that are tried on two families only: they see nothing of a family that the others do not."""
 REAL: dict[str, dict[str, Any]] = {

@@ -103,5 +103,17 @@ def test_compared_rows_hold_each_models_value() -> None:
     assert rows["generating, over dense"] == ["1.30", "1.30"]
 
 
+@pytest.mark.parametrize(
+    ("protocol", "words"),
+    [
+        (PROTOCOL, "wikitext2-raw/test, 6 windows of 512 tokens"),
+        ("ppl[my text.txt@12ab w64 n=all bf16]", "my text.txt@12ab, all windows of 64 tokens, bf16"),
+        ("something else", "something else"),
+    ],
+)
+def test_protocols_in_words(protocol: str, words: str) -> None:
+    assert protocol_words(protocol) == words
+
+
 def test_folders_of_one_name_are_told_apart() -> None:
     assert "out (1) against out (2)" in comparison([facts(), facts()])

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 _NUMBER = re.compile(r"\.(\d+)\.")
-_PROTOCOL = re.compile(r"ppl\[(?P<text>.+) w(?P<window>\d+) n=(?P<count>\w+)\]")
+_PROTOCOL = re.compile(r"ppl\[(?P<text>.+) w(?P<window>\d+) n=(?P<count>\w+)( (?P<dtype>\w+))?\]")
 DENSE, MODEL = "dense", "model"
 """Labels of an evaluation's rows; all others are controls and references."""
 
@@ -175,7 +175,8 @@ def protocol_words(protocol: str) -> str:
     if match is None:
         return protocol
     count = "all windows" if match["count"] == "all" else f"{match['count']} windows"
-    return f"{match['text']}, {count} of {match['window']} tokens"
+    dtype = f", {match['dtype']}" if match["dtype"] else ""
+    return f"{match['text']}, {count} of {match['window']} tokens{dtype}"
 
 
 def shared_protocols(models: Sequence[Facts]) -> list[str]:
