@@ -13,14 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moesaic.anatomy import FAMILIES as FAMILIES_BY_TYPE
+from moesaic.blueprint.layer import LayerPlan
 from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, VerificationError
+from moesaic.evaluate import parity
+from moesaic.jobs import native
 from moesaic.jobs.convert import convert
 from moesaic.jobs.verify import verify_output
+from moesaic.materialise import apply
+from moesaic.nn.ffn import FFNWeights
 from moesaic.staging.manifest import MANIFEST_NAME, hash_file
+from moesaic.targets import write
 from tests.tiny_models import FAMILIES, MOE_FAMILIES, build_tiny
-
 
 def converted(source: Path, out: Path, method: str = "random", **options: Any) -> Path:
     moe = FAMILIES_BY_TYPE[Checkpoint(source).config["model_type"]].moe is not None
@@ -254,3 +259,105 @@ def test_a_name_too_long_for_any_file_is_a_missing_file(output: Path) -> None:
     (output / MANIFEST_NAME).write_text(json.dumps(manifest))
     with pytest.raises(VerificationError, match="is missing"):
         verify_output(output)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny("llama", tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=6)
+
+
+@pytest.fixture(scope="module")
+def deep_out(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options: dict[str, Any] = {"layout": "S2A2E7"}
+    calibration = {"tokens": 64, "window": 32}
+    out = tmp_path_factory.mktemp("deep") / "out"
+    return convert(
+        deep, out, method="random", options=options, router="oracle", calibration=calibration, target="moesaic"
+    ).output
+
+
+@pytest.fixture
+def only_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every model were large."""
+    monkeypatch.setattr(parity, "COMPUTED", 1)
+
+
+def test_of_a_large_model_some_layers_are_computed_and_it_says_which(
+    deep: Path, tmp_path: Path, only_a_sample: None
+) -> None:
+    made = convert(deep, tmp_path / "out", method="random", options={"layout": "S2A2E7"}, target="moesaic")
+    layers = made.results["parity"]["layers"]
+    assert (layers[0], layers[-1], len(layers)) == (0, 5, 3)
+    report = verify_output(made.output, baseline=deep)
+    names = ", ".join(map(str, layers))
+    assert report.checked == f"tensors of all 6 layers, outputs of layers {names}; --full computes all"
+    assert report.logits is None
+    assert report.all_on is not None
+    assert report.oracle is not None
+    assert max(report.all_on, report.oracle) <= report.tolerance
+    whole = verify_output(made.output, baseline=deep, full=True)
+    assert whole.checked == "tensors and outputs of all layers"
+    assert whole.logits
+    assert "no outputs" in verify_output(made.output).checked
+
+
+def swapped_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[[1, 0, *range(2, len(tensor))]]
+
+
+@pytest.mark.parametrize("layer", range(6))
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("up_proj.weight", swapped_rows),
+        ("down_proj.weight", lambda tensor: tensor / 2),
+        ("router.weight", swapped_rows),
+    ],
+    ids=["a swapped row", "a lost scale", "a wrong expert"],
+)
+def test_an_error_in_any_layer_of_a_large_model_is_seen(
+    deep: Path,
+    deep_out: Path,
+    tmp_path: Path,
+    only_a_sample: None,
+    layer: int,
+    name: str,
+    change: Callable[..., torch.Tensor],
+) -> None:
+    out = Path(shutil.copytree(deep_out, tmp_path / "out"))
+    path = next(full for full in Checkpoint(out).names if f"layers.{layer}." in full and full.endswith(name))
+    change_tensor(out, path, change)
+    with pytest.raises(VerificationError, match=f"tensor {path} is not what was written"):
+        verify_output(out, baseline=deep)
+
+
+def test_a_plan_that_packs_wrongly_is_seen_in_the_sample(
+    deep: Path, tmp_path: Path, only_a_sample: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tensors are then what was packed: only outputs can tell.
+    packed = apply.pack
+
+    def wrong(weights: FFNWeights, plan: LayerPlan) -> dict[str, torch.Tensor]:
+        tensors = packed(weights, plan)
+        return tensors | {"up_proj.weight": swapped_rows(tensors["up_proj.weight"])}
+
+    for module in (write, parity):
+        monkeypatch.setattr(module, "pack", wrong)
+    with pytest.raises(VerificationError, match="differs from its blueprint"):
+        convert(deep, tmp_path / "out", method="random", options={"layout": "S2A2E7"}, target="moesaic")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layer", [0, 3, 5])
+def test_an_error_in_a_stock_folder_that_is_too_large_to_run_is_seen(
+    deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: int
+) -> None:
+    monkeypatch.setattr(native, "too_large", lambda *_: "two models take more than there is")
+    out = tmp_path / "out"
+    made = convert(deep, out, method="random", options={"layout": "S2A2E7"}, target="glm4_moe")
+    assert "native_parity_skipped" in made.results
+    native.verify_tensors(out, deep)
+    path = next(full for full in Checkpoint(out).names if f"layers.{layer}." in full and "down_proj" in full)
+    change_tensor(out, path, lambda tensor: tensor / 2)
+    with pytest.raises(VerificationError, match=f"tensor {path} is not what was written"):
+        native.verify_tensors(out, deep)

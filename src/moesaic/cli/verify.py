@@ -38,23 +38,29 @@ def run(
             "--vllm-python", help="With --parity: the Python interpreter that has vLLM (or MOESAIC_VLLM_PYTHON)."
         ),
     ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Compute all layers of a large model, not some; needs memory for it in fp32.")
+    ] = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Check hashes, shapes, finiteness and, with --baseline, parity. Exit code 3 when anything is wrong."""
     quiet_libraries()
     from moesaic.errors import InputError
     from moesaic.evaluate.vllm import find_python
+    from moesaic.jobs.native import verify_tensors
     from moesaic.jobs.verify import verify_output
 
     given = {"--vllm-python": vllm_python, "--windows": windows}
     if not parity and (idle := [name for name, value in given.items() if value is not None]):
         raise InputError(f"{' and '.join(idle)} is for --parity", "add --parity, and --baseline MODEL")
     python = find_python(vllm_python) if parity else None
-    report = verify_output(folder, baseline=baseline).to_dict()
+    report = verify_output(folder, baseline=baseline, full=full).to_dict()
     apart = None
     if baseline is not None and not parity and _is_stock(folder):  # compared in stock transformers or not at all
         apart = _too_large(folder, baseline)
         parity = apart is None
+        if apart is not None:
+            verify_tensors(folder, baseline)
     compared = _engines(folder, baseline, windows or _WINDOWS, python) if parity else {}
     if as_json:
         emit_json(report | compared)
@@ -62,7 +68,7 @@ def run(
     for key, value in report.items():
         emit(f"{key:20} {value}")
     if apart is not None:
-        emit(f"not compared with {baseline}: {apart}; --parity compares them all the same")
+        emit(f"tensors are those that {baseline} gives; no logits: {apart}; --parity compares them all the same")
     if parity:
         emit(native_line(compared["native_parity"]))
         emit(_vllm_line(compared["vllm_parity"]))

@@ -5,11 +5,17 @@ weights. The written model with every expert on and unit weights: its logits mus
 blueprint is a partition. The written FFNs as they will run: their outputs must be those of the oracle built straight
 from dense weights and blueprint (:mod:`moesaic.nn.reference`), on a few tokens.
 
+Of a large model, tensors are compared in all layers and outputs in a sample of them (:func:`layers_to_compute`): bytes
+are cheap to compare, products are not.
+
 Axes: N windows, W tokens, V vocabulary, D model width, T tokens.
 """
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +46,9 @@ It belongs to fp32, in which both sides are computed. The dtype of the weights d
 blueprint changes to the dtype in which it is stored, as the written weights are, so that both start from equal numbers.
 """
 ORACLE_TOKENS = 8
+COMPUTED = 2**28
+"""Weights of the layers whose outputs are compared. Writing a layer takes about as long as computing it twice."""
+FEWEST_LAYERS = 3
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,8 @@ class Parity:
         oracle: Largest relative difference of an FFN's output from the oracle's, as the model will run; None where
             every FFN is faded (the oracle sorts weights one by one: only the tests do that, on small FFNs).
         tolerance: The bound that both had to meet.
+        layers: Layers whose outputs were compared; None for all. Where it is a sample, ``all_on`` is the largest
+            difference of one of their FFNs' outputs from the dense FFN's, and the tensors of all layers were compared.
     """
 
     tokens: int
@@ -62,6 +73,7 @@ class Parity:
     all_on: float | None
     oracle: float | None
     tolerance: float
+    layers: tuple[int, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For results.json."""
@@ -75,11 +87,49 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
+def is_large(checkpoint: Checkpoint) -> bool:
+    """Whether outputs are compared in some layers only."""
+    return _weights_of(checkpoint) > COMPUTED
+
+
+def _weights_of(checkpoint: Checkpoint) -> int:
+    return sum(math.prod(checkpoint.info(name).shape) for name in checkpoint.names)
+
+
+def layers_to_compute(checkpoint: Checkpoint, anatomy: Anatomy, blueprint: Blueprint) -> tuple[int, ...] | None:
+    """Layers whose outputs are compared: None, that is all of them, up to ``COMPUTED`` weights.
+
+    Of a larger model the first and the last converted layer, and as many between them, by the blueprint's hash, as
+    that allows; at least ``FEWEST_LAYERS`` in all.
+    """
+    converted = sorted({site.layer for site in anatomy.sites if site.path in blueprint.sites})
+    count = max(FEWEST_LAYERS, COMPUTED * anatomy.num_layers // max(_weights_of(checkpoint), 1))
+    if not is_large(checkpoint) or count >= len(converted):
+        return None
+    between = random.Random(blueprint.digest()).sample(converted[1:-1], count - 2)
+    return tuple(sorted((converted[0], *between, converted[-1])))
+
+
+def checked_line(layers: Sequence[int] | None, total: int) -> str:
+    """What was compared, for people."""
+    if layers is None:
+        return "tensors and outputs of all layers"
+    return f"tensors of all {total} layers, outputs of layers {', '.join(map(str, layers))}"
+
+
 @torch.inference_mode()
 def stream_parity(
-    checkpoint: Checkpoint, anatomy: Anatomy, written: Path, blueprint: Blueprint, ids_NW: Tensor
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    written: Path,
+    blueprint: Blueprint,
+    ids_NW: Tensor,
+    layers: Sequence[int] | None = None,
 ) -> Parity:
-    """Compare the checkpoint in ``written`` with its source. Raises VerificationError past the tolerance."""
+    """Compare the checkpoint in ``written`` with its source. Raises VerificationError past the tolerance.
+
+    ``layers``: Those whose outputs are compared, on embeddings in place of the hidden states before them; None: all.
+    """
     output = Checkpoint(written)
     specs = output.config["ffn_sites"]
     # Pruned attention is no dense model's, whatever the FFNs do.
@@ -87,39 +137,54 @@ def stream_parity(
     check_copied(checkpoint, anatomy, output, blueprint)
     _check_attention(checkpoint, anatomy, output, blueprint)
     dense = LayerStream(checkpoint, anatomy, ids_NW, compute_dtype=torch.float32)
-    all_on = LayerStream(checkpoint, anatomy, ids_NW, compute_dtype=torch.float32) if partition else None
-    differences: list[float] = []
+    all_on = None
+    if partition and layers is None:
+        all_on = LayerStream(checkpoint, anatomy, ids_NW, compute_dtype=torch.float32)
+    embedded = {} if layers is None else {"hidden": dense.state()["hidden"].clone()}
+    oracle: list[float] = []
+    dense_outputs: list[float] = []
     for layer in range(anatomy.num_layers):
+        sites = [site for site in anatomy.sites_of(layer) if site.path in specs]
+        stored = {site.path: load_ffn(checkpoint, site, anatomy.activation) for site in sites}
+        for path, weights in stored.items():
+            _check_tensors(output, path, pack(weights, blueprint.sites[path]))
+        if layers is not None and layer not in layers:
+            continue
+        if layers is not None:
+            dense.restore(layer, embedded)
         inputs = dense.capture()
         modules = {}
-        for site in anatomy.sites_of(layer):
-            if site.path not in specs:
-                continue
-            module = load_written_ffn(output, site.path, specs[site.path], anatomy)
-            plan = blueprint.sites[site.path]
-            stored = load_ffn(checkpoint, site, anatomy.activation)
-            _check_tensors(output, site.path, pack(stored, plan))
-            x_TD = inputs[site.path].x_TD[:ORACLE_TOKENS].float()
+        for path, weights in stored.items():
+            module, plan = load_written_ffn(output, path, specs[path], anatomy), blueprint.sites[path]
+            x_TD = inputs[path].x_TD.float()
             if len(x_TD) and plan.fade is None:
-                differences.append(oracle_difference(module, stored, plan, x_TD))
+                oracle.append(oracle_difference(module, weights, plan, x_TD[:ORACLE_TOKENS]))
             module.all_experts_on = True
-            modules[site.path] = module
-        dense.advance({})
+            modules[path] = module
+            if len(x_TD) and layers is not None and partition:
+                dense_outputs.append(relative_difference(module(x_TD), weights.to(torch.float32)(x_TD)))
+        if layers is None:
+            dense.advance({})
         if all_on is not None:
             all_on.advance(modules)
-    difference = None if all_on is None else relative_difference(all_on.logits(), dense.logits())
-    oracle = max(differences, default=None)
-    result = Parity(ids_NW.numel(), partition, difference, oracle, TOLERANCE)
-    if oracle is not None and oracle > TOLERANCE:
+    if all_on is not None:
+        dense_outputs.append(relative_difference(all_on.logits(), dense.logits()))
+    tokens, sample = ids_NW.numel(), None if layers is None else tuple(layers)
+    worst, worst_all_on = max(oracle, default=None), max(dense_outputs, default=None)
+    return _within(Parity(tokens, partition, worst_all_on, worst, TOLERANCE, sample), written.name)
+
+
+def _within(parity: Parity, name: str) -> Parity:
+    """``parity``; raises VerificationError where it is past the tolerance."""
+    if parity.oracle is not None and parity.oracle > TOLERANCE:
         raise VerificationError(
-            f"an FFN of {written.name} differs from its blueprint by {oracle:.1e}, relative", "report it"
+            f"an FFN of {name} differs from its blueprint by {parity.oracle:.1e}, relative", "report it"
         )
-    if difference is not None and difference > TOLERANCE:
+    if parity.all_on is not None and parity.all_on > TOLERANCE:
         raise VerificationError(
-            f"{written.name} with all experts on differs from the dense model by {difference:.1e}, relative",
-            "report it",
+            f"{name} with all experts on differs from the dense model by {parity.all_on:.1e}, relative", "report it"
         )
-    return result
+    return parity
 
 
 def oracle_difference(module: MoEFeedForward, weights: FFNWeights, plan: LayerPlan, x_TD: Tensor) -> float:

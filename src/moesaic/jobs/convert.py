@@ -202,19 +202,27 @@ def _check(
     job: Job, folder: Path, blueprint: Blueprint, split: Split, choice: Choice, progress: Progress
 ) -> dict[str, Any]:
     """Parity of the staged folder, for results.json; raises VerificationError before the output appears."""
-    from moesaic.evaluate.parity import check_beside, stream_parity
-    from moesaic.jobs.native import check_native, too_large
+    from moesaic.evaluate.parity import check_beside, checked_line, layers_to_compute, stream_parity
+    from moesaic.jobs.native import check_native, check_written, too_large
     from moesaic.jobs.verify import check_tensors
 
     if choice.name == OWN:
-        progress.note("verifying: logits of the written checkpoint against the dense one")
+        layers = layers_to_compute(job.checkpoint, job.anatomy, blueprint)
+        what = checked_line(layers, job.anatomy.num_layers)
+        more = "" if layers is None else "; `moesaic verify --full` computes all"
+        progress.note(f"verifying the written checkpoint against the dense one: {what}{more}")
         check_tensors(Checkpoint(folder))
-        parity = stream_parity(job.checkpoint, job.anatomy, folder, blueprint, _parity_ids(job))
+        parity = stream_parity(job.checkpoint, job.anatomy, folder, blueprint, _parity_ids(job), layers)
         return {"parity": parity.to_dict()}
     if split.whole is not None:
         check_beside(job.checkpoint, Checkpoint(folder))
     if reason := too_large(job.checkpoint, Checkpoint(folder)):
-        progress.note(f"not verified in stock transformers: {reason}; run moesaic verify --parity where there is room")
+        progress.note(
+            f"verifying the tensors of all layers; no logits in stock transformers: {reason}; run moesaic verify "
+            "--parity where there is room"
+        )
+        source = DenseSource(job.checkpoint, split)
+        check_written(source, split, choice.target, job.settings.target_options, Checkpoint(folder))
         return {"native_parity_skipped": reason}
     progress.note("verifying: logits in stock transformers against those of the blueprint")
     parity = check_native(folder, job.checkpoint, split, blueprint, choice.target, job.settings.target_options)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy, clipped
@@ -18,13 +19,13 @@ from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.mark import tuned
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
-from moesaic.errors import InputError
+from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.native_parity import NEAR_TIE, NativeParity, native_parity, parity_ids
 from moesaic.evaluate.runtime import Runtime, round_experts
 from moesaic.materialise.apply import apply_blueprint
 from moesaic.targets import TARGETS, get_target
 from moesaic.targets.base import Split, Target, TargetOptions
-from moesaic.targets.write import read_split
+from moesaic.targets.write import DenseSource, Source, read_split
 
 _WINDOW = 256
 _FP32_STEP = 1e-6
@@ -97,6 +98,29 @@ def target_runtime(
     return Runtime(model, factor)
 
 
+def check_written(source: Source, split: Split, target: Target, options: TargetOptions, output: Checkpoint) -> None:
+    """Every tensor of ``output`` against what ``target`` makes of ``source``, bit for bit; those beside a text model
+    are :func:`moesaic.evaluate.parity.check_beside`'s.
+
+    Raises VerificationError, naming the first that is missing, too many, or another.
+    """
+    left = set(output.names)
+
+    def compare(tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name not in output or not torch.equal(output.tensor(name), tensor):
+                raise VerificationError(
+                    f"{output.folder.name}: tensor {name} is not what was written", "is the disk sound?"
+                )
+            left.discard(name)
+
+    for layer in range(split.anatomy.num_layers):
+        compare(target.layer_tensors(split, layer, *source.layer(layer), options))
+    compare(target.rest_tensors(split, source.rest()))
+    if left:
+        raise VerificationError(f"{output.folder.name}: tensor {min(left)} has no place in the model", "convert again")
+
+
 def too_large(model: Checkpoint, written: Checkpoint) -> str | None:
     """Why both models should not be in memory at once on this machine, or None."""
     return beyond_memory(fp32_bytes(model) + fp32_bytes(written), "two models in fp32")
@@ -113,6 +137,13 @@ def beyond_memory(needed: int, what: str) -> str | None:
     if needed <= _MEMORY_SHARE * memory:
         return None
     return f"{what} take {needed / 1e9:.0f} GB, more than half of this machine's {memory / 1e9:.0f} GB"
+
+
+def verify_tensors(folder: str | Path, baseline: str | Path | None) -> None:
+    """:func:`check_written` for an output of a stock architecture; raises as :func:`verify_native` does."""
+    output, dense, blueprint = read_stock(folder, baseline)
+    split, target, options = target_of(output, dense, blueprint)
+    check_written(DenseSource(dense, split), split, target, options, output)
 
 
 def verify_native(folder: str | Path, baseline: str | Path | None, *, windows: int = 1) -> NativeParity:

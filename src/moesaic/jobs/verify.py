@@ -30,7 +30,16 @@ from moesaic.errors import CheckpointError, InputError, VerificationError
 from moesaic.evaluate.engine_parity import WINDOW, EngineParity
 from moesaic.evaluate.llama_cpp import stock_logits
 from moesaic.evaluate.native_parity import APPROXIMATE_KL, parity_ids
-from moesaic.evaluate.parity import TOLERANCE, check_copied, oracle_difference, relative_difference
+from moesaic.evaluate.parity import (
+    TOLERANCE,
+    check_copied,
+    checked_line,
+    is_large,
+    layers_to_compute,
+    oracle_difference,
+    relative_difference,
+    stream_parity,
+)
 from moesaic.evaluate.vllm import otherwise_in_vllm, vllm_parity
 from moesaic.materialise.pack import pack
 from moesaic.staging.manifest import check_manifest
@@ -57,9 +66,11 @@ class VerifyReport:
         tensors: Tensors that are finite and of the names and shapes that config.json asks for.
         sites: Converted FFNs; None where transformers saved a folder of a stock architecture, which does not say it.
         partition: Whether every FFN is a partition of the dense one, and the attention is whole.
-        logits: Largest |logit| on the fixed prompt.
-        all_on: Largest logit difference from the dense model with all experts on, relative to the largest logit; None
-            without a baseline, when the conversion is no partition, and for stock architectures.
+        checked: What was compared or computed. Outputs of a large model are those of some layers.
+        logits: Largest |logit| on the fixed prompt; None for a large model.
+        all_on: Largest logit difference from the dense model with all experts on, relative to the largest logit; of a
+            large model that of FFN outputs in the layers of ``checked``. None without a baseline, when the conversion
+            is no partition, and for stock architectures.
         oracle: Largest relative difference of an FFN's output from that of the dense weights under the blueprint (0 for
             faded FFNs, whose tensors are equal bit for bit); None without a baseline and for stock architectures.
         tolerance: Bound on both differences. All computation is in fp32, whatever the dtype of the weights.
@@ -70,23 +81,26 @@ class VerifyReport:
     tensors: int
     sites: int | None
     partition: bool
-    logits: float
+    logits: float | None
     all_on: float | None
     oracle: float | None
     tolerance: float
+    checked: str
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def verify_output(folder: str | Path, *, baseline: str | Path | None = None) -> VerifyReport:
+def verify_output(folder: str | Path, *, baseline: str | Path | None = None, full: bool = False) -> VerifyReport:
     """Check an output of ``moesaic convert``, or what transformers saved of it after a training.
 
     Of the latter, hashes and blueprint are gone or out of date: names, shapes and values of the tensors are checked
     against config.json, and that the model computes.
 
-    Memory: the model in fp32, once; with ``baseline`` the dense model before it, not beside it.
+    Memory: the model in fp32, once; with ``baseline`` the dense model before it, not beside it. A large model
+    (:func:`moesaic.evaluate.parity.is_large`) is not loaded unless ``full``: with ``baseline``, all tensors are
+    compared bit for bit, and the FFNs of some layers are computed.
 
     Args:
         folder: The output.
@@ -94,6 +108,7 @@ def verify_output(folder: str | Path, *, baseline: str | Path | None = None) -> 
             moesaic architecture: of copied tensors, bit for bit; of the logits with all experts on for a partition; of
             every FFN with the oracle built from the dense weights and the blueprint. :func:`verify_native` is that of
             stock architectures.
+        full: Load and compute all of a large model too.
 
     Raises:
         VerificationError: naming the file, tensor or FFN that is wrong.
@@ -118,37 +133,62 @@ def verify_output(folder: str | Path, *, baseline: str | Path | None = None) -> 
     dense = None if baseline is None else _dense_checkpoint(str(baseline), output)
     own = output.config.get("model_type") == "moesaic"
     anatomy = _check_structure(output, blueprint) if own and blueprint is not None else None
-    partition = blueprint is not None and _is_partition(blueprint)
-    moesaic.register()
-    expected_TV = (
-        _logits(load_whole(dense.folder), _prompt(output)) if own and dense is not None and partition else None
+    if not full and is_large(output):
+        found = _check_sample(output, dense, anatomy, blueprint)
+    else:
+        found = _check_computed(output, dense, anatomy, blueprint)
+    return VerifyReport(
+        folder=str(folder),
+        files=files,
+        tensors=len(output.names),
+        sites=None if blueprint is None else len(blueprint.sites),
+        partition=blueprint is not None and _is_partition(blueprint),
+        tolerance=TOLERANCE,
+        **found,
     )
+
+
+def _check_sample(
+    output: Checkpoint, dense: Checkpoint | None, anatomy: Anatomy | None, blueprint: Blueprint | None
+) -> dict[str, Any]:
+    """Of a large model: all its tensors, and outputs of some layers where there is a dense model beside it."""
+    if dense is None or anatomy is None or blueprint is None:
+        checked = "hashes, names and values of all tensors, no outputs; --full computes them"
+        return {"checked": checked, "logits": None, "all_on": None, "oracle": None}
+    layers = layers_to_compute(dense, anatomy, blueprint)
+    with _as_verification_error():
+        parity = stream_parity(dense, anatomy, output.folder, blueprint, _prompt(output), layers)
+    checked = checked_line(layers, anatomy.num_layers)
+    checked = checked if layers is None else f"{checked}; --full computes all"
+    return {"checked": checked, "logits": None, "all_on": parity.all_on, "oracle": parity.oracle}
+
+
+def _check_computed(
+    output: Checkpoint, dense: Checkpoint | None, anatomy: Anatomy | None, blueprint: Blueprint | None
+) -> dict[str, Any]:
+    """The loaded model: its logits, and every FFN where there is a dense model beside it."""
+    moesaic.register()
+    folder, prompt_1T = output.folder, _prompt(output)
+    own = output.config.get("model_type") == "moesaic"
+    expected_TV = None
+    if own and dense is not None and blueprint is not None and _is_partition(blueprint):
+        expected_TV = _logits(load_whole(dense.folder), prompt_1T)
     model = load_whole(folder)
-    logits_TV = _logits(model, _prompt(output))
+    logits_TV = _logits(model, prompt_1T)
     if not bool(torch.isfinite(logits_TV).all()):
         raise VerificationError(f"{folder} gives NaN or infinite logits", "report it")
-    all_on = None
+    all_on = oracle = None
     if expected_TV is not None:
-        all_on = _all_on_difference(cast("MoesaicForCausalLM", model), _prompt(output), expected_TV, folder)
-    oracle = None
+        all_on = _all_on_difference(cast("MoesaicForCausalLM", model), prompt_1T, expected_TV, folder)
     if dense is not None and anatomy is not None and blueprint is not None:
         with _as_verification_error():
             check_copied(dense, anatomy, output, blueprint)
         oracle = _oracle_difference(model, dense, anatomy, blueprint)
     if output.whole is not None:
         del model
-        _check_whole(folder, _prompt(output), logits_TV)
-    return VerifyReport(
-        folder=str(folder),
-        files=files,
-        tensors=len(output.names),
-        sites=None if blueprint is None else len(blueprint.sites),
-        partition=partition,
-        logits=logits_TV.abs().max().item(),
-        all_on=all_on,
-        oracle=oracle,
-        tolerance=TOLERANCE,
-    )
+        _check_whole(folder, prompt_1T, logits_TV)
+    checked = "logits" if oracle is None else checked_line(None, 0)
+    return {"checked": checked, "logits": logits_TV.abs().max().item(), "all_on": all_on, "oracle": oracle}
 
 
 def verify_in_vllm(folder: str | Path, python: Path, *, exact: bool, windows: int = 1) -> EngineParity:
