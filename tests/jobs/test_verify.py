@@ -27,6 +27,7 @@ from moesaic.staging.manifest import MANIFEST_NAME, hash_file
 from moesaic.targets import write
 from tests.tiny_models import FAMILIES, MOE_FAMILIES, build_tiny
 
+
 def converted(source: Path, out: Path, method: str = "random", **options: Any) -> Path:
     moe = FAMILIES_BY_TYPE[Checkpoint(source).config["model_type"]].moe is not None
     options = options or {"layout": "S2A2E7"}
