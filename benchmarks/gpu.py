@@ -5,7 +5,8 @@
 
 The parts, in this order, until the minutes are over; what was left out for that is in the file:
 
-* `commands`: `convert` and `eval` of a tiny model on the device and on the CPU, once they have `--device`;
+* `commands`: `convert`, `verify`, `eval` and `tune` of a tiny model by several methods, on the device and on the CPU.
+  Both must give the same ratio of perplexities to within 1 %;
 * `ffn`: each form of experts by each path beside torch's dense FFN, and compared with what the CPU computes. Bytes and
   FLOPs are the limits. Weights are random, and so many copies take turns that no cache holds them;
 * `model`: decoding after a prompt and reading it, dense beside converted, by each path. Weights are random.
@@ -21,6 +22,7 @@ Axes: T tokens, D model width, F neurons.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import statistics
@@ -53,6 +55,13 @@ CHECKED = (4, 64)  # numbers of tokens whose output is compared with the CPU's
 BOUND = 2e-2
 """Of the largest output, in bf16. The CPU computes the same rounded weights in fp32."""
 TORCH = ("masked", "every")
+METHODS: dict[str, tuple[str, ...]] = {
+    "cmoe": ("--layout", "S3A3E8"),
+    "token_clusters": ("--set", "experts=4", "--set", "split=union"),
+    "neuron_experts": (),
+}
+"""What the commands convert by, and with which options."""
+TUNED = ("cmoe",)
 
 
 @dataclass
@@ -263,24 +272,35 @@ def run_commands(run: Run, _: str) -> None:
     """Part `commands`: what the command line computes on the device and on the CPU."""
     from tests.tiny_models import build_tiny
 
-    moesaic = [sys.executable, "-m", "moesaic"]
-    said = subprocess.run([*moesaic, "convert", "--help"], capture_output=True, text=True, check=True).stdout
-    if "--device" not in said:
-        run.add("left_out", part="commands", why="convert has no --device")
-        return
     with tempfile.TemporaryDirectory() as folder:
         dense = build_tiny("llama", Path(folder) / "dense")
-        seen: dict[str, str] = {}
+        ratios: dict[str, dict[str, float]] = {method: {} for method in METHODS}
         for device in dict.fromkeys(("cpu", str(run.device))):
-            out = Path(folder) / device.replace(":", "-")
-            for verb in (["convert", str(dense), str(out)], ["eval", str(dense), str(out)]):
-                begin = time.monotonic()
-                command = [*moesaic, *verb, "--device", device, *(["--json"] if verb[0] == "eval" else [])]
-                done = subprocess.run(command, capture_output=True, text=True)
-                seen[f"{verb[0]} {device}"] = done.stdout if done.returncode == 0 else done.stderr[-300:]
-                seconds = round(time.monotonic() - begin, 1)
-                run.add("commands", verb=verb[0], on=device, seconds=seconds, right=done.returncode == 0)
-        run.add("commands", verb="said", **seen)
+            for method, options in METHODS.items():
+                out = Path(folder) / f"{method}-{device.replace(':', '-')}"
+                base, text = ["--baseline", dense], ["--calib", "tiny", "--calib-tokens", 512, "--calib-window", 64]
+                train = ["--data", "tiny", "--tokens", 512, "--window", 64, "--steps", 4, "--set", "train.held_out=1"]
+                run_command(run, device, "convert", dense, out, "--method", method, *options, *text)
+                run_command(run, device, "verify", out, *base)
+                said = run_command(run, device, "eval", out, *base, "--window", 64, "--limit", 4, "--controls")
+                ratios[method][device] = said["perplexity"]["model"]["ratio_to_dense"]["ratio"]
+                if method in TUNED:
+                    run_command(run, device, "tune", out, f"{out}-tuned", *base, *train)
+        for method, found in ratios.items():
+            one, other = (*found.values(), *found.values())[:2]
+            run.add("same", method=method, ratios=found, right=abs(one / other - 1) < 0.01)
+
+
+def run_command(run: Run, device: str, verb: str, *options: object) -> dict[str, Any]:
+    """Run a command on a device and say how long it took. Returns what it says as JSON; RuntimeError when it fails."""
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "moesaic", verb, *map(str, options), "--device", device, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    right = done.returncode == 0
+    run.add("commands", verb=verb, on=device, seconds=round(time.monotonic() - begin, 1), right=right)
+    if not right:
+        raise RuntimeError(f"{verb} on {device}: {done.stderr[-300:]}")
+    return json.loads(done.stdout)
 
 
 PARTS: dict[str, Callable[[Run, str], None]] = {

@@ -15,9 +15,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 _setup_privateuseone_for_python_backend("elsewhere")
+torch.elsewhere.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]  # type: ignore[attr-defined]
 HERE, ELSEWHERE = torch.device("cpu"), torch.device("elsewhere:0")
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 TO_PYTHON = (torch.ops.aten._local_scalar_dense.default,)
+
+
+def _without_gradients(self: Any) -> None:
+    self._inference_mode_context = torch.no_grad()
+    self._inference_mode_context.__enter__()
+
+
+# Tensors of inference mode have no version counter, which tensors around tensors must have.
+torch.inference_mode.__enter__ = _without_gradients  # type: ignore[method-assign]
 
 
 class Elsewhere(Tensor):
@@ -70,7 +80,7 @@ def on_its_device(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"{func} of tensors on two devices")
     out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
     if func._schema.is_mutable and func._schema.name.endswith("_"):
-        return args[0]
+        return args[0] if func._schema.returns else None  # lists of tensors are changed and nothing returned
     asked = kwargs.get("device")
     there = elsewhere if asked is None else torch.device(asked).type == ELSEWHERE.type
     if not there or func in TO_PYTHON:

@@ -37,6 +37,7 @@ from moesaic.durable import replace_text
 from moesaic.errors import InputError, MoesaicError
 from moesaic.evaluate.comparison import Comparison
 from moesaic.options import build
+from moesaic.options.device import find_device
 
 FRACTIONS = ("87.5", "75", "62.5", "50", "25")
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -135,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     for option, what in {"--dtype": "texts", "--task-dtype": "tasks"}.items():
         dtypes = ("auto", "float32", "bfloat16")
         parser.add_argument(option, choices=dtypes, default="auto", help=f"in evaluation on {what}; auto: the files'")
+    parser.add_argument("--device", default="auto", help="where all is computed: auto, cpu, cuda, cuda:1, xpu, mps")
     parser.add_argument("--keep", action="store_true", help="keep the conversions")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the page")
     parser.add_argument("--list", action="store_true", help="show the cases, and what cannot be one, and stop")
@@ -174,6 +176,7 @@ def _protocol(arguments: argparse.Namespace) -> Protocol:
         threads=arguments.threads,
         dtype=arguments.dtype,
         task_dtype=arguments.task_dtype,
+        device=str(find_device(arguments.device)),
     )
 
 
@@ -185,7 +188,7 @@ def _check_work(work: Path, protocol: Protocol) -> Protocol:
     file = work / "protocol.json"
     if file.exists():
         kept, asked = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(protocol.to_dict()))
-        kept = {"dtype": "auto", "task_dtype": "auto"} | kept  # older folders do not say
+        kept = {"dtype": "auto", "task_dtype": "auto", "device": "cpu"} | kept  # older folders do not say
         free = {"threads"} if kept["tasks"] and asked["tasks"] else {"threads", "tasks", "limit", "task_dtype"}
         changed = [name for name, value in asked.items() if value != kept.get(name) and name not in free]
         if changed:

@@ -46,7 +46,8 @@ class Protocol:
 
     ``windows``: of WikiText-2 test, and as many of C4 as ``c4_windows`` says, of ``window`` tokens; ``threads``: of
     torch; ``limit``: questions per task, None for all; ``leading``: layers that some recipes keep dense; ``dtype``: in
-    which all models read the texts, auto for that of their files; ``task_dtype``: and answer the tasks.
+    which all models read the texts, auto for that of their files; ``task_dtype``: and answer the tasks;
+    ``device``: where all of it is computed.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Protocol:
     threads: int = 1
     dtype: str = "auto"
     task_dtype: str = "auto"
+    device: str = "cpu"
 
     def to_dict(self) -> dict[str, Any]:
         """For protocol.json."""
@@ -90,7 +92,7 @@ def measure(
     record.setdefault("seconds", {})
     if "perplexity" not in record:
         started = time.monotonic()
-        model = load_model(folder, protocol.dtype)
+        model = load_model(folder, protocol.dtype, torch.device(protocol.device))
         record["size"] = _size(model, folder, dense, converted=case.settings is not None)
         blueprint = None if case.settings is None else Blueprint.load(folder)
         record |= _texts(model, tokenizer, protocol, blueprint)
@@ -99,7 +101,7 @@ def measure(
         record["seconds"]["texts"] = round(time.monotonic() - started, 1)
     if protocol.tasks and "tasks" not in record:
         started = time.monotonic()
-        model = load_model(folder, protocol.task_dtype)
+        model = load_model(folder, protocol.task_dtype, torch.device(protocol.device))
         with counting(model) as activity:
             record["tasks"] = task_accuracy(model, tokenizer, list(protocol.tasks), protocol.limit, work)
         if case.settings is not None:
@@ -126,10 +128,12 @@ def _convert(settings: dict[str, Any], protocol: Protocol, dense: Path, folder: 
     """Convert anew, into the architecture of moesaic, which holds every method's result and shows its routers."""
     shutil.rmtree(folder, ignore_errors=True)
     started = time.monotonic()
+    common = {"calibration": protocol.calibration, "seed": protocol.seed, "target": "moesaic"}
+    common["device"] = protocol.device
     done = convert(
         dense,
         folder,
-        settings={**settings, "calibration": protocol.calibration, "seed": protocol.seed, "target": "moesaic"},
+        settings=settings | common,
         restart=True,
     )
     seconds = round(time.monotonic() - started, 1)
@@ -212,9 +216,9 @@ def converted_share(blueprint: Blueprint, protocol: Protocol) -> float:
 @torch.inference_mode()
 def _distance(model: Any, dense: Path, dtype: str, ids_NW: Tensor) -> dict[str, Any]:
     """KL divergence from the dense model's next-token distributions, and how often the likeliest token is the same."""
-    reference = load_model(dense, dtype)
+    reference = load_model(dense, dtype, model.device)
     parts = []
-    for ids_W in ids_NW:
+    for ids_W in ids_NW.to(model.device):
         expected, actual = (m(input_ids=ids_W[None], use_cache=False).logits[0] for m in (reference, model))
         parts.append(logit_differences(expected.float(), actual.float()))
     del reference

@@ -68,7 +68,7 @@ def with_budget(plan: LayerPlan, weights: FFNWeights, inputs: SiteInputs | None,
         return with_threshold(plan, weights, inputs, budget)
     if plan.worth is None:
         return plan
-    chosen_TE = original_sets(weights.to(inputs.x_TD.dtype), plan, inputs)
+    chosen_TE = original_sets(weights.to(inputs.x_TD.dtype), plan, inputs).cpu()
     stored_F = torch.zeros(plan.d_ff, dtype=torch.bool)
     stored_F[plan.union_neurons] = True
     worth_EF = plan.worth.float() * stored_F

@@ -90,8 +90,7 @@ def fit_linear_router(
     if inputs.tokens < 2:
         raise InputError(f"{inputs.tokens} calibration tokens cannot fit a router", "give more calibration text")
     held_tokens = min(inputs.tokens - 1, max(1, round(config.holdout * inputs.tokens)))
-    fit = SiteInputs(inputs.x_TD[:-held_tokens])
-    held = SiteInputs(inputs.x_TD[-held_tokens:])
+    fit, held = inputs.part(slice(-held_tokens)), inputs.part(slice(-held_tokens, None))
 
     weights = weights.to(inputs.x_TD.dtype)
     chosen_TE = original_sets(weights, plan, held)
@@ -132,7 +131,7 @@ def expert_networks(weights: FFNWeights, plan: LayerPlan) -> Iterator[FFNWeights
     else:
         rows = torch.arange(len(plan.shared), packed.d_ff).split([len(expert) for expert in plan.experts])
     for row in rows:
-        yield packed.take(row)
+        yield packed.take(row.to(weights.up_FD.device))
 
 
 def expert_energies(networks: Iterable[FFNWeights], inputs: SiteInputs) -> Tensor:
@@ -151,7 +150,8 @@ def original_sets(weights: FFNWeights, plan: LayerPlan, inputs: SiteInputs) -> T
     batches = []
     for x_TD in inputs.batches(_BATCH):
         index_TK, _ = ffn.route(x_TD)
-        batches.append(torch.zeros(len(x_TD), len(plan.experts)).scatter_(1, index_TK, 1.0))
+        empty_TE = torch.zeros(len(x_TD), len(plan.experts), device=x_TD.device)
+        batches.append(empty_TE.scatter_(1, index_TK, 1.0))
     return torch.cat(batches)
 
 

@@ -54,6 +54,7 @@ def measure_layers(
     fractions: Sequence[float],
     dtype: torch.dtype,
     progress: Progress,
+    device: torch.device | None = None,
 ) -> list[dict[float, float]]:
     """KL divergence in nats per token for every layer of a dense model, by active fraction.
 
@@ -66,24 +67,24 @@ def measure_layers(
         fractions: Active fractions at which each layer is cut.
         dtype: In which the model runs.
         progress: Receives layers computed.
+        device: Where it runs; None is the CPU.
     """
     chosen_NW, measured_NW = windows
     layers, held_out = anatomy.num_layers, len(chosen_NW)
     progress.start("sensitivity of the layers", len(fractions) * layers * (layers + 1) // 2)
-    dense = LayerStream(checkpoint, anatomy, torch.cat(windows), compute_dtype=dtype)
-    branch = LayerStream(checkpoint, anatomy, measured_NW, compute_dtype=dtype)
+    dense = LayerStream(checkpoint, anatomy, torch.cat(windows), compute_dtype=dtype, device=device)
+    branch = LayerStream(checkpoint, anatomy, measured_NW, compute_dtype=dtype, device=device)
     cuts: list[dict[float, Tensor]] = []
     for layer in range(layers):
         (site,) = anatomy.sites_of(layer)
         weights = dense.weights(site.path)
-        x_TD = dense.capture()[site.path].x_TD[: chosen_NW.numel()]
-        share_F = _mean_share(weights, x_TD)
+        share_F = _mean_share(weights, dense.capture()[site.path].part(slice(chosen_NW.numel())))
         ends = {}
         for fraction in fractions:
             count = max(1, round(fraction * site.d_ff))
             kept_M = largest(share_F[None], count)[0].nonzero().flatten()
             branch.restore(layer, {"hidden": dense.state()["hidden"][held_out:]})
-            branch.advance({site.path: weights.take(kept_M, keep_down_bias=True)})
+            branch.advance({site.path: weights.take(kept_M.to(branch.device), keep_down_bias=True)})
             progress.advance(f"layer {layer} at {fraction:.0%}")
             while branch.layer < layers:
                 branch.advance()
@@ -91,33 +92,34 @@ def measure_layers(
             ends[fraction] = branch.state()["hidden"].clone()
         cuts.append(ends)
         dense.advance()
-    return _divergences(checkpoint, anatomy, measured_NW, dense.state()["hidden"][held_out:], cuts, progress)
+    skeleton = Skeleton(checkpoint, anatomy, dtype, dense.device)
+    return _divergences(skeleton, measured_NW, dense.state()["hidden"][held_out:], cuts, progress)
 
 
-def _mean_share(weights: FFNWeights, x_TD: Tensor) -> Tensor:
+def _mean_share(weights: FFNWeights, inputs: SiteInputs) -> Tensor:
     """Mean energy share of every neuron, float32 [F]."""
+    weights = weights.to(device=inputs.device)
     norm_F = weights.down_DF.float().norm(dim=0)
-    total_F = torch.zeros(weights.d_ff)
-    for x_BD in SiteInputs(x_TD).batches():
+    total_F = norm_F.new_zeros(weights.d_ff)
+    for x_BD in inputs.batches():
         total_F += neuron_shares(weights.hidden(x_BD), norm_F).sum(dim=0)
-    return total_F / len(x_TD)
+    return total_F / inputs.tokens
 
 
 def _divergences(
-    checkpoint: Checkpoint,
-    anatomy: Anatomy,
+    skeleton: Skeleton,
     ids_NW: Tensor,
     dense_NWD: Tensor,
     cuts: Sequence[dict[float, Tensor]],
     progress: Progress,
 ) -> list[dict[float, float]]:
     """Mean KL divergence of every cut's last hidden states, window by window: the dense logits are made once."""
-    skeleton = Skeleton(checkpoint, anatomy, dense_NWD.dtype)
     skeleton.load_outer()
 
     def logits(hidden_WD: Tensor, ids_W: Tensor) -> Tensor:
-        skeleton.stand_ins[0].seen = lambda _hidden, _passed: hidden_WD[None]
-        return skeleton.model(input_ids=ids_W[None], use_cache=False).logits[0].float()
+        hidden_1WD = hidden_WD[None].to(skeleton.device)
+        skeleton.stand_ins[0].seen = lambda _hidden, _passed: hidden_1WD
+        return skeleton.model(input_ids=ids_W[None].to(skeleton.device), use_cache=False).logits[0].float()
 
     progress.start("sensitivity: comparing outputs", len(ids_NW) * len(cuts))
     total = [dict.fromkeys(ends, 0.0) for ends in cuts]

@@ -44,6 +44,9 @@ class Router:
     bits: int = 0
     group: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", {name: tensor.cpu() for name, tensor in self.tensors.items()})
+
     @property
     def affine(self) -> bool:
         """Whether scores are ``W x + b`` with the W of :meth:`rows`."""
@@ -81,6 +84,8 @@ class WeightFade:
 @dataclass(frozen=True)
 class LayerPlan:
     """One FFN's split. The dense FFN of ``d_ff`` neurons becomes ``shared`` plus ``experts``.
+
+    Its tensors are in host memory, wherever they were decided.
 
     Attributes:
         d_ff: Neurons F of the dense FFN.
@@ -138,6 +143,7 @@ class LayerPlan:
     trained: bool = False
 
     def __post_init__(self) -> None:
+        self._to_host()
         widths = {len(expert) for expert in self.experts}
         static = self.router.kind == "static"
         if static and self.top_k != len(self.experts):
@@ -176,6 +182,15 @@ class LayerPlan:
                 "experts stored as a union cannot have weights of their own (fade, expert_scale, projections)",
                 "store them packed: union=False",
             )
+
+    def _to_host(self) -> None:
+        moved: dict[str, Any] = {"shared": self.shared.cpu(), "experts": tuple(each.cpu() for each in self.experts)}
+        moved["projections"] = {name: tensor.cpu() for name, tensor in self.projections.items()}
+        for name in OPTIONAL_TENSORS:
+            tensor = getattr(self, name)
+            moved[name] = None if tensor is None else tensor.cpu()
+        for name, value in moved.items():
+            object.__setattr__(self, name, value)
 
     @cached_property
     def packed(self) -> Tensor:

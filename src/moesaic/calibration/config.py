@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from moesaic.calibration.samples import MIX, SAMPLES
 from moesaic.errors import InputError
+from moesaic.options.device import native_bfloat16
 
 if TYPE_CHECKING:
     import torch
@@ -120,8 +121,8 @@ class CalibrationConfig(BaseModel):
     seed: int = Field(default=0, description="Decides where in the text the windows lie and their order.")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="Precision in which the model runs during calibration; `auto` is bfloat16 on a CPU that multiplies "
-        "it natively, else float32.",
+        description="Precision in which the model runs during calibration; `auto` is bfloat16 on a CPU or GPU that "
+        "multiplies it natively, else float32.",
     )
 
     @field_validator("sources", mode="before")
@@ -154,13 +155,13 @@ class CalibrationConfig(BaseModel):
                 weights[name, source.field] = weights.get((name, source.field), 0.0) + share
         return tuple(Source(name=name, field=field, weight=weight) for (name, field), weight in weights.items())
 
-    def resolved_dtype(self) -> torch.dtype:
-        """The dtype that ``compute_dtype`` means on this machine."""
+    def resolved_dtype(self, device: torch.device | None = None) -> torch.dtype:
+        """The dtype that ``compute_dtype`` means on a device; None is the CPU."""
         import torch
 
         if self.compute_dtype != "auto":
             return getattr(torch, self.compute_dtype)
-        return torch.bfloat16 if _multiplies_bfloat16() else torch.float32
+        return torch.bfloat16 if native_bfloat16(device or torch.device("cpu")) else torch.float32
 
 
 def _exists(path: str) -> bool:
@@ -168,14 +169,6 @@ def _exists(path: str) -> bool:
         return bool(path) and Path(path).expanduser().exists()
     except (OSError, RuntimeError, ValueError):  # too long, "~nobody", a zero byte: no path
         return False
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether the CPU has bf16 matrix instructions (AVX512-BF16, AMX, Arm's), so that bf16 is faster than fp32."""
-    import torch
-
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that we allow
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
 
 
 def check_sources(calibration: CalibrationConfig) -> None:

@@ -6,7 +6,7 @@ Axes: T tokens, D model width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class SiteInputs:
     """What one FFN read during calibration.
 
-    ``x_TD`` is on the CPU, may be memory-mapped and in bf16; read it through :meth:`batches`. T counts tokens (for an
+    ``x_TD`` is in host memory, may be memory-mapped and in bf16; read it through :meth:`batches`, which puts it where
+    the solvers compute: on ``device``, that of the FFN's weights; None is the CPU. T counts tokens (for an
     expert of an existing MoE: the tokens its own router sent to it; T may be 0). ``stream_T`` is the L2 norm of the
     residual stream that each token brings to the layer, in units of the FFN's output (Granite multiplies that),
     float32; None where it is not known, or says nothing.
@@ -26,6 +27,7 @@ class SiteInputs:
 
     x_TD: Tensor
     stream_T: Tensor | None = None
+    device: torch.device | None = None
 
     @property
     def tokens(self) -> int:
@@ -33,7 +35,14 @@ class SiteInputs:
         return self.x_TD.shape[0]
 
     def batches(self, size: int = 2048, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-        """The inputs in order, ``size`` tokens at a time, optionally cast."""
+        """The inputs in order, ``size`` tokens at a time, on ``device``, optionally cast."""
         for start in range(0, self.tokens, size):
-            chunk = self.x_TD[start : start + size]
-            yield chunk if dtype is None else chunk.to(dtype)
+            yield self.x_TD[start : start + size].to(self.device, dtype)
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """All inputs [T, D], on ``device``."""
+        return self.x_TD.to(self.device, dtype)
+
+    def part(self, rows: slice) -> SiteInputs:
+        """Some of the tokens, their place in the residual stream left out."""
+        return replace(self, x_TD=self.x_TD[rows], stream_T=None)

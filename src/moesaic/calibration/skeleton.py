@@ -111,6 +111,7 @@ class Skeleton:
         checkpoint: Where the weights are.
         anatomy: Of the same model.
         dtype: In which the parameters are loaded.
+        device: Where they are loaded to, and the buffers are; None is the CPU.
 
     Attributes:
         names: Of the tensors that the model has.
@@ -119,11 +120,16 @@ class Skeleton:
         CheckpointError: transformers cannot build the model that config.json describes.
     """
 
-    def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, anatomy: Anatomy, dtype: torch.dtype, device: torch.device | None = None
+    ) -> None:
         self.checkpoint = checkpoint
         self.anatomy = anatomy
         self.dtype = dtype
+        self.device = torch.device("cpu") if device is None else device
         self.model = _without_weights(checkpoint, dtype)
+        for name, buffer in list(self.model.named_buffers()):
+            _replace(self.model, name, buffer.to(self.device))
         self.names = frozenset(self.model.state_dict())
         self._layers = list(self.model.get_submodule(anatomy.family.layers).children())
         self.stand_ins = [LayerStandIn(anatomy.family.layers_return_tuples) for _ in self._layers]
@@ -201,12 +207,12 @@ class Skeleton:
                     f"config.json asks for {list(parameter.shape)}",
                     "config.json and the weights belong to different models",
                 )
-            _replace(module, name, nn.Parameter(tensor.to(self.dtype), requires_grad=False))
+            _replace(module, name, nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False))
         kept = module.state_dict().keys()
         for name, buffer in list(module.named_buffers()):
             stored = self._stored_name(f"{path}.{name}" if path else name)
             if name in kept and stored is not None:  # Gemma 4's factors of whole layers
-                _replace(module, name, self.checkpoint.finite_tensor(stored).to(buffer.dtype))
+                _replace(module, name, self.checkpoint.finite_tensor(stored).to(self.device, buffer.dtype))
 
     def _stored_name(self, name: str) -> str | None:
         """How the checkpoint calls a parameter of the model; None when it is not there."""

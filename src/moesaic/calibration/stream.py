@@ -4,6 +4,9 @@ For each layer: :meth:`LayerStream.capture` shows what its FFNs read, :meth:`Lay
 FFNs given and moves on, so that every layer sees the converted ones before it (sequential calibration, CMoE section 3).
 Layers and masks are transformers' own.
 
+The layer at work is on the device; hidden states of all windows, what FFNs read and attention's outputs are in host
+memory, or spilled to files, and visit the device one batch of windows at a time. Weights visit it once per layer.
+
 Axes: N windows, W tokens per window, D model width, T = N W tokens, K active experts of an existing MoE.
 """
 
@@ -26,6 +29,7 @@ from moesaic.checkpoint.ffn import load_ffn
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, ResourceError
 from moesaic.nn.ffn import FFNWeights
+from moesaic.options.device import exact_device
 
 SPILL_BYTES = 512 << 20
 """A buffer larger than this goes to a file when a folder for it is given."""
@@ -35,11 +39,12 @@ class Captured(Mapping[str, SiteInputs]):
     """What the FFNs of one layer read, by site path. The tokens of a routed expert are gathered when it is looked up.
 
     Valid until the stream's next :meth:`LayerStream.capture`, which writes into the same buffers. ``stream_T``, as
-    :class:`~moesaic.calibration.inputs.SiteInputs` has it, is of all tokens.
+    :class:`~moesaic.calibration.inputs.SiteInputs` has it, is of all tokens; so is ``device``.
     """
 
-    def __init__(self, stream_T: Tensor | None = None) -> None:
+    def __init__(self, stream_T: Tensor | None = None, device: torch.device | None = None) -> None:
         self._stream_T = stream_T
+        self._device = device
         self._inputs: dict[str, tuple[Tensor, Tensor | None, int]] = {}
 
     def add(self, path: str, x_TD: Tensor, index_TK: Tensor | None = None, expert: int = 0) -> None:
@@ -49,9 +54,9 @@ class Captured(Mapping[str, SiteInputs]):
     def __getitem__(self, path: str) -> SiteInputs:
         x_TD, index_TK, expert = self._inputs[path]
         if index_TK is None:
-            return SiteInputs(x_TD, self._stream_T)
+            return SiteInputs(x_TD, self._stream_T, self._device)
         mine_T = (index_TK == expert).any(dim=1)
-        return SiteInputs(x_TD[mine_T], None if self._stream_T is None else self._stream_T[mine_T])
+        return SiteInputs(x_TD[mine_T], None if self._stream_T is None else self._stream_T[mine_T], self._device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._inputs)
@@ -79,10 +84,10 @@ class _Recorder:
 
     def __call__(self, x_TD: Tensor, index_TK: Tensor | None = None) -> Tensor:
         end = self.position + len(x_TD)
-        self.x_TD[self.position : end] = x_TD
+        self.x_TD[self.position : end].copy_(x_TD)
         self.position = end
         if index_TK is not None:
-            self.index.append(index_TK)
+            self.index.append(index_TK.cpu())
         if all(recorder.position == end for recorder in self._group):
             raise _AllSeen
         return torch.zeros_like(x_TD)
@@ -96,6 +101,7 @@ class LayerStream:
         anatomy: Of the same model.
         ids_NW: Token ids, int64 [N, W].
         compute_dtype: Of weights and hidden states in the forward pass.
+        device: Where layers compute; None is the CPU.
         batch_windows: Windows run at a time.
         spill: Folder for buffers larger than ``spill_bytes``; None keeps all in memory. The files there lose their
             names at once and vanish with the process.
@@ -117,6 +123,7 @@ class LayerStream:
         ids_NW: Tensor,
         *,
         compute_dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
         batch_windows: int = 1,
         spill: Path | None = None,
         spill_bytes: int = SPILL_BYTES,
@@ -125,6 +132,7 @@ class LayerStream:
         self.anatomy = anatomy
         self.ids_NW = ids_NW
         self.dtype = compute_dtype
+        self.device = torch.device("cpu") if device is None else device
         self.num_layers = anatomy.num_layers
         self.layer = 0
         self._spill = spill
@@ -132,7 +140,7 @@ class LayerStream:
         self._buffers: dict[str, Tensor] = {}
         self._batches = [slice(i, i + batch_windows) for i in range(0, len(ids_NW), batch_windows)]
         self._sites = {site.path: site for site in anatomy.sites}
-        self._skeleton = Skeleton(checkpoint, anatomy, compute_dtype)
+        self._skeleton = Skeleton(checkpoint, anatomy, compute_dtype, self.device)
         self._passed = [Passed()] * self.num_layers
         self._table: dict[str, Callable[[Tensor], Tensor]] = {}
         self._module: nn.Module | None = None
@@ -159,7 +167,7 @@ class LayerStream:
             else:
                 stand_in.routed = recorder
         self._run_to_ffn(module)
-        captured = Captured(self._stream_norms())
+        captured = Captured(self._stream_norms(), exact_device(self.device))
         for stand_in, recorder in captured_by:
             if isinstance(stand_in, FFNStandIn):
                 captured.add(stand_in.path, recorder.x_TD)
@@ -175,16 +183,16 @@ class LayerStream:
         return load_ffn(self.checkpoint, self._sites[path], self.anatomy.activation)
 
     def weights(self, path: str) -> FFNWeights:
-        """The same in ``compute_dtype``."""
-        return self.stored_weights(path).to(self.dtype)
+        """The same in ``compute_dtype``, on the device."""
+        return self.stored_weights(path).to(self.dtype, self.device)
 
     @torch.no_grad()
     def advance(self, replacements: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> None:
         """Complete the current layer on all windows and move to the next.
 
         Args:
-            replacements: Site path -> what computes that FFN, x_TD -> y_TD, both [T, D] in ``compute_dtype``; T is one
-                batch of windows. Sites that are not named stay dense.
+            replacements: Site path -> what computes that FFN, x_TD -> y_TD, both [T, D] in ``compute_dtype`` on the
+                device; T is one batch of windows. Sites that are not named stay dense.
 
         Raises:
             KeyError: A path is no site of this layer.
@@ -199,9 +207,9 @@ class LayerStream:
         attention, passed = _attention_of(module), self._passed[self.layer]
         for batch in self._batches:
             if attention is not None and self._attention_NWD is not None:
-                attention.replay = self._attention_NWD[batch]
-            made = module(self._hidden_NWD[batch], *passed.args, **passed.kwargs)
-            self._hidden_NWD[batch] = made[0] if self.anatomy.family.layers_return_tuples else made
+                attention.replay = self._attention_NWD[batch].to(self.device)
+            made = module(self._hidden_NWD[batch].to(self.device), *passed.args, **passed.kwargs)
+            self._hidden_NWD[batch].copy_(made[0] if self.anatomy.family.layers_return_tuples else made)
         self._leave(self.layer + 1)
 
     def state(self) -> dict[str, Tensor]:
@@ -228,12 +236,15 @@ class LayerStream:
 
     @torch.no_grad()
     def logits(self, window: int = 0) -> Tensor:
-        """The model's output for one window, float32 [W, V], V the vocabulary. RuntimeError before the last layer."""
+        """The model's output for one window, float32 [W, V], V the vocabulary, on the device. RuntimeError before the
+        last layer."""
         if self.layer != self.num_layers:
             raise RuntimeError(f"logits need all {self.num_layers} layers, this stream is at layer {self.layer}")
         self._skeleton.load_outer()
-        self._skeleton.stand_ins[0].seen = lambda _hidden, _passed: self._hidden_NWD[window : window + 1]
-        return self._skeleton.model(input_ids=self.ids_NW[window : window + 1], use_cache=False).logits[0].float()
+        hidden_1WD = self._hidden_NWD[window : window + 1].to(self.device)
+        self._skeleton.stand_ins[0].seen = lambda _hidden, _passed: hidden_1WD
+        ids_1W = self.ids_NW[window : window + 1].to(self.device)
+        return self._skeleton.model(input_ids=ids_1W, use_cache=False).logits[0].float()
 
     @torch.no_grad()
     def _embed(self) -> None:
@@ -255,17 +266,21 @@ class LayerStream:
             return seen
 
         def keep(batch: slice) -> Callable[[Tensor, Passed], Tensor]:
-            return lambda hidden_BWD, _passed: self._hidden_NWD[batch].copy_(hidden_BWD)
+            def seen(hidden_BWD: Tensor, _passed: Passed) -> Tensor:
+                self._hidden_NWD[batch].copy_(hidden_BWD)
+                return hidden_BWD
+
+            return seen
 
         # One window: what is passed then broadcasts over any number of them.
         for layer, stand_in in enumerate(self._skeleton.stand_ins):
             stand_in.seen = note(layer)
-        run(input_ids=self.ids_NW[:1], use_cache=False)
+        run(input_ids=self.ids_NW[:1].to(self.device), use_cache=False)
         for stand_in in self._skeleton.stand_ins:
             stand_in.seen = None
         for batch in self._batches:
             self._skeleton.stand_ins[0].seen = keep(batch)
-            run(input_ids=self.ids_NW[batch], use_cache=False)
+            run(input_ids=self.ids_NW[batch].to(self.device), use_cache=False)
         self._skeleton.stand_ins[0].seen = None
         self._skeleton.unload()
 
@@ -283,7 +298,7 @@ class LayerStream:
             if attention is not None and kept_NWD is not None:
                 attention.keep = kept_NWD[batch].copy_
             with contextlib.suppress(_AllSeen):
-                module(self._hidden_NWD[batch], *passed.args, **passed.kwargs)
+                module(self._hidden_NWD[batch].to(self.device), *passed.args, **passed.kwargs)
         if attention is not None:
             attention.keep = None
         self._attention_NWD = kept_NWD

@@ -27,7 +27,7 @@ def no_generation() -> GenerationConfig:
     return GenerationConfig()
 
 
-def load_model(folder: Path, dtype: torch.dtype | str) -> Any:
+def load_model(folder: Path, dtype: torch.dtype | str, device: torch.device | None = None) -> Any:
     """The causal language model in ``folder``, in evaluation mode; of a multimodal model the text model.
 
     Code of its own is never run.
@@ -37,11 +37,13 @@ def load_model(folder: Path, dtype: torch.dtype | str) -> Any:
     Args:
         folder: Dense, or a conversion.
         dtype: Of the parameters; ``"auto"`` is the folder's own.
+        device: Where it goes; None is the CPU.
 
     Raises:
         CheckpointError: transformers cannot load it.
     """
-    return _loaded(folder, dtype)[0].eval()
+    model = _loaded(folder, dtype)[0].eval()
+    return model if device is None else model.to(device)
 
 
 def load_whole(folder: Path) -> Any:

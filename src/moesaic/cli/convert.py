@@ -38,6 +38,7 @@ def run(
     seed: opt.Seed = None,
     router: opt.RouterText = None,
     target: opt.Target = None,
+    device: opt.DeviceName = None,
     blueprint: Annotated[
         Path | None,
         typer.Option(
@@ -73,6 +74,7 @@ def run(
         target=target,
         budget=budget,
         whole=whole,
+        device=device,
     )
     from moesaic.jobs.request import check_request
     from moesaic.train.launch import is_worker

@@ -11,6 +11,7 @@ import typer
 from moesaic.cli import options as opt
 from moesaic.cli.console import ConsoleProgress, emit, emit_json, quiet_libraries, table
 from moesaic.errors import InputError
+from moesaic.options.device import AUTO
 
 
 def attach(app: typer.Typer) -> None:
@@ -42,6 +43,7 @@ def run(
         int | None, typer.Option("--processes", help="Students trained at a time. Default: one per processor.")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away an unfinished sweep.")] = False,
+    device: opt.DeviceName = None,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -72,7 +74,16 @@ def run(
     from moesaic.jobs.distill import distill
 
     progress = ConsoleProgress(quiet)
-    done = distill(model, layer, out, config=settings, processes=workers, restart=restart, progress=progress)
+    done = distill(
+        model,
+        layer,
+        out,
+        config=settings,
+        processes=workers,
+        restart=restart,
+        device=device or AUTO,
+        progress=progress,
+    )
     if as_json:
         emit_json({"output": str(done.output)} | {key: v for key, v in done.results.items() if key != "trials"})
         return

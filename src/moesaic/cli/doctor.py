@@ -47,6 +47,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     import moesaic
+    from moesaic.options.device import AUTO, describe, find_device
 
     versions = {name: _version(name) for name in _PACKAGES}
     missing = [name for name in ("torch", "transformers", "safetensors", "ortools") if versions[name] == "-"]
@@ -61,7 +62,7 @@ def examine() -> dict[str, Any]:
         "one token": path_of(1),
         "many tokens": path_of(MANY),
         "path costs": cost_state(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "device": describe(find_device(AUTO)),
         "memory": f"{memory / 2**30:.0f} GiB",
         "free disk": f"{shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB here",
         "missing": missing,

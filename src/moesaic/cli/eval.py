@@ -10,6 +10,7 @@ import typer
 from moesaic.cli import options as opt
 from moesaic.cli.console import ConsoleProgress, emit, emit_json, quiet_libraries, table
 from moesaic.errors import InputError
+from moesaic.options.device import AUTO
 
 if TYPE_CHECKING:
     from moesaic.jobs.evaluation_run import Precision
@@ -61,6 +62,7 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure anew what is in the cache of an earlier evaluation.")
     ] = False,
+    device: opt.DeviceName = None,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -94,6 +96,7 @@ def run(
         speed=speed,
         proxy=proxy,
         fresh=fresh,
+        device=device or AUTO,
         progress=ConsoleProgress(quiet),
     )
     emit_json(results) if as_json else emit(render(results))

@@ -29,6 +29,7 @@ def run(
     seed: opt.Seed = None,
     router: opt.RouterText = None,
     target: opt.Target = None,
+    device: opt.DeviceName = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Show shapes, parameters, memory and time of a conversion, before it runs."""
@@ -47,6 +48,7 @@ def run(
         router=router,
         target=target,
         whole=whole,
+        device=device,
     )
     from moesaic.jobs.plan import plan
 

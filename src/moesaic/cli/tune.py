@@ -12,6 +12,7 @@ import typer
 from moesaic.cli import options as opt
 from moesaic.cli.console import ConsoleProgress, duration, emit, emit_json, native_line, quiet_libraries
 from moesaic.options import build, put
+from moesaic.options.device import AUTO
 from moesaic.tune.config import DEFAULT_PRESET, PRESETS, TuneConfig, preset
 
 
@@ -46,6 +47,7 @@ def run(
         Path | None,
         typer.Option("--teacher-cache", metavar="DIR", help="Keep the dense model's last hidden states for later."),
     ] = None,
+    device: opt.DeviceName = None,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -80,6 +82,7 @@ def run(
         preset_name=preset_name,
         restart=restart,
         teacher_cache=teacher_cache,
+        device=device or AUTO,
         progress=progress,
     )
     if is_worker():

@@ -10,6 +10,7 @@ import typer
 
 from moesaic.cli import options as opt
 from moesaic.cli.console import emit, emit_json, native_line, quiet_libraries
+from moesaic.options.device import AUTO
 
 _WINDOWS = 4
 
@@ -41,6 +42,7 @@ def run(
     full: Annotated[
         bool, typer.Option("--full", help="Compute all layers of a large model, not some; needs memory for it in fp32.")
     ] = False,
+    device: opt.DeviceName = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Check hashes, shapes, finiteness and, with --baseline, parity. Exit code 3 when anything is wrong."""
@@ -54,7 +56,7 @@ def run(
     if not parity and (idle := [name for name, value in given.items() if value is not None]):
         raise InputError(f"{' and '.join(idle)} is for --parity", "add --parity, and --baseline MODEL")
     python = find_python(vllm_python) if parity else None
-    report = verify_output(folder, baseline=baseline, full=full).to_dict()
+    report = verify_output(folder, baseline=baseline, full=full, device=device or AUTO).to_dict()
     apart = None
     if baseline is not None and not parity and _is_stock(folder):  # compared in stock transformers or not at all
         apart = _too_large(folder, baseline)

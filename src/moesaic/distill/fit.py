@@ -47,10 +47,18 @@ def learning_rate(peak: float, step: int, steps: int) -> float:
     return peak / 2 * (1 + math.cos(math.pi * step / steps))
 
 
-def fit(spec: StudentSpec, *splits: Pairs, rate: float, epochs: int, batch: int, seed: int) -> Fit:
+def fit(
+    spec: StudentSpec,
+    *splits: Pairs,
+    rate: float,
+    epochs: int,
+    batch: int,
+    seed: int,
+    device: torch.device | None = None,
+) -> Fit:
     """:func:`train_student` for a student made afresh; ``splits`` are training, validation and test."""
     student = make_student(spec, splits[0].x_TD.shape[1], seed)
-    return train_student(student, *splits, rate=rate, epochs=epochs, batch=batch, seed=seed)
+    return train_student(student, *splits, rate=rate, epochs=epochs, batch=batch, seed=seed, device=device)
 
 
 def train_student(
@@ -63,13 +71,16 @@ def train_student(
     epochs: int,
     batch: int,
     seed: int,
+    device: torch.device | None = None,
 ) -> Fit:
-    """Train a student in place; equal arguments give equal results (one number of threads).
+    """Train a student in place, on ``device`` (None: the CPU), to which batches go one by one; equal arguments give
+    equal results (one number of threads).
 
     Outputs are scaled to unit variance for training, and the rate is that of the paper for such outputs; the FVU does
     not depend on it [OURS: the paper's outputs keep their scale, which differs tenfold between its teachers].
     """
     started = time.monotonic()
+    student.to(device)
     optimiser = torch.optim.Adam(student.parameters(), lr=rate, fused=True)
     scale = output_variance(train.y_TD) ** -0.5
     per_epoch = len(train.x_TD) // batch
@@ -77,18 +88,19 @@ def train_student(
     generator = torch.Generator().manual_seed(seed)
 
     def score(pairs: Pairs) -> float:
-        return fvu(lambda x_BD: student(x_BD) / scale, pairs.x_TD, pairs.y_TD)
+        return fvu(lambda x_BD: (student(x_BD.to(device)) / scale).to(pairs.y_TD), pairs.x_TD, pairs.y_TD)
 
     curve: list[tuple[int, float | None, float]] = [(0, None, score(validation))]
     best = (curve[0][2], 0, score(test))
     step = 0
     for epoch in range(1, epochs + 1):
         order_T = torch.randperm(len(train.x_TD), generator=generator)
-        total = torch.zeros(())
+        total = torch.zeros((), device=device)
         for rows_B in order_T[: per_epoch * batch].split(batch):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(rate, step, steps)
-            loss = (student(train.x_TD[rows_B]) - train.y_TD[rows_B] * scale).square().mean()
+            x_BD, y_BD = train.x_TD[rows_B].to(device), train.y_TD[rows_B].to(device)
+            loss = (student(x_BD) - y_BD * scale).square().mean()
             loss.backward()
             optimiser.step()
             optimiser.zero_grad()

@@ -37,7 +37,7 @@ class Incidence:
         with warnings.catch_warnings():  # torch calls its CSR tensors beta, once per process
             warnings.simplefilter("ignore", UserWarning)
             pattern = torch.sparse_csr_tensor(
-                torch.arange(0, tokens * k + 1, k),
+                torch.arange(0, tokens * k + 1, k, device=x_TD.device),
                 self.index_TK.flatten(),
                 x_TD.new_zeros(tokens * k),
                 size=(tokens, self.rows),

@@ -181,7 +181,7 @@ class MoEStudent(nn.Module):
         w = self.spec.width
         if w == 1:
             return experts
-        index_TN = (experts.index_TK[:, :, None] * w + torch.arange(w)).flatten(1)
+        index_TN = (experts.index_TK[:, :, None] * w + torch.arange(w, device=experts.index_TK.device)).flatten(1)
         return Incidence(index_TN, experts.rows * w)
 
 

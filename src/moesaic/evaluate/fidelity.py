@@ -21,6 +21,7 @@ from moesaic.nn.moesaic_ffn import MoEFeedForward
 from moesaic.nn.moesaic_neurons import NeuronFeedForward
 from moesaic.nn.moesaic_slices import down, hidden
 from moesaic.nn.moesaic_union import UnionFeedForward
+from moesaic.options.device import device_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class _Tally:
         self.hits += ((chosen_TE * oracle_TE) / count_T1.clamp(min=1)).sum().item()
         self.kept += (share_TE * chosen_TE).sum().item()
         self.best += (share_TE * oracle_TE).sum().item()
-        self.load_E += chosen_TE.sum(dim=0).double()
+        self.load_E += chosen_TE.sum(dim=0).cpu().double()
 
     def result(self) -> SiteFidelity:
         experts = len(self.load_E)
@@ -146,7 +147,7 @@ def router_fidelity(model: nn.Module, ids_NW: Tensor) -> list[SiteFidelity]:
             handles.append(module.register_forward_pre_hook(tally.hook))
     try:
         if tallies:
-            for ids_W in ids_NW:
+            for ids_W in ids_NW.to(device_of(model)):
                 model(input_ids=ids_W[None], use_cache=False)
     finally:
         for handle in handles:

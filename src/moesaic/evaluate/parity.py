@@ -125,10 +125,12 @@ def stream_parity(
     blueprint: Blueprint,
     ids_NW: Tensor,
     layers: Sequence[int] | None = None,
+    device: torch.device | None = None,
 ) -> Parity:
     """Compare the checkpoint in ``written`` with its source. Raises VerificationError past the tolerance.
 
     ``layers``: Those whose outputs are compared, on embeddings in place of the hidden states before them; None: all.
+    ``device``: where they compute; None is the CPU. The oracle is computed on the CPU.
     """
     output = Checkpoint(written)
     specs = output.config["ffn_sites"]
@@ -136,10 +138,10 @@ def stream_parity(
     partition = not blueprint.attention and all(plan.is_partition for plan in blueprint.sites.values())
     check_copied(checkpoint, anatomy, output, blueprint)
     _check_attention(checkpoint, anatomy, output, blueprint)
-    dense = LayerStream(checkpoint, anatomy, ids_NW, compute_dtype=torch.float32)
+    dense = LayerStream(checkpoint, anatomy, ids_NW, device=device)
     all_on = None
     if partition and layers is None:
-        all_on = LayerStream(checkpoint, anatomy, ids_NW, compute_dtype=torch.float32)
+        all_on = LayerStream(checkpoint, anatomy, ids_NW, device=device)
     embedded = {} if layers is None else {"hidden": dense.state()["hidden"].clone()}
     oracle: list[float] = []
     dense_outputs: list[float] = []
@@ -156,13 +158,16 @@ def stream_parity(
         modules = {}
         for path, weights in stored.items():
             module, plan = load_written_ffn(output, path, specs[path], anatomy), blueprint.sites[path]
+            module.to(dense.device)
             x_TD = inputs[path].x_TD.float()
             if len(x_TD) and plan.fade is None:
                 oracle.append(oracle_difference(module, weights, plan, x_TD[:ORACLE_TOKENS]))
             module.all_experts_on = True
             modules[path] = module
             if len(x_TD) and layers is not None and partition:
-                dense_outputs.append(relative_difference(module(x_TD), weights.to(torch.float32)(x_TD)))
+                there_TD = x_TD.to(dense.device)
+                expected_TD = weights.to(torch.float32, dense.device)(there_TD)
+                dense_outputs.append(relative_difference(module(there_TD), expected_TD))
         if layers is None:
             dense.advance({})
         if all_on is not None:
@@ -188,15 +193,17 @@ def _within(parity: Parity, name: str) -> Parity:
 
 
 def oracle_difference(module: MoEFeedForward, weights: FFNWeights, plan: LayerPlan, x_TD: Tensor) -> float:
-    """:func:`relative_difference` of a converted FFN's output from the oracle's.
+    """:func:`relative_difference` of a converted FFN's output from the oracle's, which is computed on the CPU whatever
+    the device of ``module``.
 
     Where every neuron is an expert, two of thousands are often equal to within rounding: then the module may choose,
     and computes by the path that chooses as ``chosen`` does.
     """
+    there_TD = x_TD.to(module.up_proj.weight.device)
     if not isinstance(module, NeuronFeedForward):
-        return relative_difference(module(x_TD), reference_ffn(weights, plan, x_TD))
+        return relative_difference(module(there_TD).cpu(), reference_ffn(weights, plan, x_TD))
     with use_path(module, "masked", "every"):
-        made_TD, chosen_TF = module(x_TD), module.chosen(x_TD)
+        made_TD, chosen_TF = module(there_TD).cpu(), module.chosen(there_TD).cpu()
     return relative_difference(made_TD, reference_ffn(weights, plan, x_TD, undecided_TF=chosen_TF))
 
 

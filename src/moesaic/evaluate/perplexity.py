@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moesaic.errors import InputError
+from moesaic.options.device import device_of
 from moesaic.progress import Progress, Silent
 
 _LOSS_BYTES = 16e6
@@ -82,7 +83,8 @@ def perplexity(
 
 @torch.inference_mode()
 def window_loss(model: Callable[..., Any], ids_W: Tensor) -> float:
-    """Summed negative log-likelihood of a window's tokens but the first, in nats."""
+    """Summed negative log-likelihood of a window's tokens but the first, in nats, computed where the model is."""
+    ids_W = ids_W.to(device_of(model))
     logits_WV = model(input_ids=ids_W[None], use_cache=False).logits[0]
     nll, rows = 0.0, max(1, int(_LOSS_BYTES / (4 * logits_WV.shape[-1])))
     for part_RV, targets_R in zip(logits_WV[:-1].split(rows), ids_W[1:].split(rows), strict=True):

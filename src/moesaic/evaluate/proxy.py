@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moesaic.errors import CheckpointError, InputError
+from moesaic.options.device import device_of
 
 TEXTS_SHA256 = "937b7397261a9c6d0a3110d61a6126047939d2929b6969e3c8e3fa72db6c50cb"
 
@@ -105,7 +106,7 @@ def proxy_perplexity(
         raise InputError("proxy perplexity of no texts", "give at least one text")
     text_nll, text_tokens = [], []
     for number, text in enumerate(texts, start=1):
-        ids_W = _tokens(tokenizer, text, chat)
+        ids_W = _tokens(tokenizer, text, chat).to(device_of(model))
         if len(ids_W) < 2:
             raise InputError(f"proxy text {number} has {len(ids_W)} tokens", "a text needs at least two")
         logits_WV = model(input_ids=ids_W[None], use_cache=False).logits[0]

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesaic.options.device import device_of, wait_for
+
 _WARM_UP_STEPS = 4
 
 
@@ -84,14 +86,18 @@ def ratio(kind: str, rounds: Sequence[Speed], base: Sequence[Speed]) -> Ratio:
 
 @torch.inference_mode()
 def _one_round(model: Any, ids_1W: Tensor, steps: int) -> Speed:
-    first, out = _timed(lambda: model(input_ids=ids_1W, use_cache=True, logits_to_keep=1))
-    rest, _ = _timed(lambda: _decode(model, out, steps))
+    device = device_of(model)
+    ids_1W = ids_1W.to(device)
+    first, out = _timed(device, lambda: model(input_ids=ids_1W, use_cache=True, logits_to_keep=1))
+    rest, _ = _timed(device, lambda: _decode(model, out, steps))
     return Speed(ids_1W.shape[1] / first, steps / rest)
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def _timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
+    wait_for(device)
     started = time.perf_counter()
     result = work()
+    wait_for(device)
     return time.perf_counter() - started, result
 
 

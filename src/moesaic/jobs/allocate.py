@@ -49,9 +49,8 @@ def _allocation(job: Job, progress: Progress) -> dict[str, Any]:
     d_ff, layers = job.anatomy.d_ff, job.anatomy.num_layers
     active = active_neurons(job.config, d_ff)
     windows = cut_windows(job.windows.ids_NW, options.tokens)
-    dtype = job.settings.calibration.resolved_dtype()
     fractions = options.fractions_for(active / d_ff)
-    losses = measure_layers(job.checkpoint, job.anatomy, windows, fractions, dtype, progress)
+    losses = measure_layers(job.checkpoint, job.anatomy, windows, fractions, job.compute_dtype, progress, job.device)
     curves = [Curve.fit(points) for points in losses]
     mode = options.mode_for(job.settings.target)
     fewest = min(active, round(min(fractions) * d_ff))  # below what was measured a curve is a guess

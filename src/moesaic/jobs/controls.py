@@ -23,6 +23,7 @@ from moesaic.jobs.job import Job, prepare
 from moesaic.jobs.request import check_request
 from moesaic.jobs.settings import ConvertSettings
 from moesaic.materialise.apply import apply_blueprint
+from moesaic.options.device import CPU
 from moesaic.progress import Progress
 
 CONTROLS = ("static", "random")
@@ -42,7 +43,8 @@ def _of_the_split(blueprint: Blueprint, activity: Activity) -> float:
 def control_model(
     job: Job, baseline: Path, blueprint: Blueprint, progress: Progress, dtype: torch.dtype | str = "auto"
 ) -> tuple[Any, float]:
-    """The dense model, in memory, converted by a control in the layers of ``blueprint``, and its own active fraction.
+    """The dense model, on the device of ``job``, converted by a control in the layers of ``blueprint``, and its own
+    active fraction.
 
     An expert of an existing MoE that ``blueprint`` leaves whole stays whole. A control that is calibrated may leave
     others whole too, which saw too little text: then its active fraction is larger.
@@ -60,7 +62,7 @@ def control_model(
     control = replace(control, sites={**untouched, **control.sites, **whole})
     model = load_model(baseline, dtype)
     apply_blueprint(model, control, job.anatomy, job.checkpoint)
-    return model.eval(), active_fraction(control)
+    return model.eval().to(job.device), active_fraction(control)
 
 
 def control_job(
@@ -69,10 +71,12 @@ def control_job(
     blueprint: Blueprint,
     calibration: CalibrationConfig,
     activity: Activity | None = None,
+    device: torch.device | None = None,
 ) -> Job:
     """The conversion that makes a control at the active fraction of ``blueprint``.
 
-    ``activity``: what the text used of the model, to which the fraction is fitted; None: as planned.
+    ``activity``: what the text used of the model, to which the fraction is fitted; None: as planned. ``device``: where
+    it is decided; None is the CPU.
     """
     dense_config = Checkpoint(baseline).config
     hierarchical = FAMILIES[dense_config["model_type"]].moe is not None
@@ -88,5 +92,6 @@ def control_job(
         calibration=calibration,
         hierarchical=hierarchical,
         dense_layers=tuple(sorted(dense)),
+        device=CPU if device is None else str(device),
     )
     return prepare(check_request(baseline, settings))

@@ -212,7 +212,7 @@ def _check(
         more = "" if layers is None else "; `moesaic verify --full` computes all"
         progress.note(f"verifying the written checkpoint against the dense one: {what}{more}")
         check_tensors(Checkpoint(folder))
-        parity = stream_parity(job.checkpoint, job.anatomy, folder, blueprint, _parity_ids(job), layers)
+        parity = stream_parity(job.checkpoint, job.anatomy, folder, blueprint, _parity_ids(job), layers, job.device)
         return {"parity": parity.to_dict()}
     if split.whole is not None:
         check_beside(job.checkpoint, Checkpoint(folder))

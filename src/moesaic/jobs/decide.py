@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -32,10 +32,14 @@ from moesaic.materialise.apply import build_ffn
 from moesaic.methods.base import MethodModule, ModelContext, ModelMethodModule, ModelPlan
 from moesaic.nn.ffn import FFNWeights
 from moesaic.nn.moesaic_paths import PORTABLE
+from moesaic.options.device import exact_device
 from moesaic.progress import Progress, Silent
 from moesaic.staging.writer import StagedOutput
 from moesaic.targets.write import step_of
 from moesaic.train.launch import processes
+
+if TYPE_CHECKING:
+    from moesaic.nn.moesaic_ffn import MoEFeedForward
 
 Plans = dict[str, LayerPlan]
 _ROUTER_TOKENS = 16
@@ -124,7 +128,14 @@ def train_beside(job: Job, folder: Path) -> None:
 def _plan_model(job: Job, folder: Path, progress: Progress) -> ModelPlan:
     assert job.windows is not None
     context = ModelContext(
-        job.checkpoint, job.anatomy, job.windows.ids_NW, job.dense_layers, job.settings.seed, folder, progress
+        job.checkpoint,
+        job.anatomy,
+        job.windows.ids_NW,
+        job.dense_layers,
+        job.settings.seed,
+        folder,
+        progress,
+        job.device,
     )
     return cast(ModelMethodModule, job.method).plan_model(context, job.config)
 
@@ -151,9 +162,11 @@ def blueprint_of(job: Job, made: Decisions) -> Blueprint:
 
 def _move_on(stream: LayerStream, plans: Mapping[str, LayerPlan]) -> None:
     """Complete the layer with its converted FFNs, so that the next one sees what it will see in use."""
-    made = {path: build_ffn(stream.stored_weights(path), plan, stream.dtype) for path, plan in plans.items()}
-    for ffn in made.values():
-        ffn.table = PORTABLE
+    made: dict[str, MoEFeedForward] = {}
+    for path, plan in plans.items():
+        weights = stream.stored_weights(path).to(device=stream.device)
+        made[path] = build_ffn(weights, plan, stream.dtype)
+        made[path].table = PORTABLE
     stream.advance(made)
 
 
@@ -161,9 +174,15 @@ def _open_stream(job: Job, staged: StagedOutput | None) -> tuple[LayerStream | N
     """The calibration stream, moved to the first layer that it must compute; None for methods without data."""
     if job.windows is None:
         return None, 0
-    dtype = job.settings.calibration.resolved_dtype()
     spill = None if staged is None else staged.work
-    stream = LayerStream(job.checkpoint, job.anatomy, job.windows.ids_NW, compute_dtype=dtype, spill=spill)
+    stream = LayerStream(
+        job.checkpoint,
+        job.anatomy,
+        job.windows.ids_NW,
+        compute_dtype=job.compute_dtype,
+        device=job.device,
+        spill=spill,
+    )
     state = None if staged is None else staged.read_state()
     if state is None:
         return stream, 0
@@ -183,7 +202,7 @@ def _decide_layer(
     plans: Plans = {}
     fits: dict[str, dict[str, Any]] = {}
     for site in sites:
-        weights = load_ffn(job.checkpoint, site, job.anatomy.activation)
+        weights = load_ffn(job.checkpoint, site, job.anatomy.activation).to(device=exact_device(job.device))
         inputs = captured.get(site.path)
         plan = _decide_site(job, site, weights, inputs, progress)
         if plan is None:

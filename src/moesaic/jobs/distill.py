@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesaic import durable
 from moesaic.anatomy.base import max_positions, vocabulary
@@ -23,10 +23,14 @@ from moesaic.distill.page import page
 from moesaic.distill.plots import figures
 from moesaic.distill.sweep import sweep
 from moesaic.errors import InputError, MoesaicError
-from moesaic.jobs.distill_request import KEY_NAME, DistillRequest, check_distill
+from moesaic.jobs.distill_request import KEY_NAME, DistillRequest, check_distill, check_same_device, key_on
 from moesaic.nn.ffn import FFNWeights
 from moesaic.options import build
+from moesaic.options.device import AUTO, exact_device, find_device
 from moesaic.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    import torch
 
 RESULTS_NAME = "results.json"
 PAGE_NAME = "report.html"
@@ -48,6 +52,7 @@ def distill(
     config: DistillConfig | Mapping[str, Any] | None = None,
     processes: int = 1,
     restart: bool = False,
+    device: str = AUTO,
     progress: Progress | None = None,
 ) -> Distilled:
     """Look for a sparse mixture of experts inside one FFN.
@@ -63,6 +68,7 @@ def distill(
         config: The sweep, or its keys.
         processes: Students trained at a time.
         restart: Throw away an unfinished sweep.
+        device: Where activations are captured and students trained: ``auto``, ``cpu``, ``cuda``, ``xpu``, ``mps``.
         progress: Receives steps and notes.
 
     Raises:
@@ -73,6 +79,9 @@ def distill(
         config = build(DistillConfig, config or {}, "distill")
     progress = progress or Silent()
     request = check_distill(model, layer, config, output, processes, restart)
+    place = find_device(device)
+    if not restart:
+        check_same_device(request, place.type)
     windows = _windows(request)
     partial = request.partial
     with durable.full_disk_errors(partial):
@@ -83,15 +92,16 @@ def distill(
             return Distilled(request.output, json.loads((request.output / RESULTS_NAME).read_text(encoding="utf-8")))
         partial.mkdir(exist_ok=True)
         try:
-            durable.replace_text(partial / KEY_NAME, json.dumps(request.key(), indent=1) + "\n")
+            durable.replace_text(partial / KEY_NAME, json.dumps(key_on(request, place.type), indent=1) + "\n")
             teacher = load_ffn(request.checkpoint, request.site, request.anatomy.activation)
-            about = _data(request, teacher, windows, progress)
+            about = _data(request, teacher, windows, place, progress)
         except MoesaicError:
             if read_about(partial / "data") is None:  # nothing worth resuming
                 durable.remove_tree(partial)
             raise
         d_model = request.anatomy.d_model
-        done = sweep(trials(config, d_model), partial / "data", partial / "trials", config, processes, progress)
+        todo = trials(config, d_model)
+        done = sweep(todo, partial / "data", partial / "trials", config, processes, progress, exact_device(place))
         widths = sorted({*config.dense_widths, *(s + k * config.width for s, k in config.pairs)})
         results = {
             "model": str(model),
@@ -117,7 +127,9 @@ def _windows(request: DistillRequest) -> Any:
     return build_windows(request.config.data, tokenizer, max_positions(config), vocabulary(config))
 
 
-def _data(request: DistillRequest, teacher: FFNWeights, windows: Any, progress: Progress) -> dict[str, Any]:
+def _data(
+    request: DistillRequest, teacher: FFNWeights, windows: Any, place: torch.device, progress: Progress
+) -> dict[str, Any]:
     """Figures of the activations in the working folder, captured if they are not there."""
     folder, config = request.partial / "data", request.config
     key = request.key() | {"text": windows.fingerprint}
@@ -128,9 +140,13 @@ def _data(request: DistillRequest, teacher: FFNWeights, windows: Any, progress: 
         return kept[1]
     for note in windows.notes:
         progress.note(note)
-    dtype = config.data.resolved_dtype()
     stream = LayerStream(
-        request.checkpoint, request.anatomy, windows.ids_NW, compute_dtype=dtype, spill=request.partial
+        request.checkpoint,
+        request.anatomy,
+        windows.ids_NW,
+        compute_dtype=config.data.resolved_dtype(place),
+        device=place,
+        spill=request.partial,
     )
     x_TD = capture(stream, request.site.layer, request.site.path, progress)
     return write_data(

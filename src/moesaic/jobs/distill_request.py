@@ -18,6 +18,7 @@ from moesaic.checkpoint.source import resolve_model
 from moesaic.distill.config import DistillConfig
 from moesaic.errors import InputError, UnsupportedModelError
 from moesaic.jobs.request import local_folder
+from moesaic.options.device import CPU
 from moesaic.staging.placement import absolute, check_output, partial_of
 
 KEY_NAME = "key.json"
@@ -110,5 +111,21 @@ def _check_same_run(request: DistillRequest) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is damaged", "start again with --restart") from error
-    if found != request.key():
+    if {name: value for name, value in found.items() if name != "device"} != request.key():
         raise InputError(f"{request.partial} holds another sweep", "use --restart, or another output")
+
+
+def key_on(request: DistillRequest, kind: str) -> dict[str, Any]:
+    """:meth:`DistillRequest.key` with the kind of the device, where that is not the CPU."""
+    return request.key() | ({} if kind == CPU else {"device": kind})
+
+
+def check_same_device(request: DistillRequest, kind: str) -> None:
+    """Refuse to go on with a sweep on a device of another kind, which rounds otherwise."""
+    path = request.partial / KEY_NAME
+    before = json.loads(path.read_text(encoding="utf-8")).get("device", CPU) if path.exists() else kind
+    if before != kind:
+        raise InputError(
+            f"{request.partial} holds a sweep that ran on {before}, this one would run on {kind}",
+            f"use --device {before}, or --restart",
+        )

@@ -8,7 +8,9 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from moesaic.adjust.budget import budget_reads_text
 from moesaic.anatomy.base import Config, clipped, vocabulary
@@ -31,12 +33,13 @@ from moesaic.evaluate.speed import measure
 from moesaic.jobs.card import write_pages
 from moesaic.jobs.controls import CONTROLS, active_fraction, control_job, control_model
 from moesaic.jobs.evaluation_run import SHORT, EvaluationRun, Precision, resolve_dtype
+from moesaic.jobs.job import Job
+from moesaic.options.device import AUTO, CPU, describe, device_for, find_device
 from moesaic.progress import Progress, Silent
 from moesaic.staging.results import RESULTS_NAME, merged, read_results
 
-if TYPE_CHECKING:
-    import torch
-
+_SLACK = 1.2
+"""Room that a model needs over its weights: activations and logits of a window."""
 _FIDELITY_WINDOWS = 2
 _QUICK = (1024, 16)
 """Tokens per window, and windows: two to three minutes for a model of 0.5 B parameters on two cores."""
@@ -58,6 +61,7 @@ def evaluate_model(
     proxy: bool = False,
     save: bool = True,
     fresh: bool = False,
+    device: str = AUTO,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint, usually a converted one, beside its dense source.
@@ -72,13 +76,15 @@ def evaluate_model(
         window: Tokens per window; default: 1024, with ``full`` 2048, or the model's longest context if shorter.
         limit: Number of windows; default: 16, with ``full`` all.
         full: All windows.
-        dtype: Of all models: ``auto`` is bf16 for a bf16 checkpoint where the CPU multiplies it natively, else fp32.
+        dtype: Of all models: ``auto`` is bf16 for a bf16 checkpoint where the device multiplies it, else fp32.
         controls: Also convert the baseline by the ``static`` and ``random`` controls at the same active fraction.
         fidelity: Measure router fidelity on the first windows; only folders of the moesaic architecture have it.
         speed: Measure prefill and decode speed beside the baseline, each in its own dtype.
         proxy: Also MLPMoE's proxy perplexity: eight short texts that ship with moesaic (docs/methods/mlpmoe.md).
         save: Merge the results into the folder's results.json when it is a moesaic output, figure by figure.
         fresh: Measure anew what is in the cache.
+        device: Where the models are, one at a time (with ``speed`` both): ``auto``, ``cpu``, ``cuda``, ``cuda:1``,
+            ``xpu``, ``mps``. ``auto`` takes the CPU where a model has no room on the GPU.
 
     Returns:
         ``{"protocol", "perplexity": {label: ...}, "fidelity", "speed", "parameters", ...}``, ready for JSON;
@@ -87,7 +93,8 @@ def evaluate_model(
 
     Raises:
         InputError: A path or text that cannot be used; a window longer than the model's context; ``baseline`` is not
-            what the model was made from; ``controls`` or ``speed`` without ``baseline``.
+            what the model was made from; ``controls`` or ``speed`` without ``baseline``; a device that is not there.
+        ResourceError: A model does not fit on the device that was named.
     """
     folder = resolve_model(str(model))
     checkpoint = Checkpoint(folder)
@@ -97,12 +104,18 @@ def evaluate_model(
     save = save and converted
     _check(checkpoint, blueprint, dense_folder, controls=controls, speed=speed, save=save)
     limit = limit if full or limit is not None else _QUICK[1]
-    precision = resolve_dtype(dtype, checkpoint)
+    precision = resolve_dtype(dtype, checkpoint, find_device(device))
+    folders = [checkpoint, *([] if dense_folder is None else [Checkpoint(dense_folder)])]
+    sizes = [each.nbytes / getattr(torch, each.dtype).itemsize * precision.itemsize for each in folders]
+    place = device_for(device, _SLACK * (sum(sizes) if speed else max(sizes)), "the model")
     run = _begin(checkpoint, text, _window(window, checkpoint.config, full=full), limit, precision)
+    if place.type != CPU:
+        run.key = {**run.key, "device": place.type}
     run.models = 1 + (dense_folder is not None) + (len(CONTROLS) if controls else 0)
     run.fresh, run.progress = fresh, progress or Silent()
     run.tokenizer = load_tokenizer(folder) if proxy else None
     results: dict[str, Any] = {"protocol": run.name, "dtype": str(precision).removeprefix("torch.")}
+    results |= {} if place.type == CPU else {"device": describe(place)}
 
     def keep() -> None:
         results["perplexity"] = run.table()
@@ -110,9 +123,9 @@ def evaluate_model(
             _save(folder, run, results)
 
     if dense_folder is not None:
-        run.measure("dense", *_of_folder(Checkpoint(dense_folder), precision))
+        run.measure("dense", *_of_folder(Checkpoint(dense_folder), precision, place))
         results["parameters_dense"] = run.facts["dense"]["parameters"]
-    run.measure("model", *_of_folder(checkpoint, precision), _fidelity(run, results) if fidelity else None)
+    run.measure("model", *_of_folder(checkpoint, precision, place), _fidelity(run, results) if fidelity else None)
     results["parameters"] = run.facts["model"]["parameters"]
     if blueprint is not None:
         results["active_ffn_fraction"] = run.activity["model"].fraction(blueprint.sites)
@@ -121,11 +134,13 @@ def evaluate_model(
         results["other_budgets"] = several and not tuned(checkpoint.config)
     keep()
     if speed and dense_folder is not None:
-        results["speed"] = _speed_beside(dense_folder, folder, run.progress)
+        results["speed"] = _speed_beside(dense_folder, folder, place, run.progress)
         keep()
     if controls and dense_folder is not None and blueprint is not None:
         for name in CONTROLS:
-            _measure_control(name, run, dense_folder, blueprint, checkpoint, precision)
+            run.progress.note(f"control {name}: reading the dense model")
+            job = control_job(name, dense_folder, blueprint, _calibration(checkpoint), run.activity["model"], place)
+            _measure_control(name, run, job, blueprint, precision)
             keep()
     if proxy:
         results["proxy"] = run.proxy_table()
@@ -149,10 +164,10 @@ def _begin(
 
 
 def _of_folder(
-    checkpoint: Checkpoint, dtype: torch.dtype
+    checkpoint: Checkpoint, dtype: torch.dtype, place: torch.device
 ) -> tuple[dict[str, Any], Callable[[], tuple[Any, dict[str, Any]]]]:
     """What tells a folder's model from others, and how it is loaded."""
-    return {"model": checkpoint.fingerprint()}, lambda: (load_model(checkpoint.folder, dtype), {})
+    return {"model": checkpoint.fingerprint()}, lambda: (load_model(checkpoint.folder, dtype, place), {})
 
 
 def _fidelity(run: EvaluationRun, results: dict[str, Any]) -> Callable[[Any], None]:
@@ -207,27 +222,18 @@ def _window(asked: int | None, config: Config, *, full: bool) -> int:
     return longest
 
 
-def _speed_beside(dense_folder: Path, folder: Path, progress: Progress) -> dict[str, Any]:
+def _speed_beside(dense_folder: Path, folder: Path, place: torch.device, progress: Progress) -> dict[str, Any]:
     """Speed of the dense and of the converted model, measured in turn, each as transformers loads it."""
     progress.note("speed of both models, in turn")
-    with _loaded(dense_folder) as dense, _loaded(folder) as converted, prefill_as_loaded(converted):
+    with _loaded(dense_folder, place) as dense, _loaded(folder, place) as converted, prefill_as_loaded(converted):
         return {label: speed.to_dict() for label, speed in measure({"dense": dense, "model": converted}).items()}
 
 
-def _measure_control(
-    name: str,
-    run: EvaluationRun,
-    dense_folder: Path,
-    blueprint: Blueprint,
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-) -> None:
+def _measure_control(name: str, run: EvaluationRun, job: Job, blueprint: Blueprint, dtype: torch.dtype) -> None:
     """Perplexity of a control, which is converted where its windows are not in the cache."""
-    run.progress.note(f"control {name}: reading the dense model")
-    job = control_job(name, dense_folder, blueprint, _calibration(checkpoint), run.activity["model"])
 
     def load() -> tuple[Any, dict[str, Any]]:
-        model, active = control_model(job, dense_folder, blueprint, run.progress, dtype)
+        model, active = control_model(job, job.checkpoint.folder, blueprint, run.progress, dtype)
         return model, {"active_ffn_fraction": active}
 
     # The control leaves whole what the blueprint leaves whole.
@@ -235,9 +241,9 @@ def _measure_control(
 
 
 @contextmanager
-def _loaded(folder: Path) -> Iterator[Any]:
-    """A model in memory for the length of a block."""
-    model = load_model(folder, "auto")
+def _loaded(folder: Path, place: torch.device) -> Iterator[Any]:
+    """A model on its device for the length of a block."""
+    model = load_model(folder, "auto", place)
     try:
         yield model
     finally:

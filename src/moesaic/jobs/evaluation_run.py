@@ -32,18 +32,18 @@ _WARM_UP = 64
 """Tokens of a pass that counts for nothing: it reads the weights from disk and compiles kernels."""
 
 
-def resolve_dtype(asked: Precision, checkpoint: Checkpoint) -> torch.dtype:
+def resolve_dtype(asked: Precision, checkpoint: Checkpoint, device: torch.device | None = None) -> torch.dtype:
     """The dtype in which all models of an evaluation compute.
 
-    ``auto``: bf16 for a bf16 checkpoint where the CPU multiplies it natively, else fp32. A model that is too large for
-    this machine in fp32 keeps its own dtype.
+    ``auto``: bf16 for a bf16 checkpoint where the device (None: the CPU) multiplies it natively, else fp32. A model
+    that is too large for this machine in fp32 keeps its own dtype.
     """
     import torch
 
     if asked != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[asked]
     own = getattr(torch, checkpoint.dtype)
-    native = own == torch.bfloat16 and CalibrationConfig().resolved_dtype() == own
+    native = own == torch.bfloat16 and CalibrationConfig().resolved_dtype(device) == own
     return own if native or beyond_memory(fp32_bytes(checkpoint), "a model in fp32") else torch.float32
 
 

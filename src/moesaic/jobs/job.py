@@ -24,6 +24,7 @@ from moesaic.jobs.request import Request, at_active, expected_split
 from moesaic.jobs.settings import ConvertSettings
 from moesaic.methods import get_method
 from moesaic.methods.base import MethodConfig, MethodModule, ModelMethodModule
+from moesaic.options.device import CPU, find_device
 from moesaic.targets import AUTO, choose_target
 from moesaic.targets.write import output_names
 
@@ -34,12 +35,14 @@ class Job(Request):
 
     Attributes:
         method: The method's module.
+        device: Where layers and solvers compute.
         windows: Calibration text, where it is read.
         given: The blueprint that decides the split, in place of the method.
         allocation: The report of ``jobs/allocate.py``, once the layers are measured.
     """
 
     method: MethodModule | ModelMethodModule
+    device: torch.device
     windows: Windows | None
     given: Blueprint | None
     allocation: dict[str, Any] | None = None
@@ -51,8 +54,16 @@ class Job(Request):
         return at_active(self.config, self.allocation["neurons"][layer] / self.anatomy.d_ff)
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """In which the model runs during calibration."""
+        return self.settings.calibration.resolved_dtype(self.device)
+
+    @property
     def key(self) -> dict[str, Any]:
-        """What the output depends on. A staging folder with another key is not resumed."""
+        """What the output depends on. A staging folder with another key is not resumed.
+
+        The kind of the device is in it, as sums are rounded otherwise there; which of several equal ones is not.
+        """
         return {
             "moesaic": moesaic.__version__,
             "torch": torch.__version__,
@@ -70,7 +81,8 @@ class Job(Request):
             "target_options": self.settings.target_options.model_dump(mode="json"),
             "seed": self.settings.seed,
             "calibration": None if self.windows is None else self.windows.fingerprint,
-            "compute_dtype": None if self.windows is None else str(self.settings.calibration.resolved_dtype()),
+            "compute_dtype": None if self.windows is None else str(self.compute_dtype),
+            **({} if self.device.type == CPU else {"device": self.device.type}),
             "budget": self.settings.budget,
             "blueprint": None if self.given is None else self.given.digest(),
         }
@@ -79,6 +91,7 @@ class Job(Request):
 def prepare(request: Request) -> Job:
     """Check everything that can be known before the work, the weights included. Raises InputError."""
     settings, checkpoint, anatomy = request.settings, request.checkpoint, request.anatomy
+    device = find_device(settings.device)
     given = None if request.blueprint is None else _load_blueprint(request.blueprint)
     if given is not None:
         _check_blueprint(given, anatomy)
@@ -98,7 +111,7 @@ def prepare(request: Request) -> Job:
         longest = max_positions(checkpoint.config)
         windows = build_windows(settings.calibration, tokenizer, longest, skeleton.vocabulary)
     _check_weights(skeleton)
-    return Job(**vars(request), method=get_method(settings.method), windows=windows, given=given)
+    return Job(**vars(request), method=get_method(settings.method), device=device, windows=windows, given=given)
 
 
 def _check_given(given: Blueprint, settings: ConvertSettings) -> None:

@@ -12,6 +12,9 @@ from moesaic.adjust.router_config import RouterFitConfig
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.errors import InputError
 from moesaic.options import build
+from moesaic.options.device import AUTO as AUTO_DEVICE
+from moesaic.options.device import MEANING as DEVICE_MEANING
+from moesaic.options.device import DeviceName
 from moesaic.targets import AUTO, TARGETS
 from moesaic.targets.base import TargetOptions
 
@@ -69,6 +72,7 @@ class ConvertSettings(BaseModel):
         "blueprint.",
     )
     seed: int = Field(default=0, description="Seed of everything random in the method.")
+    device: DeviceName = Field(default=AUTO_DEVICE, description=DEVICE_MEANING)
 
     @field_validator("router", "allocation", mode="before")
     @classmethod

@@ -36,6 +36,7 @@ from moesaic.jobs.tune_request import TuneRequest, check_tune
 from moesaic.jobs.verify import check_tensors
 from moesaic.materialise.pack import TENSOR_NAMES
 from moesaic.options import build
+from moesaic.options.device import AUTO, CPU, device_for, find_device
 from moesaic.progress import Progress, Silent
 from moesaic.staging.placement import absolute, partial_of
 from moesaic.staging.writer import StagedOutput
@@ -78,6 +79,7 @@ class _Job:
     data: TrainData
     gate_ids_NW: Tensor | None
     preset: str
+    device: torch.device
 
     @property
     def key(self) -> dict[str, Any]:
@@ -89,6 +91,7 @@ class _Job:
             "dense": None if request.dense is None else request.dense.fingerprint(),
             "config": {**request.config.model_dump(mode="json"), "train": request.config.train.identity()},
             "data": self.data.fingerprint(),
+            **({} if self.device.type == CPU else {"device": self.device.type}),
         }
 
 
@@ -101,6 +104,7 @@ def tune(
     preset_name: str = DEFAULT_PRESET,
     restart: bool = False,
     teacher_cache: str | Path | None = None,
+    device: str = AUTO,
     progress: Progress | None = None,
 ) -> Tuned:
     """Train a converted model a little and write it in the same architecture.
@@ -117,6 +121,7 @@ def tune(
         restart: Throw away an unfinished ``output.partial``.
         teacher_cache: Folder in which the dense model's last hidden states are kept, W x D numbers per window: a window
             seen again, in another epoch or by another recovery, costs only the dense model's head. Losses are the same.
+        device: Where student and teacher are trained: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``, ``mps``.
         progress: Receives steps done, losses and notes.
 
     Raises:
@@ -128,7 +133,7 @@ def tune(
     progress = progress or Silent()
     if not isinstance(config, TuneConfig):
         config = build(TuneConfig, preset(preset_name, dict(config or {})), "tune")
-    request = check_tune(folder, config, output, baseline, teacher_cache)
+    request = check_tune(folder, config, output, baseline, teacher_cache, device)
     earlier = current_results(request.source)
     job = _prepare(request, preset_name, progress)
     if is_worker():
@@ -156,7 +161,9 @@ def tune(
 
 
 def _prepare(request: TuneRequest, preset_name: str, progress: Progress) -> _Job:
-    """Read blueprint and text, and refuse a training whose result the architecture could not hold."""
+    """Read blueprint and text, and refuse a training whose result the architecture could not hold, and a device that
+    is not there or cannot hold student and teacher."""
+    device = device_for(request.device, _trained_bytes(request), "a training")
     blueprint = read_blueprint(request.source)
     assert blueprint is not None  # a stock folder that transformers saved was refused
     tokenizer, config = load_tokenizer(request.source.folder), request.anatomy.config
@@ -170,7 +177,14 @@ def _prepare(request: TuneRequest, preset_name: str, progress: Progress) -> _Job
     if request.config.gate == "sigmoid":
         _check_gates(plans)
     choose_target(_split(request, replace(blueprint, sites=plans)), request.target.name)
-    return _Job(request, blueprint, data, data.ids_NW[:2] if sigmoid else None, preset_name)
+    return _Job(request, blueprint, data, data.ids_NW[:2] if sigmoid else None, preset_name, device)
+
+
+def _trained_bytes(request: TuneRequest) -> float:
+    """Bytes of student and teacher as they are trained, without what grows with the batch."""
+    models = [request.source, *([request.dense] if request.dense and request.config.loss.needs_teacher else [])]
+    item = request.config.train.resolved_dtype(find_device(request.device)).itemsize
+    return sum(model.nbytes / getattr(torch, model.dtype).itemsize * item for model in models)
 
 
 def _has_sigmoid(target: Target) -> bool:
@@ -228,7 +242,7 @@ def _split(request: TuneRequest, blueprint: Blueprint) -> Split:
 def _train(job: _Job, folder: Path, progress: Progress) -> tuple[TrainReport, list[str]]:
     """Train, or take up what is trained already; what was trained, in words."""
     request, config = job.request, job.request.config
-    dtype = config.train.resolved_dtype()
+    dtype = config.train.resolved_dtype(job.device)
     student = make_student(request.source, request.dense, job.blueprint, request.anatomy, config, job.gate_ids_NW)
     teacher = states = None
     if request.dense is not None and config.loss.needs_teacher:
@@ -236,7 +250,7 @@ def _train(job: _Job, folder: Path, progress: Progress) -> tuple[TrainReport, li
         if request.teacher_cache is not None:
             states = KeptStates(request.teacher_cache, request.dense.fingerprint(), dtype)
     task = TuneTask(student, teacher, request.anatomy, config, dtype, states)
-    report = train(task, job.data, config.train, folder, key=job.key, progress=progress)
+    report = train(task, job.data, config.train, folder, key=job.key, progress=progress, device=job.device)
     return report, task.what
 
 

@@ -17,6 +17,7 @@ from moesaic.checkpoint.mark import tuned
 from moesaic.checkpoint.reader import CONFIG, Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import InputError
+from moesaic.options.device import AUTO
 from moesaic.staging.placement import absolute, check_output
 from moesaic.targets import OWN, TARGETS
 from moesaic.targets.base import Target, TargetOptions
@@ -36,6 +37,7 @@ class TuneRequest:
         options: How it was put into that.
         config: What is trained.
         teacher_cache: Folder for the dense model's last hidden states; None keeps none.
+        device: Where it is trained, by name.
     """
 
     source: Checkpoint
@@ -45,6 +47,7 @@ class TuneRequest:
     options: TargetOptions
     config: TuneConfig
     teacher_cache: Path | None = None
+    device: str = AUTO
 
     @property
     def own(self) -> bool:
@@ -58,6 +61,7 @@ def check_tune(
     output: str | Path,
     baseline: str | Path | None = None,
     teacher_cache: str | Path | None = None,
+    device: str = AUTO,
 ) -> TuneRequest:
     """Refuse what cannot work. Raises InputError, CheckpointError or UnsupportedModelError; writes nothing."""
     folder = absolute(folder)
@@ -95,7 +99,7 @@ def check_tune(
     anatomy = read_anatomy(dense_config, hierarchical=FAMILIES[dense_config["model_type"]].moe is not None)
     options = TargetOptions.model_validate(made.get("target_options") or {})
     cache = None if teacher_cache is None else _checked_cache(absolute(teacher_cache), config)
-    return TuneRequest(source, dense, anatomy, TARGETS[target], options, config, cache)
+    return TuneRequest(source, dense, anatomy, TARGETS[target], options, config, cache, device)
 
 
 def _check_processes(config: TuneConfig) -> None:

@@ -42,6 +42,7 @@ from moesaic.evaluate.parity import (
 )
 from moesaic.evaluate.vllm import otherwise_in_vllm, vllm_parity
 from moesaic.materialise.pack import pack
+from moesaic.options.device import AUTO, device_for, device_of, find_device
 from moesaic.staging.manifest import check_manifest
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from moesaic.nn.modeling_moesaic import MoesaicForCausalLM
 
 PROMPT_TOKENS = 32
+_SLACK = 1.1
+"""Room that a model needs over its weights, for a prompt."""
 ORACLE_TOKENS = 64
 ENGINE_WINDOW = 256
 ENGINE_LOGPROBS = 2**24
@@ -92,7 +95,9 @@ class VerifyReport:
         return asdict(self)
 
 
-def verify_output(folder: str | Path, *, baseline: str | Path | None = None, full: bool = False) -> VerifyReport:
+def verify_output(
+    folder: str | Path, *, baseline: str | Path | None = None, full: bool = False, device: str = AUTO
+) -> VerifyReport:
     """Check an output of ``moesaic convert``, or what transformers saved of it after a training.
 
     Of the latter, hashes and blueprint are gone or out of date: names, shapes and values of the tensors are checked
@@ -109,6 +114,8 @@ def verify_output(folder: str | Path, *, baseline: str | Path | None = None, ful
             every FFN with the oracle built from the dense weights and the blueprint. :func:`verify_native` is that of
             stock architectures.
         full: Load and compute all of a large model too.
+        device: Where it is computed: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``, ``mps``. ``auto`` takes the CPU
+            where the model has no room on the GPU. The oracle is computed on the CPU.
 
     Raises:
         VerificationError: naming the file, tensor or FFN that is wrong.
@@ -134,9 +141,10 @@ def verify_output(folder: str | Path, *, baseline: str | Path | None = None, ful
     own = output.config.get("model_type") == "moesaic"
     anatomy = _check_structure(output, blueprint) if own and blueprint is not None else None
     if not full and is_large(output):
-        found = _check_sample(output, dense, anatomy, blueprint)
+        found = _check_sample(output, dense, anatomy, blueprint, find_device(device))
     else:
-        found = _check_computed(output, dense, anatomy, blueprint)
+        size = _SLACK * output.nbytes / getattr(torch, output.dtype).itemsize * torch.float32.itemsize
+        found = _check_computed(output, dense, anatomy, blueprint, device_for(device, size, "the model in fp32"))
     return VerifyReport(
         folder=str(folder),
         files=files,
@@ -149,7 +157,11 @@ def verify_output(folder: str | Path, *, baseline: str | Path | None = None, ful
 
 
 def _check_sample(
-    output: Checkpoint, dense: Checkpoint | None, anatomy: Anatomy | None, blueprint: Blueprint | None
+    output: Checkpoint,
+    dense: Checkpoint | None,
+    anatomy: Anatomy | None,
+    blueprint: Blueprint | None,
+    place: torch.device,
 ) -> dict[str, Any]:
     """Of a large model: all its tensors, and outputs of some layers where there is a dense model beside it."""
     if dense is None or anatomy is None or blueprint is None:
@@ -157,14 +169,18 @@ def _check_sample(
         return {"checked": checked, "logits": None, "all_on": None, "oracle": None}
     layers = layers_to_compute(dense, anatomy, blueprint)
     with _as_verification_error():
-        parity = stream_parity(dense, anatomy, output.folder, blueprint, _prompt(output), layers)
+        parity = stream_parity(dense, anatomy, output.folder, blueprint, _prompt(output), layers, place)
     checked = checked_line(layers, anatomy.num_layers)
     checked = checked if layers is None else f"{checked}; --full computes all"
     return {"checked": checked, "logits": None, "all_on": parity.all_on, "oracle": parity.oracle}
 
 
 def _check_computed(
-    output: Checkpoint, dense: Checkpoint | None, anatomy: Anatomy | None, blueprint: Blueprint | None
+    output: Checkpoint,
+    dense: Checkpoint | None,
+    anatomy: Anatomy | None,
+    blueprint: Blueprint | None,
+    place: torch.device,
 ) -> dict[str, Any]:
     """The loaded model: its logits, and every FFN where there is a dense model beside it."""
     moesaic.register()
@@ -172,8 +188,8 @@ def _check_computed(
     own = output.config.get("model_type") == "moesaic"
     expected_TV = None
     if own and dense is not None and blueprint is not None and _is_partition(blueprint):
-        expected_TV = _logits(load_whole(dense.folder), prompt_1T)
-    model = load_whole(folder)
+        expected_TV = _logits(load_whole(dense.folder).to(place), prompt_1T)
+    model = load_whole(folder).to(place)
     logits_TV = _logits(model, prompt_1T)
     if not bool(torch.isfinite(logits_TV).all()):
         raise VerificationError(f"{folder} gives NaN or infinite logits", "report it")
@@ -186,7 +202,7 @@ def _check_computed(
         oracle = _oracle_difference(model, dense, anatomy, blueprint)
     if output.whole is not None:
         del model
-        _check_whole(folder, prompt_1T, logits_TV)
+        _check_whole(folder, prompt_1T, logits_TV, place)
     checked = "logits" if oracle is None else checked_line(None, 0)
     return {"checked": checked, "logits": logits_TV.abs().max().item(), "all_on": all_on, "oracle": oracle}
 
@@ -304,12 +320,12 @@ def _prompt(output: Checkpoint) -> Tensor:
 
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, ids_1T: Tensor) -> Tensor:
-    return model(input_ids=ids_1T, use_cache=False).logits[0].float()
+    return model(input_ids=ids_1T.to(device_of(model)), use_cache=False).logits[0].float().cpu()
 
 
-def _check_whole(folder: Path, ids_1T: Tensor, expected_TV: Tensor) -> None:
+def _check_whole(folder: Path, ids_1T: Tensor, expected_TV: Tensor, place: torch.device) -> None:
     """A conversion in place loads as the multimodal model that it is, and computes on text what its text model does."""
-    difference = relative_difference(_logits(load_multimodal(folder), ids_1T), expected_TV)
+    difference = relative_difference(_logits(load_multimodal(folder).to(place), ids_1T), expected_TV)
     if difference > TOLERANCE:
         raise VerificationError(
             f"{folder} differs from the text model in it: relative logit difference {difference:.1e}", "report it"
@@ -330,7 +346,7 @@ def _all_on_difference(model: MoesaicForCausalLM, ids_1T: Tensor, expected_TV: T
 
 def _check_packed(path: str, loaded: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     for name, tensor in expected.items():
-        if not torch.equal(loaded[name], tensor.to(loaded[name].dtype)):
+        if not torch.equal(loaded[name].cpu(), tensor.to(loaded[name].dtype)):
             raise VerificationError(f"{path}: {name} is not what its blueprint says", "report it")
 
 

@@ -38,7 +38,8 @@ AS_STORED = ("router.", "selection_bias", "gate_scale", "membership")
 
 
 def pack(weights: FFNWeights, plan: LayerPlan) -> dict[str, Tensor]:
-    """The tensors of the converted FFN, by name relative to its module path; new memory, contiguous.
+    """The tensors of the converted FFN, by name relative to its module path; new memory, contiguous, on the device of
+    ``weights``.
 
     Projections and biases keep the dtype of ``weights``; router, ``selection_bias`` and ``gate_scale`` are fp32, but a
     ``low_bit`` router has its own dtypes. Order:
@@ -50,18 +51,19 @@ def pack(weights: FFNWeights, plan: LayerPlan) -> dict[str, Tensor]:
         InputError: the plan is for an FFN of another size or form.
     """
     _check_fits(weights, plan)
-    packed = weights.take(plan.packed, keep_down_bias=True)
+    here = weights.up_FD.device
+    packed = weights.take(plan.packed.to(here), keep_down_bias=True)
     if plan.projections:
         packed = _reprojected(packed, plan)
     if plan.readout is not None:
         readout_DP = plan.readout * (plan.packed >= 0)
-        packed = replace(packed, down_DF=readout_DP.to(packed.down_DF.dtype))
+        packed = replace(packed, down_DF=readout_DP.to(packed.down_DF))
     if plan.fade is not None:
         packed = _faded(packed, plan)
     if plan.expert_scale is not None:
         packed = replace(packed, down_DF=_scaled_down(packed.down_DF, plan))
     if plan.bias is not None:
-        packed = replace(packed, down_bias_D=plan.bias.to(packed.down_DF.dtype))
+        packed = replace(packed, down_bias_D=plan.bias.to(packed.down_DF))
     tensors = {TENSOR_NAMES[name]: tensor.contiguous() for name, tensor in packed.tensors().items()}
     if "down_proj.bias" in tensors:  # the one tensor that `take` hands on uncopied
         tensors["down_proj.bias"] = tensors["down_proj.bias"].clone()
@@ -69,14 +71,14 @@ def pack(weights: FFNWeights, plan: LayerPlan) -> dict[str, Tensor]:
     if plan.selection_bias is not None:
         routing["selection_bias"] = plan.selection_bias
     if plan.gate == "scaled":
-        zeros_E = torch.zeros(len(plan.experts))
+        zeros_E = torch.zeros(len(plan.experts), device="cpu")
         routing["gate_scale"] = zeros_E if plan.gate_scale is None else plan.gate_scale
     kept = plan.router.kind == "low_bit"
     routing = {
-        name: tensor.detach().to(tensor.dtype if kept else torch.float32, copy=True).contiguous()
+        name: tensor.detach().to(here, tensor.dtype if kept else torch.float32, copy=True).contiguous()
         for name, tensor in routing.items()
     }
-    return tensors | routing | ({"membership": plan.membership} if plan.union else {})
+    return tensors | routing | ({"membership": plan.membership.to(here)} if plan.union else {})
 
 
 def site_spec(weights: FFNWeights, plan: LayerPlan) -> dict[str, Any]:
@@ -154,7 +156,7 @@ def _reprojected(packed: FFNWeights, plan: LayerPlan) -> FFNWeights:
                 f"the plan's {name} has shape {list(tensor.shape)}, this FFN needs {list(own[name].shape)}",
                 "use the blueprint with the model that it was made from",
             )
-        made[name] = (tensor * real_P.view(-1, *[1] * (tensor.dim() - 1))).to(own[name].dtype)
+        made[name] = (tensor * real_P.view(-1, *[1] * (tensor.dim() - 1))).to(own[name])
     return replace(packed, **made)
 
 
@@ -176,7 +178,7 @@ def _faded(packed: FFNWeights, plan: LayerPlan) -> FFNWeights:
     for rows, expert, fraction in zip(slices, plan.experts, plan.fade.fractions, strict=True):
         gate_MD = None if gate is None else gate[rows]
         new_gate, up[rows], down[:, rows] = fade_branch(
-            gate_MD, up[rows], down[:, rows], fraction, plan.fade.scope, expert >= 0
+            gate_MD, up[rows], down[:, rows], fraction, plan.fade.scope, (expert >= 0).to(up.device)
         )
         if gate is not None and new_gate is not None:
             gate[rows] = new_gate
@@ -188,6 +190,6 @@ def _scaled_down(down_DP: Tensor, plan: LayerPlan) -> Tensor:
     assert plan.expert_scale is not None
     wide = torch.promote_types(down_DP.dtype, torch.float32)
     scaled_DP = down_DP.to(wide).clone()
-    for columns, scale in zip(_expert_slices(plan), plan.expert_scale.to(wide), strict=True):
+    for columns, scale in zip(_expert_slices(plan), plan.expert_scale.to(scaled_DP), strict=True):
         scaled_DP[:, columns] *= scale.reshape(-1, 1)  # one factor, or one per output coordinate [D, 1]
     return scaled_DP.to(down_DP.dtype)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from moesaic.anatomy.base import Anatomy
@@ -109,6 +110,7 @@ class ModelContext:
         seed: The only source of randomness.
         folder: Where states of a long training are kept, so that the same call resumes.
         progress: Receives steps done.
+        device: Where it trains; of several processes each has its own.
     """
 
     checkpoint: Checkpoint
@@ -118,6 +120,7 @@ class ModelContext:
     seed: int
     folder: Path
     progress: Progress
+    device: torch.device
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def balance_bias(prob_TE: Tensor, k: int, steps: int, step: float, batch: int) -
     changes, and the step shrinks linearly to ``step / steps``: a constant one swings about the optimum for ever where
     the probabilities lie closer together than ``step``.
     """
-    bias_E = torch.zeros(prob_TE.shape[1], dtype=prob_TE.dtype)
+    bias_E = prob_TE.new_zeros(prob_TE.shape[1])
     batches = prob_TE.split(batch)
     for number in range(steps):
         bias_E = update_balance_bias(

@@ -16,7 +16,7 @@ _CHUNK = 1024  # rows that are in float64 at a time: bounds the memory for very 
 def square_norms(matrix_RC: Tensor) -> Tensor:
     """Squared L2 norm of every row, float64 [R]."""
     if not len(matrix_RC):
-        return torch.zeros(0, dtype=torch.float64)
+        return matrix_RC.new_zeros(0, dtype=torch.float64)
     return torch.cat([rows.double().square().sum(dim=1) for rows in matrix_RC.split(_CHUNK)])
 
 

@@ -90,7 +90,7 @@ class _Tokens:
 
     @classmethod
     def split(cls, x_TD: Tensor, share_TF: Tensor, allowed_F: Tensor) -> _Tokens:
-        held_T = held_out(len(x_TD))
+        held_T = held_out(len(x_TD)).to(x_TD.device)
         if not held_T.any():
             return cls(x_TD, share_TF, x_TD, share_TF, allowed_F, mean_rows(share_TF))
         built_TF = share_TF[~held_T]
@@ -136,7 +136,7 @@ def cluster_tokens_freely(
     Returns:
         The round in which held-out tokens keep most energy, with the experts' loads on these.
     """
-    allowed_F = torch.ones(share_TF.shape[1], dtype=torch.bool) if allowed_F is None else allowed_F
+    allowed_F = share_TF.new_ones(share_TF.shape[1], dtype=torch.bool) if allowed_F is None else allowed_F
     tokens = _Tokens.split(x_TD, share_TF, allowed_F)
     factored = FactoredRidge.of(tokens.x_TD, ridge)
     expert_T = first_clusters(tokens.share_TF, experts, seed)

@@ -62,7 +62,7 @@ def balanced_kmeans(
     best: Clustering | None = None
     previous_N: Tensor | None = None
     for _ in range(max(1, rounds)):
-        labels_N = balanced_assignment(squared_distances(rows_ND, centroids_ED), sizes)
+        labels_N = balanced_assignment(squared_distances(rows_ND, centroids_ED), sizes).to(rows_ND.device)
         if previous_N is not None and torch.equal(labels_N, previous_N):
             break
         centroids_ED, inertia = cluster_means(rows_ND, labels_N, len(sizes))
@@ -76,11 +76,13 @@ def balanced_kmeans(
 def _spread_seeds(rows_ND: Tensor, clusters: int, seed: int) -> Tensor:
     """k-means++: each next seed is drawn with probability proportional to its squared distance to the seeds so far."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = [int(torch.randint(len(rows_ND), (1,), generator=generator))]
-    distance_N = squared_distances(rows_ND, rows_ND[chosen]).squeeze(1)
-    while len(chosen) < clusters:
-        distance_N[chosen] = 0
+    chosen_E = torch.randint(len(rows_ND), (1,), generator=generator).to(rows_ND.device)
+    distance_N = squared_distances(rows_ND, rows_ND[chosen_E]).squeeze(1)
+    while len(chosen_E) < clusters:
+        distance_N[chosen_E] = 0
         weight_N = distance_N if bool(distance_N.sum() > 0) else torch.ones_like(distance_N)
-        chosen.append(int(torch.multinomial(weight_N, 1, generator=generator)))
-        distance_N = torch.minimum(distance_N, squared_distances(rows_ND, rows_ND[chosen[-1:]]).squeeze(1))
-    return rows_ND[chosen]
+        # Drawn on the CPU, so that every device gets the same.
+        next_1 = torch.multinomial(weight_N.cpu(), 1, generator=generator).to(rows_ND.device)
+        chosen_E = torch.cat([chosen_E, next_1])
+        distance_N = torch.minimum(distance_N, squared_distances(rows_ND, rows_ND[next_1]).squeeze(1))
+    return rows_ND[chosen_E]

@@ -65,12 +65,6 @@ def normalised(weights: FFNWeights) -> FFNWeights:
     return replace(weights, gate_FD=gate_FD, up_FD=up_FD, gate_bias_F=gate_bias_F, up_bias_F=up_bias_F)
 
 
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where the CPU multiplies it in hardware (AVX512-BF16 or AMX), else float32."""
-    supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if supported else torch.float32
-
-
 def atopk(weights: FFNWeights, batches: Iterable[Tensor], k: int, dtype: torch.dtype = torch.float32) -> Markers:
     """Mark the ``k`` neurons of largest ``|h^|`` for every token.
 
@@ -96,7 +90,7 @@ def atopk(weights: FFNWeights, batches: Iterable[Tensor], k: int, dtype: torch.d
         raise ValueError(f"{k} markers per token of {weights.d_ff} neurons")
     exact = normalised(weights)
     screen = replace(exact.to(dtype), gate_bias_F=exact.gate_bias_F, up_bias_F=exact.up_bias_F)
-    marks = [torch.empty(0, k, dtype=torch.int64)]
+    marks = [torch.empty(0, k, dtype=torch.int64, device=weights.up_FD.device)]
     for x_TD in batches:
         x_TD = x_TD.float()
         if not bool(torch.isfinite(x_TD).all()):
@@ -179,7 +173,7 @@ def cluster_counts(markers: Markers, label_F: Tensor, clusters: int) -> Tensor:
     """
     label_TK = label_F[markers.idx_TK]
     label_TK = torch.where(label_TK < 0, clusters, label_TK)
-    counts = torch.zeros(markers.tokens, clusters + 1, dtype=torch.int64)
+    counts = label_TK.new_zeros(markers.tokens, clusters + 1)
     return counts.scatter_add_(1, label_TK, torch.ones_like(label_TK))[:, :clusters].contiguous()
 
 
@@ -189,7 +183,7 @@ def column_distances(markers: Markers, counts_TE: Tensor, sizes_E: Tensor) -> Te
     For a binary column p and a centroid c in [0, 1]: ``|p - c| = |p| + |c| - 2 p.c``. The products run over the T x K
     marks only.
     """
-    dot_FE = torch.zeros(markers.d_ff, counts_TE.shape[1], dtype=torch.int64)
+    dot_FE = counts_TE.new_zeros(markers.d_ff, counts_TE.shape[1])
     for idx_T in markers.idx_TK.unbind(dim=1):  # a neuron is marked at most once per token
         dot_FE.index_add_(0, idx_T, counts_TE)
     return markers.counts[:, None] + (counts_TE.sum(dim=0) - 2 * dot_FE).double() / sizes_E.double()

@@ -34,7 +34,7 @@ _TINY = 1e-30
 def top_k_sets(score_TE: Tensor, k: int) -> Tensor:
     """The ``k`` experts of largest score, 0/1 float32 [T, E]; of equal ones those of lower index, as in the runtime."""
     index_TK = score_TE.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return torch.zeros(score_TE.shape, dtype=torch.float32).scatter_(1, index_TK, 1.0)
+    return score_TE.new_zeros(score_TE.shape, dtype=torch.float32).scatter_(1, index_TK, 1.0)
 
 
 def agreement(set_TE: Tensor, other_TE: Tensor) -> float:
@@ -220,7 +220,7 @@ def refine_softmax(weight_ED: Tensor, x_TD: Tensor, worth_TE: Tensor, steps: int
     gain_TE = worth_TE - worth_TE.mean(dim=1, keepdim=True)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        sample_B = torch.randint(len(x_TD), (_SAMPLE,), generator=generator)
+        sample_B = torch.randint(len(x_TD), (_SAMPLE,), generator=generator).to(x_TD.device)
         z_BE = F.linear(x_TD[sample_B], weight)
         loss = -(z_BE.softmax(dim=1) * gain_TE[sample_B]).sum(dim=1).mean()
         optimiser.zero_grad()

@@ -168,7 +168,7 @@ def first_clusters(share_TF: Tensor, experts: int, seed: int) -> Tensor:
     """
     pattern_TF = share_TF.sqrt()
     order_T = torch.randperm(len(pattern_TF), generator=torch.Generator().manual_seed(seed))
-    centre_EF = pattern_TF[order_T[torch.arange(experts) % len(order_T)]]
+    centre_EF = pattern_TF[order_T[torch.arange(experts) % len(order_T)].to(pattern_TF.device)]
     for _ in range(_FIRST_ROUNDS):
         expert_T = _nearest(pattern_TF, centre_EF)
         centre_EF = F.normalize(sums_by_expert(pattern_TF, expert_T, experts), dim=1)

@@ -38,7 +38,7 @@ class TrainConfig(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
         description="Matrix products in bf16 (what is trained and its optimiser stay in fp32); auto is bf16 where the "
-        "machine multiplies it natively.",
+        "device multiplies it natively.",
     )
     seed: int = study(instead="--seed", default=0, description="Seed of the order of the data and of all noise.")
     log_every: int = study(default=1, gt=0, description="Steps between two lines of train.jsonl.")
@@ -66,14 +66,10 @@ class TrainConfig(BaseModel):
             raise InputError(f"betas {self.betas} outside [0, 1)", "the usual ones are (0.9, 0.95)")
         return self
 
-    def resolved_dtype(self) -> torch.dtype:
-        """The dtype of matrix products that ``precision`` means on this machine."""
-        import torch
-
-        if self.precision == "auto" and torch.cuda.is_available():
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    def resolved_dtype(self, device: torch.device | None = None) -> torch.dtype:
+        """The dtype of matrix products that ``precision`` means on a device; None is the CPU."""
         names = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
-        return CalibrationConfig.model_validate({"compute_dtype": names[self.precision]}).resolved_dtype()
+        return CalibrationConfig.model_validate({"compute_dtype": names[self.precision]}).resolved_dtype(device)
 
     def identity(self) -> dict[str, object]:
         """What the result depends on: all keys but those that only decide how often something is written."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from moesaic import durable
 from moesaic.errors import CheckpointError, InputError, VerificationError
+from moesaic.options.device import CPU
 from moesaic.progress import Progress, Silent
 from moesaic.train import state
 from moesaic.train.config import TrainConfig
@@ -70,6 +71,7 @@ def train(
     *,
     key: Mapping[str, Any],
     progress: Progress | None = None,
+    device: torch.device | None = None,
 ) -> TrainReport:
     """Train ``task`` and leave it with the weights of the best held-out loss (the last ones without held-out text).
 
@@ -81,6 +83,8 @@ def train(
             that lies there is taken up.
         key: What the result depends on beyond ``config`` and ``data``; JSON-able.
         progress: Receives steps done, and losses as notes.
+        device: Of this process, to which the task goes; None is the CPU. Its kind is part of what the result depends
+            on.
 
     Raises:
         InputError: accelerate is missing, the batch cannot be shared among the processes, or ``folder`` holds a run of
@@ -90,7 +94,7 @@ def train(
         ResourceError: disk full.
     """
     with torch.random.fork_rng(devices=[]):
-        return _Run(task, data, config, folder, key, progress or Silent()).run()
+        return _Run(task, data, config, folder, key, progress or Silent(), device or torch.device(CPU)).run()
 
 
 class _Entry(nn.Module):
@@ -117,15 +121,17 @@ class _Run:
         folder: Path,
         key: Mapping[str, Any],
         progress: Progress,
+        device: torch.device,
     ) -> None:
         self.task, self.data, self.config, self.progress = task, data, config, progress
         self.folder = folder
         check_shared(config.batch, config.accumulate)
-        dtype = config.resolved_dtype()
+        dtype = config.resolved_dtype(device)
         about = {"caller": dict(key), "config": config.identity(), "data": data.fingerprint(), "dtype": str(dtype)}
+        about |= {} if device.type == CPU else {"device": device.type}
         self.key: dict[str, Any] = json.loads(json.dumps(about))
         task.train()
-        self.parallel = Parallel(_Entry(task, dtype), task.blocks(), self._make_optimiser)
+        self.parallel = Parallel(_Entry(task, dtype), task.blocks(), self._make_optimiser, device)
         self.optimiser = self.parallel.optimiser
         self.peak_rates = [group["lr"] for group in self.optimiser.param_groups]
         self.micro = config.batch // (self.parallel.count * config.accumulate)

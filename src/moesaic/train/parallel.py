@@ -1,7 +1,8 @@
 """One process or several: which wrapper a task gets, and what differs between them.
 
-accelerate finds the processes and their device, and wraps for DDP. FSDP (``accelerate launch --use_fsdp``) is torch's
-``fully_shard`` called here, as accelerate leaves it out on CPUs, where it would run in DDP without a word.
+accelerate finds the processes, and their devices where there are several, and wraps for DDP. FSDP
+(``accelerate launch --use_fsdp``) is torch's ``fully_shard`` called here, as accelerate leaves it out on CPUs, where it
+would run in DDP without a word.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.errors import InputError
-from moesaic.train.launch import is_sharded
+from moesaic.options.device import CPU
+from moesaic.train.launch import is_sharded, processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,13 +32,17 @@ class Parallel:
         module: What is called; on return of this it is on the device of its process, under FSDP its share of it.
         blocks: Parts of it to be sharded one by one under FSDP.
         make_optimiser: Called when the parameters are where they stay.
+        device: Of this process.
     """
 
-    def __init__(self, module: nn.Module, blocks: Iterable[nn.Module], make_optimiser: MakeOptimiser) -> None:
+    def __init__(
+        self, module: nn.Module, blocks: Iterable[nn.Module], make_optimiser: MakeOptimiser, device: torch.device
+    ) -> None:
         atexit.unregister(_leave)
-        self.accelerator = _accelerator()
+        self.accelerator = _accelerator(device)
         self.count, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        self.main = self.accelerator.is_main_process
+        self.device = device if self.count == 1 else self.accelerator.device
         self._sharded = is_sharded()
         if self._sharded:
             from torch.distributed.fsdp import fully_shard
@@ -45,6 +51,8 @@ class Parallel:
                 fully_shard(part)
             fully_shard(module)
             self.module: nn.Module = module
+        elif self.count == 1:
+            self.module = module.to(device)
         else:
             self.module = self.accelerator.prepare(module)
         self.optimiser = make_optimiser()
@@ -92,7 +100,7 @@ class Parallel:
         return tensor.to(self.device)
 
 
-def _accelerator() -> Accelerator:
+def _accelerator(device: torch.device) -> Accelerator:
     try:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
@@ -101,7 +109,9 @@ def _accelerator() -> Accelerator:
     # Autocast and accumulation are ours: accelerate keeps its settings of both for the life of the process. Experts
     # that no token chose have no gradient, which DDP must be told to expect.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
+    # Asked for the CPU once, it knows no other device for the life of the process.
+    on_cpu = processes() > 1 and device.type == CPU
+    return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[ddp])
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

@@ -32,9 +32,10 @@ from moesaic.errors import InputError
 from moesaic.methods.cmoe.config import Config
 from moesaic.methods.routed import pad_experts
 from moesaic.nn.ffn import FFNWeights
+from moesaic.options.device import native_bfloat16
 from moesaic.solvers.assignment import balanced_assignment
 from moesaic.solvers.balance import balance_bias
-from moesaic.solvers.markers import Markers, atopk, cluster_counts, column_distances, fast_dtype, normalised
+from moesaic.solvers.markers import Markers, atopk, cluster_counts, column_distances, normalised
 
 # Tokens whose scores are held at a time: small enough to stay near the caches.
 _SCORE_BATCH = 512
@@ -56,7 +57,7 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     if inputs is None or inputs.tokens == 0:
         raise InputError("CMoE has no calibration tokens for this FFN", "give calibration text")
 
-    markers = atopk(weights, inputs.batches(_SCORE_BATCH), config.markers_per_token, _dtype(config, weights.d_ff))
+    markers = atopk(weights, inputs.batches(_SCORE_BATCH), config.markers_per_token, _dtype(config, weights))
     shared, experts, representatives_E = carve(markers, layout, config.iterations)
     router = analytic_router(weights, representatives_E)
     bias_E = torch.zeros(layout.routed)
@@ -75,11 +76,12 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     )
 
 
-def _dtype(config: Config, d_ff: int) -> torch.dtype:
+def _dtype(config: Config, weights: FFNWeights) -> torch.dtype:
     """The precision of the first pass. ``auto`` takes bfloat16 only where marks are rare: scores far below the largest
     have larger relative errors, and an FFN as small as that is quick in float32."""
     if config.compute_dtype == "auto":
-        return fast_dtype() if d_ff >= 32 * config.markers_per_token else torch.float32
+        rare = weights.d_ff >= 32 * config.markers_per_token
+        return torch.bfloat16 if rare and native_bfloat16(weights.up_FD.device) else torch.float32
     return getattr(torch, config.compute_dtype)
 
 
@@ -95,25 +97,27 @@ def carve(markers: Markers, layout: Layout, iterations: int = 1) -> tuple[Tensor
     shared, rest_N = order_F.tensor_split([layout.shared_size(markers.d_ff)])
     first_E, rest_N = rest_N[: len(sizes)], rest_N.sort().values
 
-    label_F = torch.full((markers.d_ff,), -1)
-    label_F[first_E] = torch.arange(len(sizes))
+    here = markers.idx_TK.device
+    label_F = torch.full((markers.d_ff,), -1, device=here)
+    label_F[first_E] = torch.arange(len(sizes), device=here)
     distance_FE = _distances(markers, label_F, [1] * len(sizes))
     for _ in range(iterations):
         before_N = label_F[rest_N]
-        label_F[rest_N] = balanced_assignment(distance_FE[rest_N], sizes)
+        label_F[rest_N] = balanced_assignment(distance_FE[rest_N], sizes).to(here)
         if torch.equal(label_F[rest_N], before_N):
             break
         distance_FE = _distances(markers, label_F, sizes)
     experts = [torch.nonzero(label_F == expert).flatten() for expert in range(len(sizes))]
     # numpy's argmin returns the first of equal minima, that is the lowest index.
-    nearest = [int(distance_FE[members, expert].numpy().argmin()) for expert, members in enumerate(experts)]
+    nearest = [int(distance_FE[members, expert].cpu().numpy().argmin()) for expert, members in enumerate(experts)]
     representatives_E = torch.stack([members[near] for members, near in zip(experts, nearest, strict=True)])
     return shared.sort().values, experts, representatives_E
 
 
 def _distances(markers: Markers, label_F: Tensor, sizes: list[int]) -> Tensor:
     """L1 distance of each column to the mean column of each cluster, float64 [F, E]."""
-    return column_distances(markers, cluster_counts(markers, label_F, len(sizes)), torch.tensor(sizes))
+    sizes_E = torch.tensor(sizes).to(label_F.device)
+    return column_distances(markers, cluster_counts(markers, label_F, len(sizes)), sizes_E)
 
 
 def analytic_router(weights: FFNWeights, representatives_E: Tensor) -> Router:
@@ -128,7 +132,7 @@ def router_probabilities(router: Router, x_TD: Tensor, weights: FFNWeights) -> T
 
     ``weights``: Of the FFN; only its activation is read.
     """
-    rows = router.tensors
+    rows = {name: tensor.to(x_TD.device) for name, tensor in router.tensors.items()}
     unit = FFNWeights(
         up_FD=rows["up"],
         down_DF=rows["up"].T,  # not read

@@ -61,4 +61,5 @@ def _input_centroids(inputs: SiteInputs, experts: int, config: Config, seed: int
     picked_T = torch.arange(tokens) * inputs.tokens // tokens
     size, longer = divmod(tokens, experts)
     sizes = [size + 1] * longer + [size] * (experts - longer)
-    return balanced_kmeans(inputs.x_TD[picked_T], sizes, rounds=config.rounds, seed=seed).centroids_ED
+    picked_TD = inputs.x_TD[picked_T].to(inputs.device)
+    return balanced_kmeans(picked_TD, sizes, rounds=config.rounds, seed=seed).centroids_ED

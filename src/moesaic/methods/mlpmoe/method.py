@@ -47,7 +47,7 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     """
     config.check(weights.d_ff)
     norms_F = neuron_norms(weights.gate_FD, weights.up_FD, weights.down_DF) if _reads_norms(config) else None
-    slices = _slices(weights.d_ff, config, norms_F)
+    slices = _slices(weights, config, norms_F)
     experts, fade = slices, None
     if config.fade_max > 0:
         fractions = fade_fractions(
@@ -67,11 +67,12 @@ def _reads_norms(config: Config) -> bool:
     return config.order == "norm-sorted" or fades_neurons or prunes(config)
 
 
-def _slices(d_ff: int, config: Config, norms_F: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+def _slices(weights: FFNWeights, config: Config, norms_F: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
     """The partition: N index sets; where N does not divide f, the first f mod N are one longer."""
+    d_ff = weights.d_ff
+    order_F = torch.arange(d_ff, device=weights.up_FD.device)
     if config.order == "strided":
-        return tuple(torch.arange(start, d_ff, config.branches) for start in range(config.branches))
-    order_F = torch.arange(d_ff)
+        return tuple(order_F[start :: config.branches] for start in range(config.branches))
     if config.order == "norm-sorted":
         assert norms_F is not None
         order_F = torch.argsort(neuron_scores(*norms_F), descending=True, stable=True)
@@ -139,7 +140,7 @@ def _oracle_factor(weights: FFNWeights, inputs: SiteInputs | None, plan: LayerPl
 def _branches(weights: FFNWeights, plan: LayerPlan) -> Iterator[FFNWeights]:
     """The branches of a plan, faded, without c and without b_d."""
     for i, index_M in enumerate(plan.experts):
-        branch = weights.take(index_M)
+        branch = weights.take(index_M.to(weights.up_FD.device))
         if plan.fade is not None:
             fraction, scope = plan.fade.fractions[i], plan.fade.scope
             gate, up, down = fade_branch(branch.gate_FD, branch.up_FD, branch.down_DF, fraction, scope)

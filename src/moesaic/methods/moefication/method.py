@@ -53,7 +53,8 @@ def _input_rows(weights: FFNWeights, matrix: str) -> Tensor:
 def _shared_neurons(weights: FFNWeights, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` neurons of largest data-free score and the others, both ascending [OURS]."""
     if count == 0:
-        return torch.zeros(0, dtype=torch.long), torch.arange(weights.d_ff)
+        every_F = torch.arange(weights.d_ff, device=weights.up_FD.device)
+        return every_F[:0], every_F
     score_F = neuron_scores(*neuron_norms(weights.gate_FD, weights.up_FD, weights.down_DF))
     order_F = torch.argsort(score_F, descending=True, stable=True)
     return order_F[:count].sort().values, order_F[count:].sort().values

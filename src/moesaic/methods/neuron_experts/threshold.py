@@ -31,7 +31,7 @@ def with_threshold(plan: LayerPlan, weights: FFNWeights, inputs: SiteInputs, act
     ffn = neuron_ffn(weights, plan)
     score_TF = torch.cat([ffn.scores(x_TD) for x_TD in inputs.batches(dtype=torch.float32)])
     wanted = max(1, round(active * score_TF.numel()))
-    threshold = torch.zeros(1)
+    threshold = score_TF.new_zeros(1)
     if wanted < score_TF.numel():
         threshold = score_TF.flatten().kthvalue(score_TF.numel() - wanted + 1).values[None]
     router = replace(plan.router, tensors=plan.router.tensors | {"threshold": threshold})

@@ -42,9 +42,9 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     # Windows lie in random order, so that the last tokens are a sample of all; a small run holds out at least one.
     held = max(1, round(config.held_out * inputs.tokens))
     # Without the residual stream's norms: tokens count alike, as in the loss below.
-    start = clusters(weights, SiteInputs(inputs.x_TD[:-held]), config.start(weights.d_ff), seed)
+    start = clusters(weights, inputs.part(slice(-held)), config.start(weights.d_ff), seed)
     work = weights.to(torch.float32)
-    x_TD = torch.cat(list(inputs.batches(dtype=torch.float32)))
+    x_TD = inputs.whole(torch.float32)
     with torch.no_grad():
         y_TD = torch.cat([work(x_BD) for x_BD in x_TD.split(_EVAL)])
     student = CoarseStudent(work, start, x_TD[:-held][:8192], config.rank, config.spread)
@@ -70,7 +70,7 @@ def _train(
         for step in range(config.steps):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(group["peak"], step, config.steps)
-            rows_B = torch.randint(len(x_TD), (min(config.batch, len(x_TD)),), generator=generator)
+            rows_B = torch.randint(len(x_TD), (min(config.batch, len(x_TD)),), generator=generator).to(x_TD.device)
             error_B = (student(x_TD[rows_B]) - y_TD[rows_B]).square().sum(dim=1)
             (error_B * weight_T[rows_B]).mean().backward()
             optimiser.step()

@@ -45,10 +45,12 @@ class CoarseStudent(nn.Module):
         self.down_DP = nn.Parameter(tensors["down_DF"].clone())
         bias_D = tensors.get("down_bias_D")
         self.bias_D = None if bias_D is None else nn.Parameter(bias_D.clone())
-        self.register_buffer("real_P", (start.packed >= 0).float(), persistent=False)
+        here = weights.up_FD.device
+        self.register_buffer("real_P", (start.packed >= 0).float().to(here), persistent=False)
         self.router = nn.ParameterDict()
         if start.experts:
-            for name, tensor in _factors(start.router.tensors["weight"].float(), x_TD, rank, spread).items():
+            rows_ED = start.router.tensors["weight"].to(here, torch.float32)
+            for name, tensor in _factors(rows_ED, x_TD, rank, spread).items():
                 self.router[name] = nn.Parameter(tensor)
 
     def scores(self, x_TD: Tensor) -> Tensor:

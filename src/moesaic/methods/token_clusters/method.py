@@ -69,7 +69,7 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     if inputs is None or inputs.tokens == 0:
         raise InputError("token clusters need calibration inputs", "give calibration text")
     down_DF = weights.down_DF.float()
-    x_TD = torch.cat(list(inputs.batches(dtype=torch.float32)))
+    x_TD = inputs.whole(torch.float32)
     h_TF, y_TD, share_TF = _activations(weights, inputs)
     stream_T = inputs.stream_T if config.token_weight == "stream" else None
     weight_T = stream_weights(y_TD, stream_T)
@@ -171,7 +171,8 @@ def _readout(
     h_TF, y_TD, w_T = tokens
     common_DF = refit(down_DF, _used(h_TF, y_TD, w_T, routing), config.global_ridge)
     if config.refit == "global" or config.split != "overlapping":
-        return common_DF[:, plan.packed.clamp(min=0)] * (plan.packed >= 0)
+        packed_P = plan.packed.to(common_DF.device)
+        return common_DF[:, packed_P.clamp(min=0)] * (packed_P >= 0)
     shared_DS = common_DF[:, routing.shared_S]
     parts = [shared_DS]
     for own_M, chosen_T in zip(routing.experts, routing.chosen_TE.T, strict=True):

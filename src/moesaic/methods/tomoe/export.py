@@ -46,7 +46,7 @@ def export(task: ToMoETask, windows_HW: Tensor) -> ModelPlan:
         attention = _capped(task, decoded, shift, attention, windows_HW)
     widths = _attention_widths(task, attention)
     costs = [cost.neuron for cost in task.budget.costs]
-    logits = [logits_NF + shift for logits_NF in decoded.neurons]
+    logits = [(logits_NF + shift).cpu() for logits_NF in decoded.neurons]
     masks = choose_masks(
         logits,
         costs,

@@ -52,8 +52,10 @@ def plan_model(context: ModelContext, config: Config) -> ModelPlan:
             f"{len(context.ids_NW)} calibration windows, of which {held_out} are held out", "give more --calib-tokens"
         )
     config = config.model_copy(update={"train": train_config})
-    base = load_base(context, train_config.resolved_dtype())
-    task = ToMoETask(config, context.anatomy, base, context.dense_layers, context.seed)
+    dtype = train_config.resolved_dtype(context.device)
+    task = ToMoETask(config, context.anatomy, load_base(context, dtype), context.dense_layers, context.seed)
+    if not is_sharded():  # else each process gets its share when training begins
+        task.to(context.device)
     held_out_HW, ids_NW = context.ids_NW[:held_out], context.ids_NW[held_out:]
     # Workers cannot know yet whether the first process throws a state away.
     if config.start != "noise" and (is_worker() or not (context.folder / STATE_NAME).exists()):
@@ -68,11 +70,12 @@ def plan_model(context: ModelContext, config: Config) -> ModelPlan:
         context.folder,
         key=key,
         progress=context.progress,
+        device=context.device,
     )
     if is_worker():
         return ModelPlan({})
     if is_sharded():  # this process holds a part only
-        base = load_base(context, train_config.resolved_dtype())
+        base = load_base(context, dtype)
         task = ToMoETask(config, context.anatomy, base, context.dense_layers, context.seed)
         load_into(task.trained(), learned(context.folder))
     plan = export(task, held_out_HW[:_EXPORT_WINDOWS] if held_out else ids_NW[:_EXPORT_WINDOWS])

@@ -19,6 +19,7 @@ from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError
 from moesaic.methods.tomoe.samplers import MEDIAN
 from moesaic.methods.tomoe.task import ToMoETask
+from moesaic.options.device import exact_device
 from moesaic.solvers.router_fit import energy_targets, fit_ridge, top_k_sets
 from moesaic.solvers.token_clusters import cluster_tokens, neuron_shares
 from moesaic.train.data import derived_seed
@@ -49,10 +50,12 @@ def begin(task: ToMoETask, checkpoint: Checkpoint, ids_NW: Tensor) -> None:
     some_NW = ids_NW[: max(1, _TOKENS // ids_NW.shape[1])]
     inputs = ffn_inputs(task, some_NW)
     embeddings = task.controller.hypernetwork()
+    here = exact_device(task.device)
     for place, (site, head) in enumerate(zip(task.ffns, task.controller.ffn_heads, strict=True)):
-        weights = load_ffn(checkpoint, site, task.anatomy.activation).to(inputs[place].dtype)
-        share_TF = neuron_shares(weights.hidden(inputs[place]), weights.down_DF.float().norm(dim=0))
-        x_TD = inputs[place].float()
+        read_TD = inputs[place].to(here)
+        weights = load_ffn(checkpoint, site, task.anatomy.activation).to(read_TD.dtype, here)
+        share_TF = neuron_shares(weights.hidden(read_TD), weights.down_DF.float().norm(dim=0))
+        x_TD = read_TD.float()
         if plans is None:
             seed = derived_seed(task.seed, place)
             logits_NF, router_ND = token_clusters(x_TD, share_TF, config.experts, width / config.top_k, seed)
@@ -60,7 +63,7 @@ def begin(task: ToMoETask, checkpoint: Checkpoint, ids_NW: Tensor) -> None:
             logits_NF, router_ND = _from_plan(plans[place], x_TD, share_TF)
         wanted_NF = MEDIAN - config.bias + config.start_margin * logits_NF
         assert head.offset_NF is not None
-        head.offset_NF.copy_(wanted_NF - head.decoder(embeddings[2 * place + 1]))
+        head.offset_NF.copy_(wanted_NF.to(task.device) - head.decoder(embeddings[2 * place + 1]))
         head.router.weight.copy_(router_ND)
     begin_attention(task, some_NW, embeddings)
 
@@ -104,7 +107,7 @@ def scaled_router(weight_ND: Tensor, x_TD: Tensor) -> Tensor:
 
 
 def ffn_inputs(task: ToMoETask, ids_BW: Tensor) -> list[Tensor]:
-    """What each masked FFN of the dense model reads, [T, D] in its dtype."""
+    """What each masked FFN of the dense model reads, [T, D] in its dtype, in host memory."""
     found: list[list[Tensor]] = [[] for _ in task.ffns]
 
     def remember(place: int) -> object:
@@ -185,9 +188,9 @@ def _run_dense(task: ToMoETask, ids_BW: Tensor, handles: Sequence[Any]) -> None:
 
 
 def _from_plan(plan: LayerPlan, x_TD: Tensor, share_TF: Tensor) -> tuple[Tensor, Tensor]:
-    held_NF, router = _held(plan), plan.router
+    held_NF, router = _held(plan).to(x_TD.device), plan.router
     if router.kind == "linear" and not router.normalise_input and "bias" not in router.tensors:
-        router_ND = scaled_router(router.tensors["weight"].float(), x_TD)
+        router_ND = scaled_router(router.tensors["weight"].to(x_TD), x_TD)
     else:  # of another form: what the experts are worth decides
         worth_TN = energy_targets(share_TF @ held_NF.T, "raw")
         router_ND = scaled_router(fit_ridge([(x_TD, worth_TN)], _RIDGE), x_TD)

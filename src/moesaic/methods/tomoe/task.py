@@ -139,7 +139,7 @@ class ToMoETask(TrainTask):
         pairs = self.pair_widths(decoded, shift)
         values = [float(self.budget.value_cap())] * len(costs) if self.budget.values else None
         budget = max(self.budget.neuron_budget(pairs, values), config.top_k * sum(costs))
-        logits = [logits_NF + shift for logits_NF in decoded.neurons]
+        logits = [(logits_NF + shift).cpu() for logits_NF in decoded.neurons]
         masks = choose_masks(logits, costs, budget, rule=config.rule, widths=config.widths, top_k=config.top_k)
         return [mask_NF.float().to(self.device) for mask_NF in masks]
 
