@@ -136,7 +136,15 @@ def test_a_conversion_is_verified_measured_and_trained_there(tiny: Tiny, tmp_pat
     for device in ("cpu", "elsewhere"):
         devices.products.clear()
         found[device] = evaluate_model(
-            made.output, baseline=dense, text=text, window=16, limit=2, controls=True, device=device, save=False
+            made.output,
+            baseline=dense,
+            text=text,
+            window=16,
+            limit=2,
+            controls=True,
+            dtype="fp32",
+            device=device,
+            save=False,
         )
         assert set(devices.products) == {device}
     assert found["elsewhere"]["device"] == "elsewhere:0"
