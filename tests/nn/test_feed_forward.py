@@ -41,7 +41,8 @@ def test_every_plan_computes_what_the_oracle_says(router: str, gate: str, extra:
     x_TD = random_inputs(9)
     expected_TD = reference_ffn(weights, plan, x_TD)
     with torch.no_grad():
-        assert relative_error(build_ffn(weights, plan)(x_TD), expected_TD) < 1e-6
+        # Routers compute in fp32: how far that rounds a weight depends on the CPU's order of sums.
+        assert relative_error(build_ffn(weights, plan)(x_TD), expected_TD) < 5e-6
 
 
 def test_the_default_choice_of_path_agrees_at_every_number_of_tokens() -> None:

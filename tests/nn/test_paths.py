@@ -58,6 +58,15 @@ PATHS_KNOWN = {
         devices=("cpu",),
         trains=False,
     ),
+    **dict.fromkeys(
+        ("fused", "fused_sorted"),
+        Knows(
+            routed=BOTH,
+            dtypes=(torch.float32, torch.bfloat16, torch.float16),
+            devices=("cpu",),
+            trains=False,
+        ),
+    ),
     # On a CPU only in Triton's interpreter: see test_triton.py.
     **dict.fromkeys(
         ("triton_rows", "triton_grouped"),

@@ -32,6 +32,9 @@ def measure(dtype: torch.dtype) -> Costs:
         ffn.all_experts_on = True
     with torch.inference_mode():
         rows, dense = (_products(ffns, name, dtype) for name in ("rows", "every"))
+        for ffn in ffns:
+            ffn.all_experts_on = False  # this path is one of routed experts
+        fused = _products(ffns, "fused", dtype)
         some = torch.randperm(d_ff)[: d_ff // 2].sort().values
         sides = cycle(ffns)
         copied = _fastest(lambda: next(sides).up_proj.weight.index_select(0, some))
@@ -39,8 +42,8 @@ def measure(dtype: torch.dtype) -> Costs:
         x_TD = torch.randn(128, 64).to(dtype)
         with use_path(narrow, "sorted"):
             call = _fastest(lambda: narrow(x_TD))
-    per_weight = [tuple(nanoseconds / weights for nanoseconds in found) for found in (dense, rows)]
-    return Costs(per_weight[0], per_weight[1], copied / (d_model * len(some)), call / 32)
+    per_weight = [tuple(nanoseconds / weights for nanoseconds in found) for found in (dense, rows, fused)]
+    return Costs(*per_weight, copied / (d_model * len(some)), call / 32)
 
 
 def small_ffn(dtype: torch.dtype) -> MoEFeedForward:

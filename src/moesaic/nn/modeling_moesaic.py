@@ -24,10 +24,12 @@ from .moesaic_ffn import MoEFeedForward, MoesaicExperts, use_path
 from .moesaic_kept import FEW  # noqa: F401
 from .moesaic_kernel import kernel  # noqa: F401
 from .moesaic_kernel_blocks import BLOCKS  # noqa: F401
+from .moesaic_kernel_fused import FUSED  # noqa: F401
 from .moesaic_kernel_neurons import NEURONS  # noqa: F401
 from .moesaic_kernel_source import ROWS  # noqa: F401
 from .moesaic_low_bit import LowBitRouter  # noqa: F401
 from .moesaic_neurons import NeuronFeedForward
+from .moesaic_path_fused import FusedMasked  # noqa: F401
 from .moesaic_path_neuron_rows import NeuronRows  # noqa: F401
 from .moesaic_path_neurons import NeuronsMasked  # noqa: F401
 from .moesaic_path_packed import Masked  # noqa: F401

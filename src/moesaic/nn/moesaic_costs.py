@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,12 +34,14 @@ class Costs(NamedTuple):
     Attributes:
         torch: Per weight, of torch's dense FFN for each number of ``TOKENS``.
         rows: The same of the compiled kernel with all rows.
+        fused: The same of torch's products with a compiled pass between them.
         copy: Per weight that is copied from rows here and there.
         call: Per expert that is given its own tokens.
     """
 
     torch: tuple[float, ...]
     rows: tuple[float, ...]
+    fused: tuple[float, ...]
     copy: float
     call: float
 
@@ -91,6 +93,16 @@ def _sorted(size: Size, costs: Costs, tokens: int) -> float:
     return size.shared * size.weights * cost(costs.torch, tokens) + busy * each
 
 
+def _fused(size: Size, costs: Costs, tokens: int) -> float:
+    if size.layout == "packed":
+        return _masked(size, costs._replace(torch=costs.fused), tokens)
+    return size.neurons * size.weights * cost(costs.fused, tokens)
+
+
+def _fused_sorted(size: Size, costs: Costs, tokens: int) -> float:
+    return _sorted(size, costs._replace(torch=costs.fused), tokens)
+
+
 def _rows(size: Size, costs: Costs, tokens: int) -> float:
     whole = cost(costs.rows, tokens)
     if not size.routed:
@@ -109,6 +121,8 @@ ESTIMATES: dict[str, Callable[[Size, Costs, int], float]] = {
     "masked": _masked,
     "sorted": _sorted,
     "rows": _rows,
+    "fused": _fused,
+    "fused_sorted": _fused_sorted,
 }
 """Nanoseconds of a path by its name."""
 LAYOUTS = ("packed", "union")
@@ -126,9 +140,10 @@ def measured(dtype: torch.dtype, threads: int) -> Costs | None:
     """What was kept for this machine, or None. Read once per process."""
     try:
         found = json.loads(_file(dtype, threads).read_text(encoding="utf-8"))
-        costs = Costs(tuple(found["torch"]), tuple(found["rows"]), found["copy"], found["call"])
-        numbers = (*costs.torch, *costs.rows, costs.copy, costs.call)
-        right = len(costs.torch) == len(costs.rows) == len(TOKENS) and all(math.isfinite(n) and n > 0 for n in numbers)
+        tables = [tuple(found[name]) for name in ("torch", "rows", "fused")]
+        costs = Costs(*tables, found["copy"], found["call"])
+        numbers = (*chain.from_iterable(tables), costs.copy, costs.call)
+        right = {*map(len, tables)} == {len(TOKENS)} and all(math.isfinite(n) and n > 0 for n in numbers)
     except (NoKernelError, OSError, ValueError, TypeError, KeyError):
         return None
     return costs if right else None

@@ -99,7 +99,10 @@ class MoEFeedForward(KeptInFloat32):
         """:meth:`route` with None for weights of 1: with few tokens, every operation that is left out shows."""
         z_TE = self.scores(x_TD)
         p_TE, key_TE = self._keys(z_TE)
-        idx_TK = key_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        if self.top_k == 1:  # the first of the largest; sorting would take longer than a product
+            idx_TK = key_TE.argmax(dim=-1, keepdim=True)
+        else:
+            idx_TK = key_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
         if self.gate_scale is not None:
             return idx_TK, 1 + p_TE.gather(1, idx_TK) * self.gate_scale[idx_TK]
         if self.gate == "sigmoid":

@@ -21,10 +21,11 @@ import torch
 from transformers.utils import logging
 
 from .moesaic_kernel_blocks import BLOCKS
+from .moesaic_kernel_fused import FUSED
 from .moesaic_kernel_neurons import NEURONS
 from .moesaic_kernel_source import ROWS
 
-SOURCE = ROWS + BLOCKS + NEURONS
+SOURCE = ROWS + BLOCKS + NEURONS + FUSED
 
 WEIGHTS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ACTIVATIONS = {
@@ -64,6 +65,17 @@ class LowBit(ctypes.Structure):
     ]
 
 
+class Fused(ctypes.Structure):
+    """What stands between two products; the C++ source says what the fields mean."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("gate", "up", "gate_bias", "up_bias", "weight", "chosen")),
+        *((name, ctypes.c_void_p) for name in ("chosen_weight", "member", "h")),
+        *((name, ctypes.c_int64) for name in ("tokens", "neurons", "by_neurons", "plain", "width", "stride")),
+        *((name, ctypes.c_int64) for name in ("experts", "top_k", "activation", "threads")),
+    ]
+
+
 class NoKernelError(Exception):
     """Why there is no kernel."""
 
@@ -80,6 +92,7 @@ def kernel(dtype: torch.dtype) -> ctypes.CDLL | None:
     for function in (library.moesaic_rows, library.moesaic_blocks):
         function.argtypes = [ctypes.POINTER(Call)]
     library.moesaic_neurons.argtypes = [ctypes.POINTER(Call), ctypes.POINTER(LowBit)]
+    library.moesaic_fused.argtypes = [ctypes.POINTER(Fused)]
     library.moesaic_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.moesaic_large_pages.restype = None
     return library

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .moesaic_slices import GAP_ROWS, down, hidden, matmuls
+from .moesaic_slices import GAP_ROWS, TURNED_FROM, Matrices, Weights, down, hidden, matmuls
 
 if TYPE_CHECKING:
     from .moesaic_ffn import MoEFeedForward
@@ -41,34 +42,28 @@ class Masked:
         return ffn.routed
 
     def run(self, ffn: MoEFeedForward, x_TD: Tensor) -> Tensor:
-        matrices, (idx_TK, weight_TK) = ffn.matrices(), ffn.choice(x_TD)
-        tokens, runs = x_TD.shape[0], _runs(ffn, idx_TK)
-        weight_TE = None
-        if tokens > 1 or weight_TK is not None or sum(last - max(first, 0) for first, last in runs) > ffn.top_k:
-            weight_TE = x_TD.new_zeros(tokens, ffn.experts).scatter(1, idx_TK, 1 if weight_TK is None else weight_TK)
-        up_matmul, down_matmul = matmuls(x_TD)
-        y_TD = None
-        for first, last in runs:  # expert -1 stands for the shared one
-            start = ffn.shared + first * ffn.width if first >= 0 else 0
-            stop = ffn.shared + last * ffn.width
-            h_TM = hidden(matrices, ffn.act_fn, x_TD, start, stop, up_matmul)
-            if weight_TE is not None and last > 0:
-                h_TM = _weigh(h_TM, weight_TE[:, max(first, 0) : last], ffn.width)
-            part_TD = down(matrices, h_TM, start, stop, down_matmul)
-            y_TD = part_TD if y_TD is None else y_TD + part_TD
-        return torch.zeros_like(x_TD) if y_TD is None else y_TD
+        return masked(ffn, ffn.matrices(), x_TD)
 
 
-def _weigh(h_TM: Tensor, weight_TE: Tensor, width: int) -> Tensor:
-    """The last columns of h_TM, those of the routed experts, times each expert's weight."""
-    routed = weight_TE.shape[1] * width
-    shared_TM, routed_TM = h_TM[:, :-routed], h_TM[:, -routed:]
-    own_TEM = routed_TM.unflatten(1, (-1, width))
-    if not torch.is_grad_enabled():
-        own_TEM *= weight_TE[:, :, None]
-        return h_TM
-    weighted_TM = (own_TEM * weight_TE[:, :, None]).flatten(1)
-    return torch.cat([shared_TM, weighted_TM], dim=1)
+def masked(ffn: MoEFeedForward, matrices: Matrices, x_TD: Tensor) -> Tensor:
+    """y_TD of :class:`Masked`."""
+    idx_TK, weight_TK = ffn.choice(x_TD)
+    tokens, runs = x_TD.shape[0], _runs(ffn, idx_TK)
+    weights = None
+    if tokens > 1 or weight_TK is not None or sum(last - max(first, 0) for first, last in runs) > ffn.top_k:
+        weight_TE = x_TD.new_zeros(tokens, ffn.experts).scatter(1, idx_TK, 1 if weight_TK is None else weight_TK)
+        weights = Weights(weight_TE, ffn.width, ffn.shared)
+    up_matmul, down_matmul = matmuls(x_TD)
+    if matrices.between is not None and tokens >= TURNED_FROM:
+        up_matmul = F.linear
+    y_TD = None
+    for first, last in runs:  # expert -1 stands for the shared one
+        start = ffn.shared + first * ffn.width if first >= 0 else 0
+        stop = ffn.shared + last * ffn.width
+        h_TM = hidden(matrices, ffn.act_fn, x_TD, start, stop, up_matmul, weights)
+        part_TD = down(matrices, h_TM, start, stop, down_matmul)
+        y_TD = part_TD if y_TD is None else y_TD + part_TD
+    return torch.zeros_like(x_TD) if y_TD is None else y_TD
 
 
 def _runs(ffn: MoEFeedForward, idx_TK: Tensor) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .moesaic_costs import ESTIMATES, LAYOUTS, Size, cheapest, measured
+from .moesaic_path_fused import FusedMasked, FusedSorted
 from .moesaic_path_neuron_rows import NeuronRows
 from .moesaic_path_neurons import NeuronsEvery, NeuronsMasked
 from .moesaic_path_packed import Every, Masked
@@ -22,6 +23,7 @@ from .moesaic_path_rows import Rows
 from .moesaic_path_sorted import Sorted
 from .moesaic_path_triton import TritonGrouped, TritonRows
 from .moesaic_path_union import UnionEvery, UnionMasked
+from .moesaic_slices import MATRIX_UNIT
 
 if TYPE_CHECKING:
     from .moesaic_ffn import MoEFeedForward
@@ -82,11 +84,21 @@ class Row(NamedTuple):
 
 ANY: Where = (None, None)
 FP32: Where = (None, torch.float32)
+BF16: Where = ("cpu", torch.bfloat16)
 
 # The compiled kernel on one thread of a Zen 4 CPU at 896 x 4864 against torch's dense FFN. With all rows it is faster
-# up to 96 tokens in bf16 and 128 in fp32. torch is four times slower in fp16. Without AVX-512 it is unmeasured.
+# up to 96 tokens in bf16 and 128 in fp32. torch is four times slower in fp16. Without AVX-512 it is unmeasured. Where a
+# unit multiplies matrices of bf16 (AMX), torch's products are faster from 4 tokens on (Xeon of the fifth generation).
 WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-FEW: Mapping[Where, Span] = {("cpu", torch.float16): (1, None if WIDE else 9), ("cpu", None): (1, 65 if WIDE else 9)}
+FEW_TOKENS = 65 if WIDE else 9
+FEW: Mapping[Where, Span] = {
+    ("cpu", torch.float16): (1, None if WIDE else 9),
+    BF16: (1, 4 if MATRIX_UNIT else FEW_TOKENS),
+    ("cpu", None): (1, FEW_TOKENS),
+}
+# Passes between products take the more time, the faster these are. Experts' own tokens pay later then.
+FUSED: Mapping[Where, Span] = {BF16: (4, None), ("cpu", None): (16, None)}
+FUSED_SORTED: Mapping[Where, Span] = {BF16: (256 if MATRIX_UNIT else 64, None), ("cpu", None): (64, None)}
 
 # From the top, the first that supports an input and is the fastest for it. Numbers: benchmarks/ffn.py on a Zen 4 CPU
 # (MKL for fp32, oneDNN for bf16), torch 2.13; those of unions on one thread at 896 x 4864, eight top-1 experts of about
@@ -94,11 +106,15 @@ FEW: Mapping[Where, Span] = {("cpu", torch.float16): (1, None if WIDE else 9), (
 PATHS: tuple[Row, ...] = (
     Row(Rows("packed"), FEW),
     Row(Rows("union"), FEW),
+    Row(FusedSorted("packed"), FUSED_SORTED),
+    Row(FusedMasked("packed"), {BF16: (4, None)} if MATRIX_UNIT else {}),
     # oneDNN repacks its right operand, so that few tokens per expert gain little in bf16.
     Row(Sorted("packed"), {FP32: (5, None), ANY: (64, None)}),
     Row(Masked(), {ANY: (0, None)}),
     Row(Every(), {ANY: (0, None)}),
     # Below, copying rows per expert costs more than masking, which is dense at most.
+    Row(FusedSorted("union"), {BF16: (512, None), ("cpu", None): (64, None)}, per_expert=True),
+    Row(FusedMasked("union"), FUSED),
     Row(Sorted("union"), {ANY: (64, None)}, per_expert=True),
     Row(UnionMasked(), {ANY: (0, None)}),
     Row(UnionEvery(), {ANY: (0, None)}),
@@ -113,7 +129,8 @@ PATHS: tuple[Row, ...] = (
 )
 
 
-PORTABLE = tuple(row for row in PATHS if not isinstance(row.path, Rows | TritonRows | TritonGrouped))
+COMPILED = (Rows, FusedMasked, TritonRows, TritonGrouped)
+PORTABLE = tuple(row for row in PATHS if not isinstance(row.path, COMPILED))
 """Those of torch alone, by the table: what is decided with them depends on no compiler, GPU or measurement."""
 
 

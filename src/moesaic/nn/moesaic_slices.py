@@ -6,7 +6,7 @@ Axes: T tokens, D model width, P packed neurons, M neurons of a run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,63 @@ from .moesaic_activation import gated
 # Measured with benchmarks/ffn.py on a Zen 4 CPU (MKL for fp32, oneDNN for bf16), torch 2.13.
 GAP_ROWS = 128  # so many unused rows between two used runs cost less than a second run
 WEIGHT_FIRST_UNTIL_FP32 = 5  # tokens below which (W x^T)^T beats x W^T
-WEIGHT_FIRST_FROM_BF16 = 16  # the same, tokens from which
+MATRIX_UNIT = torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]; no public name yet
+# The same, tokens from which. Where a CPU has a unit for bf16 matrices, products are over before weights are packed.
+WEIGHT_FIRST_FROM_BF16 = 2 if MATRIX_UNIT else 16
+TURNED_FROM = 128  # tokens from which turning what lies by neurons costs more than it gains
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
 
 
 class Matrices(NamedTuple):
-    """An FFN's projections as one forward pass uses them: read once, however many slices it takes."""
+    """An FFN's projections as one forward pass uses them: read once, however many slices it takes.
+
+    ``between`` is what stands between the products, where it is not torch: see :func:`hidden`.
+    """
 
     gate_PD: Tensor | None
     gate_bias_P: Tensor | None
     up_PD: Tensor
     up_bias_P: Tensor | None
     down_DP: Tensor
+    between: Between | None = None
+
+
+class Weights(NamedTuple):
+    """How neurons count: packed neuron p from ``shared`` on counts ``of_TN[t, (p - shared) // width]`` for token t.
+
+    Those before count 1.
+    """
+
+    of_TN: Tensor
+    width: int
+    shared: int
+
+
+class Members(NamedTuple):
+    """The same for experts that share neurons: p counts the weights of a token's experts that have it."""
+
+    idx_TK: Tensor
+    weight_TK: Tensor | None
+    member_EU: Tensor
+    shared: int
+
+
+class Between(Protocol):
+    """Activations h_TM of the packed neurons from ``start`` on, from products with gate and up, [T, M] each.
+
+    The products are not needed afterwards.
+    """
+
+    def __call__(
+        self,
+        start: int,
+        gate_TM: Tensor | None,
+        up_TM: Tensor,
+        gate_bias_M: Tensor | None,
+        up_bias_M: Tensor | None,
+        weights: Weights | Members | None,
+    ) -> Tensor: ...
 
 
 def effective_weight(linear: nn.Module) -> Tensor:
@@ -57,14 +101,44 @@ def effective_weight(linear: nn.Module) -> Tensor:
 
 
 def hidden(
-    matrices: Matrices, act: nn.Module, x_TD: Tensor, start: int, stop: int, matmul: Matmul = F.linear
+    matrices: Matrices,
+    act: nn.Module,
+    x_TD: Tensor,
+    start: int,
+    stop: int,
+    matmul: Matmul = F.linear,
+    weights: Weights | Members | None = None,
 ) -> Tensor:
-    """Activations h_TM of the packed neurons [start, stop)."""
+    """Activations h_TM of the packed neurons [start, stop), times their weights."""
     rows = slice(start, stop)
-    up_TM = _project(x_TD, matrices.up_PD, matrices.up_bias_P, rows, matmul)
-    if matrices.gate_PD is None:
-        return act(up_TM)
-    return gated(act, _project(x_TD, matrices.gate_PD, matrices.gate_bias_P, rows, matmul), up_TM)
+    gate_PD, gate_bias_P, up_PD, up_bias_P, _, between = matrices
+    if between is not None:
+        gate_TM = None if gate_PD is None else matmul(x_TD, gate_PD[rows])
+        gate_bias_M, up_bias_M = (None if bias is None else bias[rows] for bias in (gate_bias_P, up_bias_P))
+        return between(start, gate_TM, matmul(x_TD, up_PD[rows]), gate_bias_M, up_bias_M, weights)
+    up_TM = _project(x_TD, up_PD, up_bias_P, rows, matmul)
+    h_TM = act(up_TM) if gate_PD is None else gated(act, _project(x_TD, gate_PD, gate_bias_P, rows, matmul), up_TM)
+    return h_TM if weights is None else _weighed(h_TM, weights, start)
+
+
+def slice_of(weights: Weights, start: int, stop: int) -> tuple[int, Tensor]:
+    """Of the neurons [start, stop): how many count 1, and the weights of the others' groups."""
+    plain = min(max(0, weights.shared - start), stop - start)
+    first, last = (place - weights.shared for place in (start + plain, stop))
+    return plain, weights.of_TN[:, first // weights.width : -(-last // weights.width)]
+
+
+def _weighed(h_TM: Tensor, weights: Weights | Members, start: int) -> Tensor:
+    assert isinstance(weights, Weights), "torch multiplies by weights of neurons"
+    stop = start + h_TM.shape[1]
+    plain, weight_TN = slice_of(weights, start, stop)
+    if plain == stop - start:
+        return h_TM
+    own_TNW = h_TM[:, plain:].unflatten(1, (-1, weights.width))
+    if not torch.is_grad_enabled():
+        own_TNW *= weight_TN[:, :, None]
+        return h_TM
+    return torch.cat([h_TM[:, :plain], (own_TNW * weight_TN[:, :, None]).flatten(1)], dim=1)
 
 
 def down(matrices: Matrices, h_TM: Tensor, start: int, stop: int, matmul: Matmul = F.linear) -> Tensor:

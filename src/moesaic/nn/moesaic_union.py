@@ -17,7 +17,7 @@ from torch import Tensor
 from .moesaic_ffn import MoEFeedForward
 from .moesaic_neurons import NeuronFeedForward
 from .moesaic_path_union import weighed
-from .moesaic_slices import GAP_ROWS, Matrices
+from .moesaic_slices import GAP_ROWS, Matrices, Weights, matmuls
 
 SPARE_ROWS = 0.25  # an expert's own tokens: if bridging its gaps computes more unused rows than this, rows are copied
 
@@ -65,17 +65,19 @@ class UnionFeedForward(MoEFeedForward):
         rows, runs = all_rows[e], all_runs[e]
         if sum(stop - start for start, stop in runs) <= (1 + SPARE_ROWS) * len(rows):
             member_TU = self.membership[e].to(x_TD.dtype).expand(len(x_TD), -1)
-            return weighed(self, matrices, x_TD, runs, member_TU)
+            weights = Weights(member_TU, 1, self.shared)
+            return weighed(self, matrices, x_TD, runs, weights, matmuls(x_TD))
         return self.rows(_taken(matrices, rows), x_TD, 0, len(rows))
 
 
 def _taken(matrices: Matrices, rows_M: Tensor) -> Matrices:
     """Copies of some rows."""
-    *of_rows, down_DP = matrices
-    picked = [None if tensor is None else tensor.index_select(0, rows_M) for tensor in of_rows]
+    down_DP = matrices.down_DP
     by_rows = down_DP.stride(0) == 1  # it lies side by side with the others: then its columns are whole in memory
     down_DM = down_DP.t().index_select(0, rows_M).t() if by_rows else down_DP[:, rows_M]
-    return Matrices(picked[0], picked[1], matrices.up_PD.index_select(0, rows_M), picked[3], down_DM)
+    of_rows = {name: getattr(matrices, name) for name in ("gate_PD", "gate_bias_P", "up_PD", "up_bias_P")}
+    picked = {name: None if tensor is None else tensor.index_select(0, rows_M) for name, tensor in of_rows.items()}
+    return matrices._replace(down_DP=down_DM, **picked)
 
 
 def _runs_of(rows_M: Tensor) -> list[Run]:
