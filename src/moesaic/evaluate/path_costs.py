@@ -42,8 +42,10 @@ def measure(dtype: torch.dtype) -> Costs:
         x_TD = torch.randn(128, 64).to(dtype)
         with use_path(narrow, "sorted"):
             call = _fastest(lambda: narrow(x_TD))
-    per_weight = [tuple(nanoseconds / weights for nanoseconds in found) for found in (dense, rows, fused)]
-    return Costs(*per_weight, copied / (d_model * len(some)), call / 32)
+    per_dense, per_row, per_fused = (
+        tuple(nanoseconds / weights for nanoseconds in found) for found in (dense, rows, fused)
+    )
+    return Costs(per_dense, per_row, per_fused, copied / (d_model * len(some)), call / 32)
 
 
 def small_ffn(dtype: torch.dtype) -> MoEFeedForward:

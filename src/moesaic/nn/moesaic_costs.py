@@ -140,8 +140,8 @@ def measured(dtype: torch.dtype, threads: int) -> Costs | None:
     """What was kept for this machine, or None. Read once per process."""
     try:
         found = json.loads(_file(dtype, threads).read_text(encoding="utf-8"))
-        tables = [tuple(found[name]) for name in ("torch", "rows", "fused")]
-        costs = Costs(*tables, found["copy"], found["call"])
+        dense, rows, fused = tables = [tuple(found[name]) for name in ("torch", "rows", "fused")]
+        costs = Costs(dense, rows, fused, found["copy"], found["call"])
         numbers = (*chain.from_iterable(tables), costs.copy, costs.call)
         right = {*map(len, tables)} == {len(TOKENS)} and all(math.isfinite(n) and n > 0 for n in numbers)
     except (NoKernelError, OSError, ValueError, TypeError, KeyError):
