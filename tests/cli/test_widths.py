@@ -37,3 +37,16 @@ def test_plan_inspect_and_card(
         assert row["width"] == f"{widths[0]}-{widths[-1]}"
     assert "4 experts of different widths" in (out / "README.md").read_text()
     said(["verify", str(out), "--baseline", str(dense)], monkeypatch, capsys)
+
+
+def test_plan_says_what_an_alignment_costs(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = str(tiny("llama"))
+    planned = said(
+        ["plan", dense, "--method", "token_clusters", "--align", "8", "--set=experts=4"], monkeypatch, capsys
+    )
+    assert "routed experts of 16, top-1" in planned
+    padded = said(["plan", dense, "--router", "oracle", "--align", "256"], monkeypatch, capsys)
+    assert "pads each expert by" in padded
+    assert "width 32 is no multiple of 256" in padded

@@ -172,9 +172,9 @@ def test_reading_back_finds_what_the_bytes_have_wrong(
     encode = file_of_gguf._encode
     for change in BYTES.values():
 
-        def planted(tensor: Any, stored: Any, change: Any = change) -> Any:
+        def planted(tensor: Any, stored: Any, pack: Any, change: Any = change) -> Any:
             read = lambda: change(tensor.name, tensor.read())  # noqa: E731
-            return encode(replace(tensor, read=read), stored)
+            return encode(replace(tensor, read=read), stored, pack)
 
         monkeypatch.setattr(file_of_gguf, "_encode", planted)
         with pytest.raises(VerificationError, match=r"differs in .* values from the folder's"):
@@ -187,12 +187,13 @@ def test_a_tensor_that_is_lost_is_found(moe_bf16: Path, tmp_path: Path) -> None:
     architecture = architectures.ARCHITECTURES["glm4_moe"]
     tensors = gguf_tensors(checkpoint, architecture, architectures.read_config(checkpoint.config))
     file = write_gguf(moe_bf16, tmp_path / "model.gguf", "q8_0").output
-    check_tensors(file, tensors, "q8_0")
+    types = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors}
+    check_tensors(file, tensors, types)
     one_more = [*tensors, replace(tensors[0], name="blk.9.attn_norm.weight")]
     with pytest.raises(VerificationError, match=r"blk\.9\.attn_norm\.weight is missing"):
-        check_tensors(file, one_more, "q8_0")
+        check_tensors(file, one_more, types)
     with pytest.raises(VerificationError, match="has no source"):
-        check_tensors(file, tensors[:-1], "q8_0")
+        check_tensors(file, tensors[:-1], types)
 
 
 @needs_llama_cpp

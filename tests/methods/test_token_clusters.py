@@ -261,3 +261,17 @@ def test_it_becomes_a_stock_model_and_one_of_ours(
 def test_the_forecast_counts_the_refinement_of_the_router() -> None:
     some, none = (Config(router_steps=steps).operations(64, 32, 1000) for steps in (50, 0))
     assert some - none == 2 * 50 * 1024 * 6 * 32 * 16  # twice; forward and backward of 16 experts' scores
+
+
+def test_aligned_widths_are_planned() -> None:
+    shape = Config(align=32).sizes(1536)
+    assert (shape.shared, shape.width, shape.active) == (1024, 128, 1152)
+    for align, experts in ((32, 16), (64, 16), (256, 8)):
+        shape = Config(align=align, experts=experts).sizes(1536)
+        assert shape.width % align == shape.shared % shape.width == 0
+        assert shape.neurons <= 2.5 * 1536
+        assert abs(shape.active - 0.75 * 1536) <= align / 2
+    assert Config(align=256, max_params=None).sizes(1536).own == (1024,) * 16
+    with pytest.raises(InputError, match="16 experts of 256 neurons") as refusal:
+        Config(align=256).sizes(1536)
+    assert "align to 32" in str(refusal.value.hint)

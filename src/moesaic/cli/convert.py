@@ -39,6 +39,7 @@ def run(
     router: opt.RouterText = None,
     target: opt.Target = None,
     device: opt.DeviceName = None,
+    align: opt.Align = None,
     blueprint: Annotated[
         Path | None,
         typer.Option(
@@ -72,6 +73,7 @@ def run(
         seed=seed,
         router=router,
         target=target,
+        align=align,
         budget=budget,
         whole=whole,
         device=device,

@@ -10,6 +10,7 @@ import typer
 from moesaic.cli import options as opt
 from moesaic.cli.console import ConsoleProgress, emit, emit_json, native_line, quiet_libraries
 from moesaic.errors import InputError
+from moesaic.gguf import DTYPES
 
 GGUF = "gguf"
 
@@ -30,7 +31,7 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="eps, exact_weights or align; repeatable."),
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away an unfinished export.")] = False,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="gguf: f32, f16, bf16 or q8_0. Default: f16.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help=f"gguf: {', '.join(DTYPES)}. Default: f16.")] = None,
     tokenizer_gguf: Annotated[
         Path | None, typer.Option("--tokenizer-gguf", help="gguf: copy the tokenizer from this file.")
     ] = None,
@@ -70,6 +71,9 @@ def _gguf(
     parity = done.parity
     if as_json:
         report = {"output": str(done.output), "architecture": done.architecture, "bytes": done.nbytes}
+        report |= {"dtype": done.dtype, "fallbacks": list(done.fallbacks)}
+        if done.perplexity is not None:
+            report["perplexity"] = [one.to_dict() for one in done.perplexity]
         emit_json(report | {"llama_cpp_parity": None if parity is None else parity.to_dict()})
         return
     emit(f"{done.output}: {done.architecture}, {done.dtype}, {done.nbytes / 1e6:.0f} MB")
@@ -79,3 +83,6 @@ def _gguf(
         rounding = "" if parity.bound is None else f", {done.dtype} explains {parity.bound:.1e}"
         figures = f"mean KL {parity.mean_kl:.1e}, median difference {parity.median:.1e}{rounding}"
         emit(f"llama.cpp against transformers: {figures}")
+    if done.perplexity is not None:
+        before, after = done.perplexity
+        emit(f"{after.name}: {before.value:.2f} in transformers, {after.value:.2f} as {done.dtype} in llama.cpp")

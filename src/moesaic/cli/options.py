@@ -83,6 +83,14 @@ Whole = Annotated[
         "output is the text model alone.",
     ),
 ]
+Align = Annotated[
+    int | None,
+    typer.Option(
+        "--align",
+        help="Widths of experts in stock architectures are multiples of this: 64 for GPU kernels, 32 for q4_0 and q8_0 "
+        "in a GGUF, 256 for its K-quants. Planned so where the method can, else padded with zeros; `plan` says which.",
+    ),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of calibration windows and of the method.")]
 DeviceName = Annotated[
     str | None,
@@ -108,6 +116,7 @@ def make_settings(
     budget: float | None = None,
     whole: bool | None = None,
     device: str | None = None,
+    align: int | None = None,
 ) -> ConvertSettings:
     """Flags over the YAML file over the defaults. Raises InputError for unknown keys and values that do not parse."""
     from moesaic.jobs.settings import ConvertSettings, load_settings
@@ -123,6 +132,10 @@ def make_settings(
         method_options["layout"] = str(Layout.parse(layout))
     if active is not None:
         method_options |= _active(chosen, active)
+    if align is not None:
+        values["target_options"] = _section(values, "target_options") | {"align": align}
+        if "align" in get_config(chosen).model_fields:
+            method_options["align"] = align
     calibration = _section(values, "calibration")
     given = {"sources": calib, "tokens": calib_tokens, "window": calib_window, "seed": seed}
     calibration |= {key: value for key, value in given.items() if value is not None}

@@ -30,6 +30,7 @@ def run(
     router: opt.RouterText = None,
     target: opt.Target = None,
     device: opt.DeviceName = None,
+    align: opt.Align = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Show shapes, parameters, memory and time of a conversion, before it runs."""
@@ -47,6 +48,7 @@ def run(
         seed=seed,
         router=router,
         target=target,
+        align=align,
         whole=whole,
         device=device,
     )

@@ -15,7 +15,6 @@ from gguf import (
     GGUFEndian,
     GGUFValueType,
     GGUFWriter,
-    LlamaFileType,
     quantize,
 )
 from torch import Tensor
@@ -23,13 +22,11 @@ from torch import Tensor
 from moesaic.durable import replace_file
 from moesaic.errors import InputError
 
-DTYPES: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
-    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
-"""Storage type of matrices -> that of a tensor and the mark of the whole file."""
+Pack = Callable[[np.ndarray[Any, Any], GGMLQuantizationType], np.ndarray[Any, Any]]
+"""Packs the rows of an fp32 array in a type; the last axis of what it returns holds bytes."""
+
+_OWN = (GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0)
+"""Types that the package gguf packs by itself."""
 
 
 @dataclass(frozen=True)
@@ -71,24 +68,26 @@ class GGUFTensor:
     read: Callable[[], Tensor]
     precise: bool
 
-    def stored_as(self, dtype: str) -> GGMLQuantizationType:
-        """The type on disk. q8_0 packs 32 values of a row: rows of other lengths are f16."""
-        if self.precise:
-            return GGMLQuantizationType.F32
-        if dtype == "q8_0" and self.shape[-1] % 32:
-            return GGMLQuantizationType.F16
-        return DTYPES[dtype][0]
-
 
 def write_gguf(
     path: Path,
     architecture: str,
     metadata: Mapping[str, Field],
     tensors: Sequence[GGUFTensor],
-    dtype: str,
+    types: Mapping[str, GGMLQuantizationType],
     advance: Callable[[str], None],
+    pack: Pack | None = None,
 ) -> None:
-    """Write ``path``; a failure leaves no part of it. ``advance`` is told the name of every tensor that is written.
+    """Write ``path``; a failure leaves no part of it.
+
+    Args:
+        path: The file.
+        architecture: llama.cpp's name.
+        metadata: All keys but the architecture's name.
+        tensors: In the order in which they lie in the file.
+        types: The type of each, by name.
+        advance: Is told the name of every tensor that is written.
+        pack: Packs what is narrower than q8_0.
 
     Raises:
         InputError: a value does not fit f16.
@@ -101,13 +100,12 @@ def write_gguf(
             for key, entry in metadata.items():
                 writer.add_key_value(key, entry.value, entry.type, entry.item)
             for tensor in tensors:
-                stored = tensor.stored_as(dtype)
-                _announce(writer, tensor, stored)
+                _announce(writer, tensor, types[tensor.name])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for tensor in tensors:
-                writer.write_tensor_data(_encode(tensor, tensor.stored_as(dtype)))
+                writer.write_tensor_data(_encode(tensor, types[tensor.name], pack))
                 advance(tensor.name)
             writer.flush()
         finally:
@@ -116,9 +114,9 @@ def write_gguf(
     replace_file(path, write)
 
 
-def expected_bytes(tensors: Sequence[GGUFTensor], dtype: str) -> int:
+def expected_bytes(tensors: Sequence[GGUFTensor], types: Mapping[str, GGMLQuantizationType]) -> int:
     """Size of the tensors on disk."""
-    return sum(_nbytes(tensor.shape, tensor.stored_as(dtype)) for tensor in tensors)
+    return sum(_nbytes(tensor.shape, types[tensor.name]) for tensor in tensors)
 
 
 def _nbytes(shape: tuple[int, ...], stored: GGMLQuantizationType) -> int:
@@ -133,7 +131,7 @@ def _announce(writer: GGUFWriter, tensor: GGUFTensor, stored: GGMLQuantizationTy
     )
 
 
-def _encode(tensor: GGUFTensor, stored: GGMLQuantizationType) -> np.ndarray[Any, Any]:
+def _encode(tensor: GGUFTensor, stored: GGMLQuantizationType, pack: Pack | None) -> np.ndarray[Any, Any]:
     values = tensor.read()
     if tuple(values.shape) != tensor.shape:
         raise InputError(f"{tensor.name} is {tuple(values.shape)}, not {tensor.shape}", "the checkpoint is damaged")
@@ -142,8 +140,14 @@ def _encode(tensor: GGUFTensor, stored: GGMLQuantizationType) -> np.ndarray[Any,
         if not torch.isfinite(half).all():
             raise InputError(
                 f"{tensor.name} has values beyond the range of f16, in which it would be stored",
-                "use bf16 or f32; a q8_0 file stores matrices whose rows are no multiple of 32 as f16",
+                "use bf16 or f32; a quantised file stores matrices whose rows are no multiple of 32 as f16",
             )
         return half.contiguous().numpy()
     full = values.to(torch.float32).contiguous().numpy()
-    return full if stored == GGMLQuantizationType.F32 else quantize(full, stored)
+    if stored == GGMLQuantizationType.F32:
+        return full
+    if stored in _OWN:
+        return quantize(full, stored)
+    if pack is None:
+        raise ValueError(f"nothing packs {stored.name}")
+    return pack(full, stored)

@@ -36,6 +36,8 @@ from moesaic.options import build
 from moesaic.paths import cache_folder
 from moesaic.targets import AUTO, OWN, TARGETS
 from moesaic.targets.backbone import no_backbone
+from moesaic.targets.base import TargetOptions
+from moesaic.targets.config import aligned
 
 if TYPE_CHECKING:
     from moesaic.blueprint.shape import FFNShape
@@ -45,7 +47,7 @@ GFLOPS_PER_CORE = 45.0
 """Sustained fp32 matmul speed of one server core (AVX-512), in 1e9 operations per second; native bf16 doubles it."""
 _TOKENIZER_GROWTH = 2
 """Size of tokenizer.json over that of the GGUF's metadata which it is made from, as with SmolLM2's."""
-ALIGNMENTS = {64: "GPU kernels", 256: "GGUF K-quants"}
+ALIGNMENTS = {32: "GGUF q4_0 and q8_0", 64: "GPU kernels", 256: "GGUF K-quants"}
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,8 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
         output_bytes=space.output,
         staging_bytes=space.staging,
         remarks=(
-            *_remarks(0 if shape.varied or shape.router == "low_bit" else shape.width, shape.padding),
+            *_remarks(_common_width(shape), shape.padding),
+            *_alignment_remarks(_common_width(shape), shape, settings.target_options.align, anatomy.d_model),
             *_router_remarks(shape, anatomy, source),
             _target_remark(outline),
             *_allocation_remarks(outline),
@@ -287,6 +290,30 @@ def _router_remarks(shape: FFNShape, anatomy: Anatomy, source: forecast.Source) 
         f"a token reads {router + shape.active / shape.d_ff:.3f} of an FFN's bytes, {router:.3f} of them the router of "
         f"{shape.bits} bits; a prompt is computed by the dense FFN",
     )
+
+
+def _common_width(shape: FFNShape) -> int:
+    """That of the experts, 0 where they have none."""
+    return 0 if shape.varied or shape.router == "low_bit" else shape.width
+
+
+def _alignment_remarks(width: int, shape: FFNShape, align: int, d_model: int) -> tuple[str, ...]:
+    """What an alignment that was asked for costs, and where it cannot help."""
+    if not width or align <= TargetOptions().align:
+        return ()
+    remarks = []
+    if wider := aligned(width, align) - width:
+        share = shape.top_k * wider / shape.active
+        remarks.append(
+            f"a stock architecture pads each expert by {wider} neurons of zeros to a multiple of {align}: a token "
+            f"computes {share:.0%} more; another layout or fewer experts may need none"
+        )
+    if align % 256 == 0 and d_model % 256:
+        remarks.append(
+            f"the model's width {d_model} is no multiple of 256: of the FFNs only the down projections become K-quants "
+            "in a GGUF, the other matrices take the type of 32 values that llama.cpp falls back on"
+        )
+    return tuple(remarks)
 
 
 def _remarks(width: int, padding: int) -> tuple[str, ...]:

@@ -53,6 +53,12 @@ class Config(MethodConfig):
         "the experts share as many as that takes; null: they share none, and experts x active is stored. union: below "
         "1, the neurons of least energy are left out.",
     )
+    align: int = Field(
+        default=1,
+        ge=1,
+        description="overlapping: widths of experts are multiples of this, and so is what one token uses, rounded to "
+        "the nearest. `--align` sets it.",
+    )
     shared: float = Field(
         default=0.8, ge=0, lt=1, description="disjoint: fraction of the active neurons that every token uses."
     )
@@ -137,6 +143,8 @@ def _parts(config: Config, d_ff: int) -> FFNShape:
         return FFNShape(d_ff, 0, (active,) * experts, 1, union=_union(config, d_ff, active), varied=varied)
     if config.split == "disjoint":
         return _disjoint(config, d_ff, active, experts)
+    if config.align > 1:
+        return _aligned(config, d_ff, active, experts)
     if config.max_params is None:
         return FFNShape(d_ff, 0, (active,) * experts, 1)
     stored = math.floor(config.max_params * d_ff)
@@ -150,6 +158,24 @@ def _parts(config: Config, d_ff: int) -> FFNShape:
     # Stock targets pad the shared part to a multiple of an expert's width: make the two fit.
     own = math.ceil(active / math.ceil(active / own))
     return FFNShape(d_ff, active - own, (own,) * experts, 1)
+
+
+def _aligned(config: Config, d_ff: int, active: int, experts: int) -> FFNShape:
+    """Experts of a multiple of ``align`` neurons, and a shared part that is a whole number of experts wide."""
+    align = config.align
+    active = align * max(1, round(active / align))
+    if config.max_params is None:
+        return FFNShape(d_ff, 0, (active,) * experts, 1)
+    stored = math.floor(config.max_params * d_ff)
+    widths = (own for own in range(active, 0, -align) if active % own == 0)
+    for own in widths:
+        if active <= d_ff and active - own + experts * own <= stored:
+            return FFNShape(d_ff, active - own, (own,) * experts, 1)
+    raise InputError(
+        f"{experts} experts of {align} neurons or a multiple, {active} active of {d_ff}, are more than max_params "
+        f"{config.max_params:g}",
+        "choose fewer experts, raise max_params, or align to 32, which is enough for q4_0 and q8_0",
+    )
 
 
 def _union(config: Config, d_ff: int, active: int) -> int:
