@@ -51,7 +51,10 @@ def nav_of(entry: object) -> list[str]:
 def test_every_page_is_in_the_navigation_once() -> None:
     listed = nav_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     places = [site_sources.place_of(str(page.relative_to(ROOT))) for page in PAGES]
-    assert sorted(listed) == sorted({place for place in places if place is not None} | GENERATED)
+    pages = {place for place in places if place is not None} | GENERATED
+    assert sorted(pages - set(listed)) == [], "give these a place in the nav of mkdocs.yml"
+    assert sorted(set(listed) - pages) == [], "the nav of mkdocs.yml names pages that are not there"
+    assert len(listed) == len(set(listed))
 
 
 def test_links_are_those_of_the_site() -> None:
