@@ -77,11 +77,11 @@ def test_two_processes_convert_as_one_does(
         assert min(map(len, same)) >= 0.9 * len(plan.experts[0])
 
 
-def test_several_processes_are_refused_where_nothing_is_trained(
+def test_several_processes_are_refused_where_nothing_is_shared(
     tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="several processes"):
+    with pytest.raises(InputError, match="nothing that 2 processes could share"):
         convert(tiny("llama"), tmp_path / "out", method="mlpmoe")
     with pytest.raises(InputError, match="batch of 3 cannot be shared by 2"):
         convert(tiny("llama"), tmp_path / "out", settings=settings(train={**TRAIN, "batch": 3}))

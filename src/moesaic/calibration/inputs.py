@@ -6,8 +6,10 @@ Axes: T tokens, D model width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+
+from moesaic.solvers.team import Team
 
 if TYPE_CHECKING:
     import torch
@@ -22,12 +24,14 @@ class SiteInputs:
     the solvers compute: on ``device``, that of the FFN's weights; None is the CPU. T counts tokens (for an
     expert of an existing MoE: the tokens its own router sent to it; T may be 0). ``stream_T`` is the L2 norm of the
     residual stream that each token brings to the layer, in units of the FFN's output (Granite multiplies that),
-    float32; None where it is not known, or says nothing.
+    float32; None where it is not known, or says nothing. ``team``: the processes that all have these inputs and may
+    share out the work on them.
     """
 
     x_TD: Tensor
     stream_T: Tensor | None = None
     device: torch.device | None = None
+    team: Team = field(default_factory=Team)
 
     @property
     def tokens(self) -> int:

@@ -30,6 +30,7 @@ from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, ResourceError
 from moesaic.nn.ffn import FFNWeights
 from moesaic.options.device import exact_device
+from moesaic.solvers.team import ALONE, Team
 
 SPILL_BYTES = 512 << 20
 """A buffer larger than this goes to a file when a folder for it is given."""
@@ -42,9 +43,12 @@ class Captured(Mapping[str, SiteInputs]):
     :class:`~moesaic.calibration.inputs.SiteInputs` has it, is of all tokens; so is ``device``.
     """
 
-    def __init__(self, stream_T: Tensor | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self, stream_T: Tensor | None = None, device: torch.device | None = None, team: Team = ALONE
+    ) -> None:
         self._stream_T = stream_T
         self._device = device
+        self._team = team
         self._inputs: dict[str, tuple[Tensor, Tensor | None, int]] = {}
 
     def add(self, path: str, x_TD: Tensor, index_TK: Tensor | None = None, expert: int = 0) -> None:
@@ -54,15 +58,32 @@ class Captured(Mapping[str, SiteInputs]):
     def __getitem__(self, path: str) -> SiteInputs:
         x_TD, index_TK, expert = self._inputs[path]
         if index_TK is None:
-            return SiteInputs(x_TD, self._stream_T, self._device)
+            return SiteInputs(x_TD, self._stream_T, self._device, self._team)
         mine_T = (index_TK == expert).any(dim=1)
-        return SiteInputs(x_TD[mine_T], None if self._stream_T is None else self._stream_T[mine_T], self._device)
+        stream_T = None if self._stream_T is None else self._stream_T[mine_T]
+        return SiteInputs(x_TD[mine_T], stream_T, self._device, self._team)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._inputs)
 
     def __len__(self) -> int:
         return len(self._inputs)
+
+    def of_all(self, team: Team, windows: int) -> Captured:
+        """What the FFNs read of all ``windows``, of which each process of ``team`` has its part."""
+        gathered: dict[int, Tensor] = {}
+
+        def gather(mine_T: Tensor) -> Tensor:
+            if id(mine_T) not in gathered:  # the experts of a block have the same inputs
+                part = team.part(windows)
+                mine_NW = mine_T.unflatten(0, (part.stop - part.start, -1))
+                gathered[id(mine_T)] = team.gather(mine_NW, windows).flatten(0, 1)
+            return gathered[id(mine_T)]
+
+        found = Captured(None if self._stream_T is None else gather(self._stream_T), self._device, team)
+        for path, (x_TD, index_TK, expert) in self._inputs.items():
+            found.add(path, gather(x_TD), None if index_TK is None else gather(index_TK), expert)
+        return found
 
 
 class _AllSeen(Exception):  # noqa: N818 - no error: ends a layer's forward once all its FFN inputs are known

@@ -20,21 +20,29 @@ from moesaic.blueprint.layer import LayerPlan
 from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.loading import generation_fault
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.errors import InputError
 from moesaic.jobs import forecast
 from moesaic.jobs.card import finish
-from moesaic.jobs.decide import Decisions, blueprint_of, decide_layers, train_beside, trains_whole_model
+from moesaic.jobs.decide import (
+    Decisions,
+    blueprint_of,
+    check_shareable,
+    decide_layers,
+    train_beside,
+    trains_whole_model,
+)
 from moesaic.jobs.job import Job, prepare
 from moesaic.jobs.request import Request, check_request
 from moesaic.jobs.settings import ConvertSettings
 from moesaic.options import build
 from moesaic.progress import Progress, Silent
+from moesaic.solvers.team import ALONE
 from moesaic.staging.placement import absolute, partial_of
 from moesaic.staging.writer import StagedOutput
 from moesaic.targets import AUTO, OWN, Choice, choose_target, get_target
 from moesaic.targets.base import Split, TargetOptions
 from moesaic.targets.write import DenseSource, provenance_of, read_split, write_model, write_side_files
-from moesaic.train.launch import is_worker, processes
+from moesaic.train.launch import is_worker
+from moesaic.train.parallel import end_team, start_team
 
 _CURVES = ("active_mean", "coverage", "load_max")
 
@@ -71,8 +79,8 @@ def convert(
         progress: Receives layers done and notes.
         values: Keys of :class:`ConvertSettings`, e.g. ``method="cmoe", options={"layout": "S3A3E8"}``.
 
-    Where a launcher (``accelerate launch``, ``torchrun``) started several processes, all train and the first one
-    writes; the others return an empty blueprint and no results.
+    Where a launcher (``accelerate launch``, ``torchrun``) started several processes, all decide or train and the first
+    one writes; the others return an empty blueprint and no results.
 
     Raises:
         InputError, UnsupportedModelError, CheckpointError: before anything is written.
@@ -94,10 +102,9 @@ def convert_request(
     started = time.monotonic()
     output = Path(output).expanduser()
     job, settings = prepare(request), request.settings
-    if processes() > 1 and not trains_whole_model(job):
-        raise InputError("only a training of the whole model uses several processes", "start it without the launcher")
+    check_shareable(job)
     if is_worker():
-        train_beside(job, partial_of(absolute(output)) / "training")
+        _work_beside(job, output)
         return Conversion(output, "", blueprint_of(job, Decisions()), {})
     fault = generation_fault(job.checkpoint.folder)
     if job.checkpoint.wrapper is not None:
@@ -111,7 +118,9 @@ def convert_request(
     with StagedOutput.open(
         output, job.key, source=job.checkpoint.folder, expected_bytes=expected_bytes(job), restart=restart
     ) as staged:
-        made = decide_layers(job, staged, progress, check=lambda plans: _check_first(job, plans))
+        team = ALONE if trains_whole_model(job) else start_team()
+        made = decide_layers(job, staged, progress, check=lambda plans: _check_first(job, plans), team=team)
+        end_team(team)
         blueprint_made = blueprint_of(job, made)
         split = read_split(job.checkpoint, job.anatomy, made.plans, blueprint_made.attention)
         split = replace(split, whole=job.split.whole)
@@ -136,6 +145,16 @@ def convert_request(
 
         finish(staged, results, check)
     return Conversion(output, choice.name, blueprint_made, results)
+
+
+def _work_beside(job: Job, output: Path) -> None:
+    """What a process does beside the first one, which writes: it takes part in deciding."""
+    if trains_whole_model(job):
+        train_beside(job, partial_of(absolute(output)) / "training")
+        return
+    team = start_team()
+    decide_layers(job, None, Silent(), check=lambda plans: _check_first(job, plans), team=team)
+    end_team(team)
 
 
 def choose(split: Split, target: str, options: TargetOptions, progress: Progress) -> Choice:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +24,7 @@ from moesaic.blueprint.layer import LayerPlan
 from moesaic.blueprint.model import Blueprint
 from moesaic.calibration.inputs import SiteInputs
 from moesaic.calibration.stream import LayerStream
+from moesaic.calibration.team_stream import TeamStream
 from moesaic.checkpoint.ffn import load_ffn
 from moesaic.errors import InputError
 from moesaic.jobs.allocate import with_allocation
@@ -34,6 +35,7 @@ from moesaic.nn.ffn import FFNWeights
 from moesaic.nn.moesaic_paths import PORTABLE
 from moesaic.options.device import exact_device
 from moesaic.progress import Progress, Silent
+from moesaic.solvers.team import ALONE, Team
 from moesaic.staging.writer import StagedOutput
 from moesaic.targets.write import step_of
 from moesaic.train.launch import processes
@@ -66,23 +68,28 @@ def decide(job: Job, progress: Progress | None = None) -> Blueprint:
 
 
 def decide_layers(
-    job: Job, staged: StagedOutput | None, progress: Progress, check: Callable[[Plans], None] | None = None
+    job: Job,
+    staged: StagedOutput | None,
+    progress: Progress,
+    check: Callable[[Plans], None] | None = None,
+    team: Team = ALONE,
 ) -> Decisions:
     """Decide every layer, keeping each one's plans in ``staged``; those that it has are not decided again.
 
-    ``check`` is called with the plans of the first converted layer before they are kept, to refuse early.
+    ``check`` is called with the plans of the first converted layer before they are kept, to refuse early. All processes
+    of a ``team`` call this, the first with ``staged``: what it decides counts for all.
     """
     if trains_whole_model(job):
         return _decide_model(job, staged, progress)
-    job = with_allocation(job, staged, progress)
+    job = _with_allocation(job, staged, progress, team)
     layers = job.anatomy.num_layers
     progress.start(f"{job.settings.method if job.given is None else 'blueprint'}: deciding", layers)
     made = Decisions(allocation=job.allocation or {})
-    kept = {layer for layer in range(layers) if staged is not None and staged.planned(step_of(layer))}
-    stream, first = (None, 0) if len(kept) == layers else _open_stream(job, staged)
+    kept = team.told({layer for layer in range(layers) if staged is not None and staged.planned(step_of(layer))})
+    stream, first = (None, 0) if len(kept) == layers else _open_stream(job, staged, team)
     for layer in range(layers):
-        if staged is not None and layer in kept:
-            plans, fits, _ = staged.read_plans(step_of(layer))
+        if layer in kept:
+            plans, fits = ({}, {}) if staged is None else staged.read_plans(step_of(layer))[:2]
         else:
             plans, fits = _decide_layer(job, layer, stream, progress)
             if check is not None and plans and not made.plans:
@@ -92,13 +99,40 @@ def decide_layers(
                 # From the disk, mapped: the readouts of all layers together may be larger than memory.
                 plans, fits, _ = staged.read_plans(step_of(layer))
         if stream is not None and first <= layer < layers - 1:
-            _move_on(stream, plans)
+            _move_on(stream, team.told(plans))
+            state = {} if staged is None and team.size == 1 else stream.state()
             if staged is not None:
-                staged.write_state(layer + 1, stream.state())
+                staged.write_state(layer + 1, state)
         made.plans |= plans
         made.router_fits |= fits
         progress.advance(f"layer {layer}")
     return made
+
+
+def check_shareable(job: Job) -> None:
+    """Raise InputError where a launcher started several processes and there is not work for all of them."""
+    if processes() == 1 or trains_whole_model(job):
+        return
+    if job.windows is None:
+        raise InputError(
+            f"no text is read, so there is nothing that {processes()} processes could share",
+            "start it without the launcher",
+        )
+    if (windows := len(job.windows.ids_NW)) < processes():
+        raise InputError(
+            f"{windows} calibration windows cannot be shared by {processes()} processes",
+            "start fewer, or choose more tokens or shorter windows",
+        )
+
+
+def _with_allocation(job: Job, staged: StagedOutput | None, progress: Progress, team: Team) -> Job:
+    """:func:`with_allocation`, measured by the first process."""
+    if job.settings.allocation is None:
+        return job
+    if team.rank == 0:
+        job = with_allocation(job, staged, progress)
+    dense_layers, allocation = team.told((job.dense_layers, job.allocation))
+    return replace(job, dense_layers=dense_layers, allocation=allocation)
 
 
 def trains_whole_model(job: Job) -> bool:
@@ -170,20 +204,21 @@ def _move_on(stream: LayerStream, plans: Mapping[str, LayerPlan]) -> None:
     stream.advance(made)
 
 
-def _open_stream(job: Job, staged: StagedOutput | None) -> tuple[LayerStream | None, int]:
+def _open_stream(job: Job, staged: StagedOutput | None, team: Team) -> tuple[LayerStream | None, int]:
     """The calibration stream, moved to the first layer that it must compute; None for methods without data."""
     if job.windows is None:
         return None, 0
     spill = None if staged is None else staged.work
-    stream = LayerStream(
+    stream = TeamStream(
         job.checkpoint,
         job.anatomy,
         job.windows.ids_NW,
+        team,
         compute_dtype=job.compute_dtype,
         device=job.device,
         spill=spill,
     )
-    state = None if staged is None else staged.read_state()
+    state = team.told(None if staged is None else staged.read_state())
     if state is None:
         return stream, 0
     layer, tensors = state

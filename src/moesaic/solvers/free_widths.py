@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moesaic.solvers.products import block_product
 from moesaic.solvers.router_fit import FactoredRidge, energy_targets, refine_softmax
+from moesaic.solvers.team import ALONE, Team
 from moesaic.solvers.token_clusters import (
     REFINEMENTS,
     TokenClusters,
@@ -119,6 +120,7 @@ def cluster_tokens_freely(
     seed: int,
     router_steps: int = 0,
     allowed_F: Tensor | None = None,
+    team: Team = ALONE,
 ) -> TokenClusters:
     """As :func:`moesaic.solvers.token_clusters.cluster_tokens` with widths of the experts' own and nothing shared.
 
@@ -132,6 +134,7 @@ def cluster_tokens_freely(
         seed: Of the first clusters and of the refinement's samples.
         router_steps: Steps of each refinement of the router.
         allowed_F: Neurons that experts may have, bool; the others have no shares. None: all.
+        team: Processes that all have the tokens and share out products over them.
 
     Returns:
         The round in which held-out tokens keep most energy, with the experts' loads on these.
@@ -139,11 +142,11 @@ def cluster_tokens_freely(
     allowed_F = share_TF.new_ones(share_TF.shape[1], dtype=torch.bool) if allowed_F is None else allowed_F
     tokens = _Tokens.split(x_TD, share_TF, allowed_F)
     factored = FactoredRidge.of(tokens.x_TD, ridge)
-    expert_T = first_clusters(tokens.share_TF, experts, seed)
+    expert_T = first_clusters(tokens.share_TF, experts, seed, team)
     state = _sets(tokens, expert_T, None, experts, active)
     tried: list[tuple[_State, Tensor]] = []
     for _ in range(rounds):
-        router_ED = factored.solve(tokens.x_TD.T @ energy_targets(_gains(tokens, state), "raw"))
+        router_ED = factored.solve(tokens.x_TD.T @ energy_targets(_gains(tokens, state, team), "raw"))
         next_T = (tokens.x_TD @ router_ED.T).argmax(dim=1)
         state = _sets(tokens, next_T, router_ED, experts, active)
         tried.append((state, router_ED))
@@ -152,7 +155,7 @@ def cluster_tokens_freely(
         expert_T = next_T
     state, router_ED = _best(tried)
     for _ in range(REFINEMENTS if router_steps and experts > 1 else 0):
-        router_ED = refine_softmax(router_ED, tokens.x_TD, _gains(tokens, state), router_steps, seed)
+        router_ED = refine_softmax(router_ED, tokens.x_TD, _gains(tokens, state, team), router_steps, seed)
         state = _sets(tokens, (tokens.x_TD @ router_ED.T).argmax(dim=1), router_ED, experts, active)
         tried.append((state, router_ED))
     found, router_ED = _best(tried)
@@ -173,9 +176,9 @@ def _over(mean_EF: Tensor, price: float) -> Tensor:
     return (mean_EF / unit).clamp(max=6e4).half()
 
 
-def _gains(tokens: _Tokens, state: _State) -> Tensor:
+def _gains(tokens: _Tokens, state: _State, team: Team) -> Tensor:
     """What each expert would keep of each token's energy, less what its neurons cost, [T, E]."""
-    return kept_energy(tokens.share_TF, state.own_EF) - state.price * state.own_EF.sum(dim=1)
+    return kept_energy(tokens.share_TF, state.own_EF, team) - state.price * state.own_EF.sum(dim=1)
 
 
 def _sets(tokens: _Tokens, expert_T: Tensor, router_ED: Tensor | None, experts: int, active: int) -> _State:

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from moesaic.solvers.team import ALONE, Team
+
 _TINY = 1e-30
 _LARGEST_CONDITION = 1e6  # of a system that is solved in float32
 _BLOCK = 1024  # columns of a Gram matrix that are multiplied at a time: only the upper triangle of blocks is computed
@@ -43,13 +45,16 @@ def stream_weights(y_TD: Tensor, stream_T: Tensor | None) -> Tensor:
     return weight_T / mean if mean > 0 else torch.ones_like(weight_T)
 
 
-def refit(down_DF: Tensor, batches: Iterable[tuple[Tensor, Tensor, Tensor]], ridge: float) -> Tensor:
+def refit(
+    down_DF: Tensor, batches: Iterable[tuple[Tensor, Tensor, Tensor]], ridge: float, team: Team = ALONE
+) -> Tensor:
     """argmin over P of sum_t w_t |y_t - P h_t|^2 + lambda |P - W_d|^2, float32 [D, F].
 
     Args:
         down_DF: The projection W_d to start from and to shrink to.
         batches: (h_TF, y_TD, w_T): activations with zeros where a token does not use a neuron, wanted outputs, weights.
         ridge: lambda relative to the mean diagonal of the weighted Gram matrix of h.
+        team: Processes that all have the batches and share out the blocks of that matrix.
     """
     d_ff, device = down_DF.shape[1], down_DF.device
     dtype = _precision(down_DF.dtype, d_ff, ridge)
@@ -60,7 +65,8 @@ def refit(down_DF: Tensor, batches: Iterable[tuple[Tensor, Tensor, Tensor]], rid
         # By neurons: products of rows that lie whole in memory are faster by a third.
         weighted_FT = (root_T1 * h_TF).T.contiguous()
         cross_FD += weighted_FT @ (root_T1 * y_TD)
-        _add_gram(gram_FF, weighted_FT)
+        _add_gram(gram_FF, weighted_FT, team)
+    _exchange(gram_FF, team)
     strength = ridge * float(gram_FF.diagonal().mean())
     if not strength > 0:  # nothing was seen
         return down_DF
@@ -86,11 +92,21 @@ def refit_few(down_DM: Tensor, h_TM: Tensor, y_TD: Tensor, w_T: Tensor, ridge: f
     return down_DM + (h_TM.T.to(dtype) @ _solve(gram_TT, residual_TD.to(dtype), strength)).T.float()
 
 
-def _add_gram(gram_FF: Tensor, h_FT: Tensor) -> None:
-    """Add h h^T, the upper triangle of blocks only: :func:`_solve` reads no more."""
-    for start in range(0, len(gram_FF), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        gram_FF[block, start:] += h_FT[block] @ h_FT[start:].T
+def _add_gram(gram_FF: Tensor, h_FT: Tensor, team: Team) -> None:
+    """Add h h^T, the upper triangle of blocks only: :func:`_solve` reads no more. Of a team, each its own blocks."""
+    for number, start in enumerate(range(0, len(gram_FF), _BLOCK)):
+        if team.owner(number) == team.rank:
+            block = slice(start, start + _BLOCK)
+            gram_FF[block, start:] += h_FT[block] @ h_FT[start:].T
+
+
+def _exchange(gram_FF: Tensor, team: Team) -> None:
+    """Give all processes of a team all blocks."""
+    for number, start in enumerate(range(0, len(gram_FF) if team.size > 1 else 0, _BLOCK)):
+        block = gram_FF[start : start + _BLOCK, start:]
+        rows = block.cpu().contiguous()
+        team.spread(rows, team.owner(number))
+        block.copy_(rows)
 
 
 def _solve(gram_NN: Tensor, right_ND: Tensor, strength: float) -> Tensor:

@@ -27,8 +27,10 @@ from moesaic.solvers.router_fit import (
     refine_softmax,
     top_k_sets,
 )
+from moesaic.solvers.team import ALONE, Team
 
 _TINY = 1e-30
+_TOKENS = 2048  # of a product, whatever the number of processes
 _FIRST_ROUNDS = 5  # of spherical k-means, for the first clusters
 REFINEMENTS = 2
 """Of the router, with new sets between them."""
@@ -75,6 +77,7 @@ def cluster_tokens(
     ridge: float,
     seed: int,
     router_steps: int = 0,
+    team: Team = ALONE,
 ) -> TokenClusters:
     """Alternate between neuron sets, router and token assignment; the round that keeps most energy wins.
 
@@ -87,6 +90,7 @@ def cluster_tokens(
         ridge: Strength of the router's ridge, relative to the mean square of an input coordinate.
         seed: Of the first clusters and of the refinement's samples.
         router_steps: Steps of each refinement of the router (:func:`~moesaic.solvers.router_fit.refine_softmax`).
+        team: Processes that all have the tokens and share out products over them.
     """
     factored = FactoredRidge.of(x_TD, ridge)
 
@@ -97,8 +101,8 @@ def cluster_tokens(
         assert router_ED is not None
         return refine_softmax(router_ED, x_TD, kept_TE, router_steps, seed)
 
-    alternate = partial(_alternate, x_TD, share_TF, experts, sizes)
-    best = alternate(first_clusters(share_TF, experts, seed), None, rounds, by_ridge)
+    alternate = partial(_alternate, x_TD, share_TF, experts, sizes, team=team)
+    best = alternate(first_clusters(share_TF, experts, seed, team), None, rounds, by_ridge)
     if router_steps == 0 or experts == 1:
         return best
     refined = alternate((x_TD @ best.router_ED.T).argmax(dim=1), best.router_ED, REFINEMENTS, by_steps)
@@ -114,6 +118,7 @@ def _alternate(
     router_ED: Tensor | None,
     rounds: int,
     fit: Callable[[Tensor, Tensor | None], Tensor],
+    team: Team,
 ) -> TokenClusters:
     """Rounds of sets for the tokens' experts, router, tokens; ``fit`` makes the router of the energies that the sets
     keep and the router before."""
@@ -122,7 +127,7 @@ def _alternate(
     for _ in range(rounds):
         # One average token more: a cluster without tokens gets the static choice, a small one leans to it.
         shared_F, own_EF = choose_neurons(sums_by_expert(share_TF, expert_T, experts) + mean_F, *sizes)
-        kept_TE = kept_energy(share_TF, own_EF | shared_F)
+        kept_TE = kept_energy(share_TF, own_EF | shared_F, team)
         router_ED = fit(kept_TE, router_ED)
         routed_T = (x_TD @ router_ED.T).argmax(dim=1)
         kept = float(kept_TE.gather(1, routed_T[:, None]).mean())
@@ -161,7 +166,7 @@ def predicted_patterns(x_TD: Tensor, share_TF: Tensor, ridge: float) -> Tensor:
     return weight_FD @ torch.linalg.cholesky(gram_DD).float()
 
 
-def first_clusters(share_TF: Tensor, experts: int, seed: int) -> Tensor:
+def first_clusters(share_TF: Tensor, experts: int, seed: int, team: Team = ALONE) -> Tensor:
     """Spherical k-means on the energy patterns (roots of the shares have length 1) from random tokens.
 
     Returns the cluster of each token, int64 [T].
@@ -170,21 +175,26 @@ def first_clusters(share_TF: Tensor, experts: int, seed: int) -> Tensor:
     order_T = torch.randperm(len(pattern_TF), generator=torch.Generator().manual_seed(seed))
     centre_EF = pattern_TF[order_T[torch.arange(experts) % len(order_T)].to(pattern_TF.device)]
     for _ in range(_FIRST_ROUNDS):
-        expert_T = _nearest(pattern_TF, centre_EF)
+        expert_T = _nearest(pattern_TF, centre_EF, team)
         centre_EF = F.normalize(sums_by_expert(pattern_TF, expert_T, experts), dim=1)
-    return _nearest(pattern_TF, centre_EF)
+    return _nearest(pattern_TF, centre_EF, team)
 
 
-def _nearest(pattern_TF: Tensor, centre_EF: Tensor) -> Tensor:
+def _nearest(pattern_TF: Tensor, centre_EF: Tensor, team: Team) -> Tensor:
     """The centre most like each pattern, int64 [T]. Those of 16-bit patterns have no more digits."""
     with rounded_products(pattern_TF.dtype == torch.bfloat16):
-        return block_product(pattern_TF, centre_EF).argmax(dim=1)
+        return team.rows(len(pattern_TF), BLOCK, lambda rows: block_product(pattern_TF[rows], centre_EF).argmax(dim=1))
 
 
-def kept_energy(share_TF: Tensor, own_EF: Tensor) -> Tensor:
+def kept_energy(share_TF: Tensor, own_EF: Tensor, team: Team = ALONE) -> Tensor:
     """Share of each token's energy that each set keeps, float32 [T, E]. 16-bit shares give 16-bit sums: as targets of a
     router they differ by less than tokens of one expert do."""
-    return (share_TF @ own_EF.to(share_TF.dtype).T).float()
+    member_FE = own_EF.to(share_TF.dtype).T
+
+    def kept(rows: slice) -> Tensor:
+        return torch.cat([(share_BF @ member_FE).float() for share_BF in share_TF[rows].split(_TOKENS)])
+
+    return team.rows(len(share_TF), _TOKENS, kept)
 
 
 def sums_by_expert(rows_TF: Tensor, expert_T: Tensor, experts: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import InputError
 from moesaic.options.device import CPU
+from moesaic.solvers.team import ALONE, Team
 from moesaic.train.launch import is_sharded, processes
 
 if TYPE_CHECKING:
@@ -112,6 +113,22 @@ def _accelerator(device: torch.device) -> Accelerator:
     # Asked for the CPU once, it knows no other device for the life of the process.
     on_cpu = processes() > 1 and device.type == CPU
     return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[ddp])
+
+
+def start_team() -> Team:
+    """The processes that the launcher started, joined in a group; this one alone where there was none."""
+    if processes() == 1:
+        return ALONE
+    if not _several():
+        torch.distributed.init_process_group("gloo")
+    return Team(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def end_team(team: Team) -> None:
+    """Wait for all processes, and end their group; see :meth:`Parallel.finish`."""
+    if team.size > 1:
+        torch.distributed.barrier()
+        _leave()
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

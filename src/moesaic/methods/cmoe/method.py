@@ -57,7 +57,7 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     if inputs is None or inputs.tokens == 0:
         raise InputError("CMoE has no calibration tokens for this FFN", "give calibration text")
 
-    markers = atopk(weights, inputs.batches(_SCORE_BATCH), config.markers_per_token, _dtype(config, weights))
+    markers = _markers(weights, inputs, config)
     shared, experts, representatives_E = carve(markers, layout, config.iterations)
     router = analytic_router(weights, representatives_E)
     bias_E = torch.zeros(layout.routed)
@@ -74,6 +74,16 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
         selection_bias=bias_E,
         gate_scale=torch.zeros(layout.routed),
     )
+
+
+def _markers(weights: FFNWeights, inputs: SiteInputs, config: Config) -> Markers:
+    """The marks of all tokens, which the processes of a team share out."""
+
+    def marked(rows: slice) -> Tensor:
+        batches = inputs.part(rows).batches(_SCORE_BATCH)
+        return atopk(weights, batches, config.markers_per_token, _dtype(config, weights)).idx_TK
+
+    return Markers(inputs.team.rows(inputs.tokens, _SCORE_BATCH, marked), weights.d_ff)
 
 
 def _dtype(config: Config, weights: FFNWeights) -> torch.dtype:

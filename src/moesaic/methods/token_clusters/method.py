@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from moesaic.solvers.kmeans import balanced_kmeans
 from moesaic.solvers.products import BLOCK, rounded_products
 from moesaic.solvers.refit import refit, refit_few, stream_weights, token_weights
 from moesaic.solvers.router_fit import energy_targets, fit_ridge, top_k_sets
+from moesaic.solvers.team import Team
 from moesaic.solvers.token_clusters import cluster_tokens, largest, mean_rows, neuron_shares, predicted_patterns
 
 _BATCH = 2048
@@ -82,7 +84,7 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
         if parts.union is not None and parts.union < weights.d_ff:
             allowed_F = _static_choice(share_TF, h_TF, down_DF, parts.union)
             share_TF *= allowed_F
-        routing = _overlapping(x_TD, share_TF, allowed_F, config, seed)
+        routing = _overlapping(x_TD, share_TF, allowed_F, config, seed, inputs.team)
     else:
         routing = _disjoint(x_TD, share_TF, parts, config, seed)
     del share_TF
@@ -100,29 +102,31 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
         return plan
     weight_T *= token_weights(y_TD)
     with rounded_products(h_TF.dtype == torch.bfloat16):
-        return replace(plan, readout=_readout(plan, down_DF, (h_TF, y_TD, weight_T), routing, config))
+        return replace(plan, readout=_readout(plan, down_DF, (h_TF, y_TD, weight_T), routing, config, inputs.team))
 
 
 def _activations(weights: FFNWeights, inputs: SiteInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Activations [T, F] and energy shares [T, F], in bfloat16 where calibration runs in it; outputs, float32 [T, D].
+    """Activations [T, F] and outputs [T, D], without the output bias; energy shares [T, F].
 
-    The output bias is left out.
+    Outputs are float32, the others bfloat16 where calibration runs in it. A team's processes share out the tokens.
     """
     low = inputs.x_TD.dtype == torch.bfloat16
     work = weights.to(torch.bfloat16 if low else torch.float32)
     down_DF = work.down_DF.float()
     norm_F = down_DF.norm(dim=0)
-    h_TF = work.up_FD.new_empty(inputs.tokens, work.d_ff)
+    mine = inputs.part(inputs.team.part(inputs.tokens, BLOCK))
+    h_TF = work.up_FD.new_empty(mine.tokens, work.d_ff)
     share_TF = torch.empty_like(h_TF)
-    y_TD = down_DF.new_empty(inputs.tokens, work.d_model)
+    y_TD = down_DF.new_empty(mine.tokens, work.d_model)
     with rounded_products(low):
-        for number, x_BD in enumerate(inputs.batches(BLOCK, dtype=h_TF.dtype)):
+        for number, x_BD in enumerate(mine.batches(BLOCK, dtype=h_TF.dtype)):
             block = slice(number * BLOCK, (number + 1) * BLOCK)
             h_TF[block] = work.hidden(x_BD)
             h_BF = h_TF[block].float()
             y_TD[block] = h_BF @ down_DF.T
             share_TF[block] = neuron_shares(h_BF, norm_F)
-    return h_TF, y_TD, share_TF
+    gather = partial(inputs.team.gather, count=inputs.tokens, block=BLOCK)
+    return gather(h_TF), gather(y_TD), gather(share_TF)
 
 
 def _static_choice(share_TF: Tensor, h_TF: Tensor, down_DF: Tensor, count: int) -> Tensor:
@@ -133,11 +137,13 @@ def _static_choice(share_TF: Tensor, h_TF: Tensor, down_DF: Tensor, count: int) 
     return largest(score_F[None], count)[0]
 
 
-def _overlapping(x_TD: Tensor, share_TF: Tensor, allowed_F: Tensor | None, config: Config, seed: int) -> _Routing:
+def _overlapping(
+    x_TD: Tensor, share_TF: Tensor, allowed_F: Tensor | None, config: Config, seed: int, team: Team
+) -> _Routing:
     """``allowed_F``: the neurons that a smaller union has; the others have no shares."""
     parts = config.sizes(share_TF.shape[1])
     options: dict[str, Any] = {"rounds": config.rounds, "ridge": config.router_ridge}
-    options |= {"seed": seed, "router_steps": config.router_steps}
+    options |= {"seed": seed, "router_steps": config.router_steps, "team": team}
     if parts.varied:
         clusters = cluster_tokens_freely(x_TD, share_TF, len(parts.own), parts.own[0], allowed_F=allowed_F, **options)
     else:
@@ -165,11 +171,16 @@ def _routing(x_TD: Tensor, shared_S: Tensor, experts: tuple[Tensor, ...], router
 
 
 def _readout(
-    plan: LayerPlan, down_DF: Tensor, tokens: tuple[Tensor, Tensor, Tensor], routing: _Routing, config: Config
+    plan: LayerPlan,
+    down_DF: Tensor,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    routing: _Routing,
+    config: Config,
+    team: Team,
 ) -> Tensor:
     """The down projection of the stored neurons, float32 [D, P]; ``tokens`` are activations, outputs and weights."""
     h_TF, y_TD, w_T = tokens
-    common_DF = refit(down_DF, _used(h_TF, y_TD, w_T, routing), config.global_ridge)
+    common_DF = refit(down_DF, _used(h_TF, y_TD, w_T, routing), config.global_ridge, team)
     if config.refit == "global" or config.split != "overlapping":
         packed_P = plan.packed.to(common_DF.device)
         return common_DF[:, packed_P.clamp(min=0)] * (packed_P >= 0)
