@@ -43,9 +43,7 @@ class Captured(Mapping[str, SiteInputs]):
     :class:`~moesaic.calibration.inputs.SiteInputs` has it, is of all tokens; so is ``device``.
     """
 
-    def __init__(
-        self, stream_T: Tensor | None = None, device: torch.device | None = None, team: Team = ALONE
-    ) -> None:
+    def __init__(self, stream_T: Tensor | None = None, device: torch.device | None = None, team: Team = ALONE) -> None:
         self._stream_T = stream_T
         self._device = device
         self._team = team
