@@ -84,15 +84,17 @@ def contenders(shape: Shape, dtype: torch.dtype, copies: int, *, every_path: boo
     return found
 
 
-def neuron_ffn(shape: Shape, bits: int = 4, group: int = 64) -> NeuronFeedForward:
-    """An FFN of neuron experts, whose router alone has random values."""
-    tensors = ["norm", *(f"{side}_{part}" for side in ("up", "gate") for part in ("codes", "scale", "offset"))]
+def neuron_ffn(shape: Shape, bits: int = 4, group: int = 64, *, int8: bool = False) -> NeuronFeedForward:
+    """An FFN of neuron experts, whose router alone has random values; in int8 all its codes and scales."""
+    parts = ("codes", "scale") if int8 else ("codes", "scale", "offset")
+    tensors = ["norm", *(f"{side}_{part}" for side in ("up", "gate") for part in parts)]
     neurons = shape.d_ff
     spec = spec_of({"neurons": neurons, "shared": 0, "experts": neurons, "expert_width": 1, "top_k": 1})
     spec |= {"router": "low_bit", "router_bits": bits, "router_group": group, "router_tensors": tensors}
+    spec |= {"weights": "int8"} if int8 else {}
     ffn = build_feed_forward(spec, shape.d_model, "silu")
     assert isinstance(ffn, NeuronFeedForward)
-    for name, tensor in ffn.router.named_buffers():
+    for name, tensor in ffn.named_buffers():
         if name.endswith("codes"):
             tensor.random_(0, 256)
         else:

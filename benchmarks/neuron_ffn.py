@@ -3,7 +3,8 @@
     python -m benchmarks.neuron_ffn [--threads 2] [--shape 896 4864] [--tokens 1 4] [--bits 4 3] [--json out.json]
 
 Rows: torch's dense FFN in bf16; our kernel with all rows; torch's products of int8 and 4-bit weights; the kernel of
-neuron experts at each share, and its scores with a single neuron. Weights are random, so chosen neurons lie anywhere.
+neuron experts at each share, and its scores with a single neuron; the same of weights in int8 (`nested`), whose high
+halves are the router. Weights are random, so chosen neurons lie anywhere.
 
 Each contender has `--copies` FFNs and takes them in turn, so that no weight is still in a cache. All contenders take
 turns in an order that is shuffled anew. Reported are microseconds, minimum and median; how many times as fast as the
@@ -53,6 +54,12 @@ def contenders(args: argparse.Namespace) -> dict[str, tuple[Run, float]]:
         found[f"{bits} bits, scores alone"] = _at(ffns, 1), router
         for share in args.active:
             found[f"{bits} bits, {100 * share:.0f} %"] = _at(ffns, round(share * neurons)), router + 2 * weights * share
+    nested = _several(args, lambda: neuron_ffn(shape, int8=True))
+    groups = -(-d_model // 64)
+    high, rest = 2 * neurons * (d_model / 2 + 2 * groups) + 4 * neurons, neurons * (2 * d_model + 2 * groups)
+    found["nested, scores alone"] = _at(nested, 1), high
+    for share in (1.0, *args.active):
+        found[f"nested, {100 * share:.0f} %"] = _at(nested, round(share * neurons), ("rows",)), high + rest * share
     return found
 
 
@@ -60,9 +67,9 @@ def _several(args: argparse.Namespace, make: Callable[[], Any]) -> list[Any]:
     return [fresh(make, torch.bfloat16, torch.device("cpu")) for _ in range(args.copies)]
 
 
-def _at(ffns: list[MoEFeedForward], top_k: int) -> Run:
+def _at(ffns: list[MoEFeedForward], top_k: int, asked: tuple[str, ...] = ()) -> Run:
     def run(i: int, x_TD: Tensor) -> Tensor:
-        ffns[i].top_k = top_k
+        ffns[i].top_k, ffns[i].asked = top_k, asked
         return ffns[i](x_TD)
 
     return run

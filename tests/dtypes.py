@@ -38,6 +38,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "tomoe": ("tomoe", {"active": 0.5, "counted": "ffn", "experts": 2, "train": TRAIN}),
     "neuron_experts": ("neuron_experts", {"active": 0.5}),
     "neuron_experts-refit": ("neuron_experts", {"active": 0.3, "bits": 3, "choice": "threshold", "refit": True}),
+    "neuron_experts-int8": ("neuron_experts", {"active": 0.4, "weights": "int8", "refit": True}),
     "static": ("static", {"active": 0.5}),
     "random": ("random", {"layout": "S1A2E5"}),
 }

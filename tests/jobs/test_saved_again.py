@@ -85,6 +85,7 @@ CASES = [
     ("llama", "token_clusters", {"split": "union", "experts": 4, "active": 0.6, "refit": "none"}),
     ("llama", "token_clusters", {"split": "overlapping", "experts": 4, "active": 0.6, "refit": "none"}),
     ("llama", "neuron_experts", {"active": 0.4, "bits": 3}),
+    ("llama", "neuron_experts", {"active": 0.4, "weights": "int8"}),
     ("qwen2", "cmoe", {"layout": "S2A2E7"}),
     ("gpt_neox", "mlpmoe", {"branches": 5}),  # another name of the head, biases, experts that are always on
     ("gpt2", "moefication", {"layout": "S0A3E6"}),

@@ -108,6 +108,7 @@ ROWS = {
         "neuron_experts", "partition", {"choice": "threshold", "bits": 3}, ({"active": 0.01}, 37)
     ),
     "neuron_experts, refitted": Row("neuron_experts", "once", {"refit": True, "bits": 2}, ({"active": 0.01}, 37)),
+    "neuron_experts, int8": Row("neuron_experts", "once", {"weights": "int8"}, ({"weights": "int8", "bits": 3}, 37)),
     "static": Row("static", "some", {"active": 0.75}),
     "random": Row("random", "partition", {"layout": "S3A3E8"}, random=True),
 }

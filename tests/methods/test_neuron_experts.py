@@ -106,6 +106,36 @@ def test_every_family_is_converted_without_text_verified_and_undone(family: str,
     assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in before.names)
 
 
+@over("family", [*FAMILIES, "llama_bias", *MOE_FAMILIES[:2]])
+def test_every_family_is_rounded_to_int8_and_verified(family: str, tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny(family)
+    moe = KNOWN[Checkpoint(source).config["model_type"]].moe is not None
+    options = {"active": 0.4, "weights": "int8"}
+    done = moesaic.convert(source, tmp_path / "out", method="neuron_experts", options=options, hierarchical=moe)
+    report = verify_output(done.output, baseline=source)
+    assert not report.partition
+    assert report.oracle is not None
+    assert report.oracle < 1e-5
+    with pytest.raises(InputError, match="rounded to int8"):
+        undo(done.output, tmp_path / "back")
+
+
+def test_int8_weights_that_are_not_the_models_are_found(tiny: Tiny, tmp_path: Path) -> None:
+    from tests.dtypes import rehash, rewrite
+
+    out = moesaic.convert(tiny("llama"), tmp_path / "out", method="neuron_experts", options={"weights": "int8"}).output
+
+    def change(name: str, tensor: Tensor) -> Tensor:
+        if name.endswith("layers.1.mlp.rest.codes"):
+            tensor[5, 0] ^= 3  # two low halves, whatever they are
+        return tensor
+
+    rewrite(out, change)
+    rehash(out)
+    with pytest.raises(moesaic.errors.VerificationError, match=r"layers\.1\.mlp"):
+        verify_output(out, baseline=tiny("llama"))
+
+
 def test_a_damaged_router_is_found(tiny: Tiny, tmp_path: Path) -> None:
     from tests.dtypes import rehash, rewrite
 
@@ -132,9 +162,30 @@ def test_the_share_that_a_text_uses_is_counted_and_perplexity_is_that_of_masked_
     assert (used == found["active_ffn_planned"]) == (choice == "top_k")
     assert found["perplexity"]["model"]["value"] != found["perplexity"]["dense"]["value"]
     assert "`exact_prefill=False` masks all tokens" in (out / "README.md").read_text()
+    assert "int8" not in found["perplexity"]
     summary = found["fidelity"]["summary"]
     assert summary["overlap"] > 0.8
     assert summary["energy_router"] <= summary["energy_oracle"]
+
+
+def test_int8_is_measured_with_all_neurons_too_and_takes_another_budget(tiny: Tiny, tmp_path: Path) -> None:
+    options, source = {"active": 0.5, "weights": "int8"}, tiny("llama")
+    out = moesaic.convert(source, tmp_path / "out", method="neuron_experts", options=options).output
+    found = evaluate_model(out, baseline=source, window=64, limit=2)
+    figures = {label: row["value"] for label, row in found["perplexity"].items()}
+    assert set(figures) == {"dense", "model", "int8"}
+    assert abs(figures["int8"] / figures["dense"] - 1) < abs(figures["model"] / figures["dense"] - 1)
+    assert figures["int8"] != figures["dense"]
+    assert found["active_ffn_fraction"] == pytest.approx(0.5, abs=0.02)
+    assert found["parameters"] == found["parameters_dense"]
+    assert "rounded to int8" in (out / "README.md").read_text()
+    again = moesaic.convert(source, tmp_path / "again", blueprint=out, budget=0.25)
+    fresh = moesaic.convert(
+        source, tmp_path / "fresh", method="neuron_experts", options=options | {"active": 0.25}
+    ).output
+    assert not Blueprint.load(fresh).diff(Blueprint.load(again.output))
+    before, after = Checkpoint(fresh), Checkpoint(again.output)
+    assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in before.names)
 
 
 def test_another_budget_needs_text_for_thresholds_alone(tiny: Tiny, tmp_path: Path) -> None:
@@ -166,13 +217,23 @@ def test_layers_can_share_the_neurons_out_by_what_they_lose(tiny: Tiny, tmp_path
     assert sum(counts) == pytest.approx(2 * round(0.5 * made.blueprint.sites["model.layers.0.mlp"].d_ff), abs=1)
 
 
-def test_the_forecast_knows_the_routers_bytes(tiny: Tiny, tmp_path: Path) -> None:
+@over("options", [{"bits": 3, "group": 32}, {"weights": "int8"}], ids=str)
+def test_the_forecast_knows_the_routers_bytes(options: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
     source = build_tiny("llama", tmp_path / "dense", d_ff=96, dtype="bfloat16")
-    report = forecast(source, method="neuron_experts", options={"bits": 3, "group": 32})
-    out = moesaic.convert(source, tmp_path / "out", method="neuron_experts", options={"bits": 3, "group": 32}).output
+    report = forecast(source, method="neuron_experts", options=options)
+    out = moesaic.convert(source, tmp_path / "out", method="neuron_experts", options=options).output
     stored = Checkpoint(out)
-    assert report.router_bytes == sum(stored.info(name).nbytes for name in stored.names if ".router." in name)
-    assert any("of an FFN's bytes" in remark for remark in report.remarks)
+
+    def bytes_of(part: str) -> int:
+        return sum(stored.info(name).nbytes for name in stored.names if part in name)
+
+    assert report.router_bytes == bytes_of(".router.")
+    remark = next(remark for remark in report.remarks if "of an FFN's bytes" in remark)
+    if "weights" in options:
+        before = Checkpoint(source)
+        dense = sum(before.info(name).nbytes for name in before.names if ".mlp." in name)
+        assert f"all int8 weights are {bytes_of('.mlp.') / dense:.3f}" in remark
+        assert f"reads {(bytes_of('.router.') + bytes_of('.rest.') / 2) / dense:.3f} of" in remark
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     assert report.output_bytes == pytest.approx(size, rel=0.25)
 
@@ -185,6 +246,10 @@ def test_the_forecast_knows_the_routers_bytes(tiny: Tiny, tmp_path: Path) -> Non
         ({"router": "oracle"}, "single neurons"),
         ({"options": {"active": 0.001}}, "leaves none"),
         ({"options": {"bits": 5}}, "bits"),
+        ({"options": {"weights": "int8", "bits": 3}}, "high half: 4 bits in groups of 64"),
+        ({"options": {"weights": "int8", "group": 32}}, "high half: 4 bits in groups of 64"),
+        ({"options": {"weights": "int4"}}, "weights"),
+        ({"options": {"weights": "int8"}, "target": "mixtral"}, "every neuron is an expert"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_work(settings: dict[str, Any], words: str, tiny: Tiny) -> None:
@@ -192,9 +257,13 @@ def test_what_cannot_be_is_refused_before_the_work(settings: dict[str, Any], wor
         forecast(tiny("llama"), method="neuron_experts", **settings)
 
 
-def test_tuning_and_stock_exports_are_refused_with_the_reason(tiny: Tiny, tmp_path: Path) -> None:
-    out = moesaic.convert(tiny("llama"), tmp_path / "out", method="neuron_experts").output
-    with pytest.raises(InputError, match="copies of the FFNs' weights"):
+@over(("weights", "reason"), [("stored", "copies of the FFNs' weights"), ("int8", "weights are integers")])
+def test_tuning_and_stock_exports_are_refused_with_the_reason(
+    weights: str, reason: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    options = {"weights": weights}
+    out = moesaic.convert(tiny("llama"), tmp_path / "out", method="neuron_experts", options=options).output
+    with pytest.raises(InputError, match=reason):
         check_tune(out, TuneConfig(), tmp_path / "tuned", tiny("llama"))
     with pytest.raises(InputError, match="every neuron is an expert"):
         moesaic.export(out, tmp_path / "stock", target="glm4_moe")

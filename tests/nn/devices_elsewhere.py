@@ -58,7 +58,7 @@ def test_every_path_computes_where_the_weights_are(case: str) -> None:
             able = {
                 row.path.name for row in ffn.table if row.path.layout == ffn.layout and row.path.supports(x_TD, ffn)
             }
-            routed = {"masked"} if ffn.layout == "neurons" else {"masked", "sorted"}
+            routed = {"masked"} if ffn.layout in ("neurons", "nested") else {"masked", "sorted"}
             assert able == (routed if ffn.routed else {"every"})
             assert choose(x_TD, ffn).name in able
             for path in able:

@@ -110,11 +110,13 @@ def neuron_plan(
     active: float = 0.5,
     threshold: float | None = None,
     readout: bool = False,
+    int8: bool = False,
 ) -> LayerPlan:
-    """Every neuron an expert under a low-bit router."""
+    """Every neuron an expert under a low-bit router, which in int8 is the weights' high half."""
     tensors = {"norm": weights.down_DF.float().norm(dim=0)}
+    group = 64 if int8 else group
     for part, matrix_FD in (("up", weights.up_FD), ("gate", weights.gate_FD)):
-        if matrix_FD is not None:
+        if matrix_FD is not None and not int8:
             made = low_bit(matrix_FD, bits, group)
             tensors |= dict(zip((f"{part}_codes", f"{part}_scale", f"{part}_offset"), made, strict=True))
     if threshold is not None:
@@ -127,6 +129,7 @@ def neuron_plan(
         round(active * weights.d_ff),
         Router("low_bit", tensors, bits=bits, group=group),
         readout=torch.randn(weights.down_DF.shape, generator=generator) if readout else None,
+        int8=int8,
     )
 
 

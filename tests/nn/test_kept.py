@@ -18,6 +18,7 @@ from torch import Tensor
 from moesaic.materialise.apply import build_ffn
 from moesaic.nn.moesaic_kept import FEW, kept
 from moesaic.nn.moesaic_low_bit import LowBitRouter
+from moesaic.nn.moesaic_nested import NestedFeedForward
 from moesaic.nn.moesaic_neurons import NeuronFeedForward
 from tests.ffns import random_ffn, random_inputs
 from tests.nn.plans import neuron_plan
@@ -103,6 +104,21 @@ def test_it_travels_with_no_copy_and_goes_with_the_module() -> None:
     del ffn
     gc.collect()
     assert gone() is None
+
+
+def test_decoded_int8_weights_are_kept_by_dtype_and_follow_their_codes() -> None:
+    weights = random_ffn(37, biases=True, dtype=torch.bfloat16)
+    ffn = build_ffn(weights, neuron_plan(weights, int8=True))
+    assert isinstance(ffn, NestedFeedForward)
+    x_TD = random_inputs(3, dtype=torch.bfloat16)
+    made = ffn.matrices_for(x_TD)
+    assert ffn.matrices_for(x_TD).up_PD is made.up_PD
+    assert ffn.matrices_for(x_TD.float()).up_PD.dtype == torch.float32
+    ffn.rest.codes.zero_()
+    assert not torch.equal(ffn.matrices_for(x_TD).down_DP, made.down_DP)
+    assert not ffn.matrices_for(x_TD).down_DP.any()
+    ffn.gate_proj.bias.data.zero_()
+    assert not ffn.matrices_for(x_TD).gate_bias_P.any()
 
 
 def test_what_is_kept_in_inference_serves_training_too() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -17,7 +18,9 @@ from moesaic.blueprint.layer import LayerPlan, Router, single_neurons
 from moesaic.materialise.apply import build_ffn
 from moesaic.nn import moesaic_kernel
 from moesaic.nn.moesaic_kernel import FLAGS, kernel
+from moesaic.nn.moesaic_nested import Int8Projection, NestedFeedForward, NestedRouter
 from moesaic.nn.moesaic_neurons import NeuronFeedForward
+from moesaic.nn.moesaic_path_nested_rows import computed_nested
 from moesaic.nn.moesaic_path_neuron_rows import Decisions, computed_neurons
 from moesaic.nn.reference import decoded
 from tests.ffns import random_ffn, random_inputs
@@ -46,10 +49,11 @@ def ffn_of(
     active: float = 0.25,
     threshold: float | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    int8: bool = False,
     **options: Any,
 ) -> NeuronFeedForward:
     weights = random_ffn(neurons, d_model, dtype=dtype, **options)
-    plan = neuron_plan(weights, bits, group, active, threshold)
+    plan = neuron_plan(weights, bits, group, active, threshold, int8=int8)
     ffn = build_ffn(weights, plan)
     assert isinstance(ffn, NeuronFeedForward)
     ffn.requires_grad_(False)
@@ -58,14 +62,46 @@ def ffn_of(
 
 def router_weights(ffn: NeuronFeedForward, part: Literal["up", "gate"]) -> Tensor:
     """The low-bit copy of a projection by the rule, [F, D]."""
-    router = Router("low_bit", dict(ffn.low_bit.named_buffers()), bits=ffn.low_bit.bits, group=ffn.low_bit.group)
+    if isinstance(ffn, NestedFeedForward):
+        return by_codes(ffn, getattr(ffn.low_bit, f"{part}_codes"), getattr(ffn.low_bit, f"{part}_scale"), 16, -120)
+    return of_buffers(ffn, dict(ffn.low_bit.named_buffers()), part)
+
+
+def of_buffers(ffn: NeuronFeedForward, buffers: dict[str, Tensor], part: Literal["up", "gate"]) -> Tensor:
+    router = Router("low_bit", buffers, bits=ffn.low_bit.bits, group=ffn.low_bit.group)
     plan = LayerPlan(ffn.neurons, torch.arange(0), single_neurons(ffn.neurons), 1, router)
     return decoded(plan, part, ffn.up_proj.in_features).double()
+
+
+def by_codes(ffn: NeuronFeedForward, codes_FB: Tensor, scale_FG: Tensor, times: int, plus: int) -> Tensor:
+    """(times code + plus) scale of packed halves."""
+    scale_FG = scale_FG.float()
+    return of_buffers(ffn, {"up_codes": codes_FB, "up_scale": times * scale_FG, "up_offset": plus * scale_FG}, "up")
+
+
+def dense_of(ffn: NeuronFeedForward) -> Any:
+    """An FFN with the matrices that int8 codes stand for; any other FFN as it is."""
+    if not isinstance(ffn, NestedFeedForward):
+        return ffn
+    router, d_model, layers = ffn.low_bit, ffn.up_proj.in_features, {}
+    *lows, down_FP = ffn.rest.codes.split(
+        [ffn.low_bit.up_codes.shape[1]] * (2 if router.gated else 1) + [-(-d_model // 64) * 64], dim=1
+    )
+    for part, low_FB in zip(("gate", "up") if router.gated else ("up",), lows, strict=True):
+        high_FB, scale_FG = (getattr(router, f"{part}_{name}") for name in ("codes", "scale"))
+        weight = by_codes(ffn, high_FB, scale_FG, 16, -128) + by_codes(ffn, low_FB.contiguous(), scale_FG, 1, 0)
+        layers[f"{part}_proj"] = SimpleNamespace(weight=weight, bias=ffn.get_submodule(f"{part}_proj").bias)
+    signed_FP = down_FP.int() - 256 * (down_FP.int() > 127)
+    weight_FD = (signed_FP.double() * ffn.rest.scale.double().repeat_interleave(64, dim=1))[:, :d_model]
+    down = SimpleNamespace(weight=weight_FD.t())
+    return SimpleNamespace(**({"gate_proj": None} | layers), down_proj=down, act_fn=ffn.act_fn)
 
 
 def run(ffn: NeuronFeedForward, x_TD: Tensor) -> tuple[Tensor, Decisions]:
     shape = len(x_TD), ffn.neurons
     found = Decisions(torch.empty(shape), torch.empty(shape, dtype=torch.bool))
+    if isinstance(ffn, NestedFeedForward):
+        return computed_nested(ffn, x_TD, found), found
     return computed_neurons(ffn, x_TD, found), found
 
 
@@ -87,10 +123,12 @@ def scores_by_rule(ffn: NeuronFeedForward, x_TD: Tensor) -> tuple[Tensor, Tensor
     for side in sides:
         layer = ffn.get_submodule(f"{side}_proj")
         w_FD = router_weights(ffn, side)
-        assert isinstance(layer, nn.Linear)
+        assert isinstance(layer, nn.Linear | Int8Projection)
         bias = torch.zeros(ffn.neurons) if layer.bias is None else layer.bias
         exact_TF = x_TD @ w_FD.t() + bias.double()
-        offset_FD = getattr(router, f"{side}_offset").double().repeat_interleave(router.group, dim=1)
+        nested = isinstance(router, NestedRouter)
+        offset_FG = -120 * getattr(router, f"{side}_scale") if nested else getattr(router, f"{side}_offset")
+        offset_FD = offset_FG.double().repeat_interleave(router.group, dim=1)
         code_FD = w_FD - offset_FD[:, :d_model]
         sizes_TF = x_TD.abs() @ (code_FD.abs() + offset_FD[:, :d_model].abs()).t() + exact_TF.abs()
         found[side] = exact_TF, cut_TD @ code_FD.abs().t() + chain * ULP * sizes_TF
@@ -122,7 +160,7 @@ def check(ffn: NeuronFeedForward, x_TD: Tensor) -> Tensor:
     clear_TF = (exact_TF - limit_T1).abs() > nearness_TF
     assert torch.equal(found.taken_TF[clear_TF], (exact_TF >= limit_T1)[clear_TF])
     assert clear_TF.float().mean() > 0.85
-    expected_TD = by_rule(ffn, x_TD, found.taken_TF.double())
+    expected_TD = by_rule(dense_of(ffn), x_TD, found.taken_TF.double())
     assert (y_TD - expected_TD).norm() <= BOUNDS[x_TD.dtype] * expected_TD.norm()
     return y_TD
 
@@ -148,10 +186,21 @@ def test_scores_choice_and_output_follow_the_rule(
         check(ffn, random_inputs(tokens, d_model, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize(
+    ("d_model", "gated", "biases", "activation"),
+    [(40, True, False, "silu"), (97, True, True, "gelu_new"), (192, False, True, "relu2"), (896, True, True, "relu")],
+)
+def test_int8_weights_follow_the_rule(d_model: int, gated: bool, biases: bool, activation: str, form: str) -> None:
+    ffn = ffn_of(d_model, int8=True, gated=gated, biases=biases, activation=activation)
+    for tokens in (1, 2, 7):
+        check(ffn, random_inputs(tokens, d_model, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_every_dtype_and_number_of_threads(dtype: torch.dtype, threads: int) -> None:
-    ffn, x_TD = ffn_of(160, 1000, dtype=dtype), random_inputs(3, 160, dtype=dtype)
+@pytest.mark.parametrize("int8", [False, True])
+def test_every_dtype_and_number_of_threads(int8: bool, dtype: torch.dtype, threads: int) -> None:
+    ffn, x_TD = ffn_of(160, 1000, dtype=dtype, int8=int8), random_inputs(3, 160, dtype=dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -165,8 +214,9 @@ def test_every_dtype_and_number_of_threads(dtype: torch.dtype, threads: int) -> 
 
 
 @pytest.mark.parametrize("top_k", [1, 7, 149, 150])
-def test_every_number_of_neurons_can_be_chosen(top_k: int, form: str) -> None:
-    ffn, x_TD = ffn_of(96, group=32, active=top_k / 150), random_inputs(2, 96, dtype=torch.bfloat16)
+@pytest.mark.parametrize("int8", [False, True])
+def test_every_number_of_neurons_can_be_chosen(int8: bool, top_k: int, form: str) -> None:
+    ffn, x_TD = ffn_of(96, group=32, active=top_k / 150, int8=int8), random_inputs(2, 96, dtype=torch.bfloat16)
     check(ffn, x_TD)
     assert run(ffn, x_TD)[1].taken_TF.sum(1).tolist() == [top_k] * 2
 
@@ -183,17 +233,19 @@ def test_of_equal_scores_the_first_are_taken(form: str) -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 1e9])
-def test_a_threshold_takes_all_scores_that_reach_it(threshold: float, form: str) -> None:
-    ffn, x_TD = ffn_of(96, bits=3, threshold=threshold), random_inputs(3, 96, dtype=torch.bfloat16)
+@pytest.mark.parametrize("options", [{"bits": 3}, {"int8": True}], ids=str)
+def test_a_threshold_takes_all_scores_that_reach_it(options: dict[str, Any], threshold: float, form: str) -> None:
+    ffn, x_TD = ffn_of(96, threshold=threshold, **options), random_inputs(3, 96, dtype=torch.bfloat16)
     y_TD = check(ffn, x_TD)
     share = run(ffn, x_TD)[1].taken_TF.float().mean()
     assert share == 1 if threshold == 0 else share == 0 if threshold > 1 else 0 < share < 1
     assert threshold < 1 or not y_TD.any()
 
 
-def test_inputs_of_any_size_are_scored(form: str) -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_inputs_of_any_size_are_scored(int8: bool, form: str) -> None:
     """Outliers beside small inputs, tiny and huge ones; where an input is no number, no score is."""
-    ffn, x_TD = ffn_of(320, 80, dtype=torch.float32), random_inputs(6, 320, dtype=torch.float32)
+    ffn, x_TD = ffn_of(320, 80, dtype=torch.float32, int8=int8), random_inputs(6, 320, dtype=torch.float32)
     x_TD[0, 3] = 1e4
     x_TD[1] *= 1e-12
     x_TD[2] *= 1e12
@@ -207,9 +259,10 @@ def test_inputs_of_any_size_are_scored(form: str) -> None:
     assert not y_TD.isfinite().any()
 
 
-def test_what_changes_between_two_tokens_is_seen() -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_what_changes_between_two_tokens_is_seen(int8: bool) -> None:
     """The call is prepared once for tensors that stay where they are."""
-    ffn, other, x_TD = ffn_of(64), ffn_of(64, seed=1), random_inputs(1, 64, dtype=torch.bfloat16)
+    ffn, other, x_TD = ffn_of(64, int8=int8), ffn_of(64, seed=1, int8=int8), random_inputs(1, 64, dtype=torch.bfloat16)
     before_TD, expected_TD = run(ffn, x_TD)[0], run(other, x_TD)[0]
     assert not torch.equal(before_TD, expected_TD)
     ffn.load_state_dict(other.state_dict())  # in place, and laid anew
@@ -250,6 +303,25 @@ def test_a_number_of_neurons_that_there_is_not_is_an_error(top_k: int) -> None:
     ffn.top_k = top_k
     with pytest.raises(ValueError, match=r"^the number of neurons to choose is not between 1 and all$"):
         computed_neurons(ffn, random_inputs(1, 64, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"router.up_codes": torch.zeros(80, 31, dtype=torch.uint8)}, r"^the router's up_codes is \(80, 31\)"),
+        ({"router.group": 32}, r"^the router's gate_scale is \(80, 1\) in torch.bfloat16, not \(80, 2\)"),
+        ({"rest.codes": torch.zeros(80, 127, dtype=torch.uint8)}, r"^the router's codes is \(80, 127\)"),
+        ({"rest.scale": torch.zeros(80, 1)}, r"^the router's scale is \(80, 1\) in torch.float32, not"),
+        ({"top_k": 0}, r"^the number of neurons to choose is not between 1 and all$"),
+    ],
+)
+def test_int8_weights_of_other_sizes_are_an_error(change: dict[str, Any], message: str) -> None:
+    ffn = ffn_of(64, 80, int8=True)
+    for name, value in change.items():
+        module, _, leaf = name.rpartition(".")
+        setattr(ffn.get_submodule(module), leaf, value)
+    with pytest.raises(ValueError, match=message):
+        run(ffn, random_inputs(1, 64, dtype=torch.bfloat16))
 
 
 def test_other_inputs_than_the_ffn_has_are_an_error() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import moesaic
+from moesaic.checkpoint.converted import has_int8
 from moesaic.materialise.apply import build_ffn
 from moesaic.nn.ffn import FFNWeights
 from moesaic.nn.moesaic_low_bit import best_scored
@@ -50,17 +51,77 @@ def test_with_all_neurons_it_is_the_dense_ffn_bit_for_bit(
 
 
 @DTYPES
-def test_prompts_are_dense_and_single_tokens_masked_unless_all_is_to_be_masked(dtype: torch.dtype) -> None:
+@over("readout", [False, True])
+@over(("gated", "biases"), [(True, False), (True, True), (False, True)])
+@over("d_model", [16, 64, 97, 192])
+def test_in_int8_with_all_neurons_it_is_the_ffn_of_rounded_weights(
+    d_model: int, gated: bool, biases: bool, readout: bool, dtype: torch.dtype
+) -> None:
+    activation = "silu" if gated else "gelu"
+    weights = random_ffn(37, d_model, gated=gated, biases=biases, activation=activation, dtype=dtype)
+    x_TD = random_inputs(9, d_model, dtype=dtype)
+    ffn, plan = module(weights, int8=True, readout=readout), neuron_plan(weights, int8=True, readout=readout)
+    masked_TD, chosen_TF = ffn(x_TD), ffn.chosen(x_TD)
+    assert torch.equal(chosen_TF, choose_neurons(weights, plan, x_TD, chosen_TF))
+    if dtype == torch.float32:
+        expected_TD = reference_ffn(weights, plan, x_TD, undecided_TF=chosen_TF)
+        assert (masked_TD - expected_TD).norm() < 1e-6 * expected_TD.norm()
+    ffn.all_experts_on = True
+    rounded_TD = ffn(x_TD)
+    assert torch.equal(rounded_TD, reference_ffn(weights, plan, x_TD, all_experts_on=True))
+    assert torch.equal(rounded_TD, ffn(x_TD[:, None])[:, 0])
+    if not readout:
+        assert 0 < (rounded_TD - weights(x_TD)).norm() < 0.02 * rounded_TD.norm()
+
+
+def test_int8_weights_are_within_half_a_step_and_hold_all_that_is_there() -> None:
+    weights = random_ffn(300, 130, dtype=torch.float32)
+    assert weights.gate_FD is not None
+    weights.gate_FD[0], weights.gate_FD[1, 64:128] = 0, 1e-40  # groups that no scale can hold
+    ffn = module(weights, int8=True)
+    made = ffn.matrices()
+    assert made.gate_PD is not None
+    for made_FD, dense_FD in (
+        (made.gate_PD, weights.gate_FD),
+        (made.up_PD, weights.up_FD),
+        (made.down_DP.T, weights.down_DF.T),
+    ):
+        parts = zip(made_FD.split(64, dim=1), dense_FD.split(64, dim=1), strict=True)
+        for made_FM, dense_FM in parts:
+            step_F1 = dense_FM.abs().amax(dim=1, keepdim=True) / 127
+            assert ((made_FM - dense_FM).abs() <= 0.5 * step_F1 * 1.005 + 1e-38).all()
+    router = (ffn.low_bit.matrix("up") - made.up_PD).abs()
+    assert (router <= 8 * ffn.low_bit.up_scale.float().repeat_interleave(64, dim=1)[:, :130]).all()
+    stored = sum(tensor.nbytes for tensor in ffn.state_dict().values())
+    assert stored < 1.04 * 3 * 300 * 192  # a byte per weight with its padding, scales and norms
+
+
+@DTYPES
+@over("int8", [False, True])
+def test_prompts_are_dense_and_single_tokens_masked_unless_all_is_to_be_masked(int8: bool, dtype: torch.dtype) -> None:
     weights = random_ffn(37, biases=True, dtype=dtype)
-    ffn, x_BSD = module(weights), random_inputs(12, dtype=dtype).view(2, 6, 16)
-    masked_BSD = ffn(x_BSD)
-    assert not torch.equal(masked_BSD, weights(x_BSD))
+    ffn, x_BSD = module(weights, int8=int8), random_inputs(12, dtype=dtype).view(2, 6, 16)
+    plan, masked_BSD = neuron_plan(weights, int8=int8), ffn(x_BSD)
+    dense_BSD = reference_ffn(weights, plan, x_BSD.flatten(0, 1), all_experts_on=True).view_as(x_BSD)
+    assert not torch.equal(masked_BSD, dense_BSD)
     ffn.exact_prefill = True
-    assert torch.equal(ffn(x_BSD), weights(x_BSD))
+    assert torch.equal(ffn(x_BSD), dense_BSD)
     for s in range(6):
         torch.testing.assert_close(ffn(x_BSD[:, s : s + 1]), masked_BSD[:, s : s + 1])
     assert torch.equal(ffn(x_BSD.flatten(0, 1)), masked_BSD.flatten(0, 1))  # nothing says what is one sequence
     assert torch.equal(ffn.train()(x_BSD), masked_BSD)
+
+
+def test_every_path_takes_as_many_neurons_as_the_ffn_says() -> None:
+    weights, x_TD = random_ffn(37, dtype=torch.float32), random_inputs(2, dtype=torch.float32)
+    for int8 in (False, True):
+        ffn, fewer = (module(weights, int8=int8, active=active) for active in (0.5, 0.2))
+        ffn.top_k = fewer.top_k
+        assert ffn.chosen(x_TD).sum(dim=1).tolist() == [fewer.top_k] * 2
+        with torch.no_grad():
+            for path in ("masked", "rows"):
+                ffn.asked = fewer.asked = (path,)
+                assert torch.equal(ffn(x_TD), fewer(x_TD))
 
 
 def test_of_equal_scores_the_earlier_are_chosen() -> None:
@@ -87,11 +148,17 @@ def test_the_oracle_takes_a_choice_only_between_equal_scores(options: dict[str, 
         assert not torch.equal(choose_neurons(twins, neuron_plan(twins), x_TD, any_TF.logical_not()), ~any_TF)
 
 
+def decisive(ffn: NeuronFeedForward) -> dict[str, Tensor]:
+    own = ffn.state_dict().items()
+    return {name: tensor.clone() for name, tensor in own if name.startswith(("router.", "rest."))}
+
+
 @over("cast", [torch.nn.Module.bfloat16, torch.nn.Module.half, torch.nn.Module.double, copy.deepcopy])
-def test_casts_leave_the_router_as_it_is(cast: Any) -> None:
-    ffn = module(random_ffn(37, biases=True, dtype=torch.float32), threshold=0.1)
-    before = {name: tensor.clone() for name, tensor in ffn.router.state_dict().items()}
-    after = cast(ffn).router.state_dict()
+@over("int8", [False, True])
+def test_casts_leave_the_router_and_codes_as_they_are(int8: bool, cast: Any) -> None:
+    ffn = module(random_ffn(37, biases=True, dtype=torch.float32), threshold=0.1, int8=int8)
+    before = decisive(ffn)
+    after = decisive(cast(ffn))
     assert {name: tensor.dtype for name, tensor in before.items()} == {n: t.dtype for n, t in after.items()}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
@@ -107,11 +174,27 @@ def test_gradients_come_through_the_chosen_neurons_alone() -> None:
     assert bool(x_1D.grad.any())
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@over("training", [False, True])
+def test_gradients_of_int8_weights_reach_inputs_and_biases(training: bool) -> None:
+    weights = random_ffn(37, biases=True, dtype=torch.float32)
+    ffn, x_TD = module(weights, int8=True).train(training), random_inputs(2, dtype=torch.float32).requires_grad_()
+    with torch.inference_mode():
+        ffn(random_inputs(1, dtype=torch.float32))  # what it keeps serves gradients too
+    ffn(x_TD).square().sum().backward()
+    chosen_F = ffn.chosen(x_TD).any(dim=0)
+    assert x_TD.grad is not None
+    assert bool(x_TD.grad.any())
+    bias = ffn.up_proj.bias
+    assert bias.grad is not None
+    assert torch.equal(bias.grad != 0, chosen_F)
+
+
+@pytest.fixture(scope="module", params=["stored", "int8"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("neurons")
     dense = build_tiny("qwen2", root / "dense", dtype="bfloat16")
-    return moesaic.convert(dense, root / "out", method="neuron_experts", options={"active": 0.3, "bits": 3}).output
+    options = {"active": 0.3} | ({"weights": "int8"} if request.param == "int8" else {"bits": 3})
+    return moesaic.convert(dense, root / "out", method="neuron_experts", options=options).output
 
 
 def load(folder: Path, **options: Any) -> Any:
@@ -120,7 +203,7 @@ def load(folder: Path, **options: Any) -> Any:
 
 
 def router_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if ".router." in name}
+    return {name: tensor for name, tensor in tensors.items() if ".router." in name or ".rest." in name}
 
 
 @DTYPES
@@ -131,7 +214,7 @@ def test_loaded_and_saved_in_any_dtype_the_router_stays_as_it_was_written(
     written = router_of({name: tensor for file in files for name, tensor in load_file(file).items()})
     assert {tensor.dtype for tensor in written.values()} == {torch.uint8, torch.bfloat16, torch.float32}
     model = load(folder, dtype=dtype)
-    assert model.model.layers[0].mlp.up_proj.weight.dtype == dtype
+    assert model.lm_head.weight.dtype == dtype
     model.save_pretrained(tmp_path / "saved")
     for found in (model.state_dict(), load_file(tmp_path / "saved" / "model.safetensors")):
         kept = router_of(found)
@@ -148,7 +231,12 @@ def test_generation_masks_what_it_adds_to_a_dense_prompt(folder: Path) -> None:
     ids = torch.randint(2, 300, (2, 9), generator=torch.Generator().manual_seed(0))
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
     out = model(input_ids=ids, use_cache=True)
-    torch.testing.assert_close(out.logits, dense(input_ids=ids).logits)
+    model.all_experts_on()
+    every = model(input_ids=ids).logits
+    model.all_experts_on(False)
+    torch.testing.assert_close(out.logits, every)
+    if not has_int8(model.config.to_dict()):
+        torch.testing.assert_close(out.logits, dense(input_ids=ids).logits)
     made, masked = model.generate(ids, **options), load(folder, dtype=torch.float32, exact_prefill=False)
     for step in range(8):  # by hand: every token after the prompt is masked
         token = out.logits[:, -1:].argmax(dim=-1)
@@ -175,7 +263,12 @@ def test_padding_on_the_left_and_other_sequences_change_nothing(exact: bool, fol
 
 def test_low_rank_adapters_train_on_what_is_chosen(folder: Path) -> None:
     model = load(folder, dtype=torch.float32)
-    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"]))
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    if has_int8(model.config.to_dict()):
+        with pytest.raises(ValueError, match=r"Int8Projection.* is not supported"):
+            get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+        model, targets = load(folder, dtype=torch.float32), ["q_proj", "v_proj"]
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
     ids = torch.randint(2, 300, (2, 8), generator=torch.Generator().manual_seed(0))
     router = {name: tensor.clone() for name, tensor in router_of(adapted.state_dict()).items()}
     optimiser = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)

@@ -46,7 +46,7 @@ class Knows(NamedTuple):
 
 
 BOTH = frozenset({"packed", "union"})
-ALL = BOTH | {"neurons"}
+ALL = BOTH | {"neurons", "nested"}
 PATHS_KNOWN = {
     "every": Knows(unrouted=ALL),
     "masked": Knows(routed=ALL),
@@ -123,7 +123,7 @@ def union(
 
 def neurons(d_model: int = 16, readout: bool = False, threshold: float | None = None, **options: Any) -> Case:
     """Every neuron an expert; ``options`` of the FFN, and of the router bits and group."""
-    router = {name: options.pop(name) for name in ("bits", "group", "active") if name in options}
+    router = {name: options.pop(name) for name in ("bits", "group", "active", "int8") if name in options}
 
     def make(dtype: torch.dtype) -> tuple[FFNWeights, LayerPlan]:
         ffn = random_ffn(37, d_model, dtype=dtype, **options)
@@ -159,6 +159,10 @@ CASES: dict[str, Case] = {
     "neurons, ungated, by threshold": neurons(threshold=0.1, gated=False, activation="relu"),
     "neurons, by threshold": neurons(96, threshold=0.05, bits=3, biases=True),
     "neurons, all": neurons(active=1.0),
+    "int8": neurons(int8=True),
+    "int8, an odd width": neurons(97, int8=True, biases=True, active=0.3),
+    "int8, ungated, by threshold": neurons(130, int8=True, threshold=0.1, gated=False, biases=True, activation="relu"),
+    "int8, all": neurons(128, int8=True, active=1.0),
 }
 
 

@@ -32,7 +32,8 @@ class Router:
     ``up_codes`` uint8 [F, B], packed as :mod:`moesaic.solvers.low_bit` says, ``up_scale`` and ``up_offset`` bfloat16
     [F, G], the same three of ``gate`` where there is one, ``norm`` float32 [F], the length of the neuron's column of
     the down projection. A weight is scale * code + offset. With ``threshold`` float32 [1] a token's experts are those
-    that score at least that, else the ``top_k`` of largest score.
+    that score at least that, else the ``top_k`` of largest score. Of an FFN in int8 (:attr:`LayerPlan.int8`) the copies
+    are the high halves of its own weights, which follow from the dense ones: only ``norm`` and ``threshold`` are here.
 
     ``normalise_input``: the router sees x / |x|_2 in place of x (MoEfication's similarity).
     ``bits``, ``group``: of ``low_bit``: bits of a weight, and weights along D that share a scale and an offset.
@@ -66,6 +67,8 @@ def single_neurons(d_ff: int) -> tuple[Tensor, ...]:
     return torch.arange(d_ff, device="cpu").split(1)
 
 
+HIGH_HALF = (4, 64)
+"""Bits and group of the router that weights in int8 hold."""
 OPTIONAL_TENSORS = ("selection_bias", "gate_scale", "expert_scale", "readout", "bias", "load", "worth")
 """Fields of :class:`LayerPlan` that are a tensor or None."""
 
@@ -117,6 +120,8 @@ class LayerPlan:
         worth: What each neuron is worth to each expert's tokens, over the price of a neuron when the split was decided,
             float16 [E, F]: an expert of a union had those above 1; at other prices it has more or fewer
             (:mod:`moesaic.adjust.budget`).
+        int8: The three matrices are stored as int8, symmetric, with a bf16 scale for each ``router.group`` weights of a
+            neuron along D, and the high half of gate and up is the router: :mod:`moesaic.solvers.int8` says how.
         trained: The stored weights were trained after the split, and only the folder has them. The plan says shapes and
             routing; its indices are labels and not neurons of the dense FFN.
 
@@ -141,6 +146,7 @@ class LayerPlan:
     worth: Tensor | None = None
     projections: dict[str, Tensor] = field(default_factory=dict)
     trained: bool = False
+    int8: bool = False
 
     def __post_init__(self) -> None:
         self._to_host()
@@ -163,6 +169,10 @@ class LayerPlan:
             raise InputError(
                 "a low_bit router whose experts are not the neurons, one by one, in their order",
                 "rebuild the blueprint for this model",
+            )
+        if self.int8 and (self.router.kind, self.router.bits, self.router.group) != ("low_bit", *HIGH_HALF):
+            raise InputError(
+                "weights in int8 without their high halves as the router", "rebuild the blueprint for this model"
             )
         if self.union and static:
             raise InputError("experts stored as a union under a static router", "what is always on is the shared part")
@@ -244,7 +254,7 @@ class LayerPlan:
         """Whether each of the ``d_ff`` neurons is stored exactly once, unmodified: then dense can be had back."""
         real = self.packed[self.packed >= 0]
         changes = (self.fade, self.expert_scale, self.readout, self.bias)
-        unchanged = not self.trained and not self.projections and all(v is None for v in changes)
+        unchanged = not (self.trained or self.int8 or self.projections) and all(v is None for v in changes)
         return unchanged and len(real) == self.d_ff and len(torch.unique(real)) == self.d_ff
 
     @property
@@ -283,6 +293,7 @@ class LayerPlan:
             output_bias=self.bias is not None,
             bits=self.router.bits,
             group=self.router.group,
+            int8=self.int8,
         )
 
     def spec(self) -> dict[str, Any]:
@@ -294,6 +305,7 @@ class LayerPlan:
         return (
             union
             | rank
+            | ({"weights": "int8"} if self.int8 else {})
             | (low_bit if self.router.kind == "low_bit" else {})
             | {
                 "neurons": len(self.packed),
@@ -326,7 +338,7 @@ class LayerPlan:
 
     def diff(self, other: LayerPlan) -> list[str]:
         """Human-readable differences."""
-        absent = {"union": False, "router_rank": None, "router_bits": None, "router_group": None}
+        absent = {"union": False, "router_rank": None, "router_bits": None, "router_group": None, "weights": "stored"}
         a, b = (absent | {"fade": plan.fade, "trained": plan.trained} | plan.spec() for plan in (self, other))
         changed = [f"{key} {value!r} -> {b[key]!r}" for key, value in a.items() if value != b[key]]
         if not torch.equal(torch.unique(self.shared), torch.unique(other.shared)):

@@ -151,6 +151,8 @@ def _encode(blueprint: Blueprint) -> tuple[dict[str, Any], dict[str, Tensor]]:
             sites[site]["trained"] = True
         if plan.router.kind == "low_bit":
             sites[site] |= {"bits": plan.router.bits, "group": plan.router.group}
+        if plan.int8:
+            sites[site]["weights"] = "int8"
         tensors |= {f"{site}:{name}": tensor for name, tensor in plan.tensors().items()}
     structure: dict[str, Any] = {
         "format": FORMAT,
@@ -202,6 +204,7 @@ def _decode(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Blue
             fade=None if fade is None else WeightFade(tuple(fade["fractions"]), fade["scope"]),
             union=entry.get("union", False),
             trained=entry.get("trained", False),
+            int8=entry.get("weights") == "int8",
             projections=_under("projection.", own),
             **{name: own.get(name) for name in OPTIONAL_TENSORS},
         )

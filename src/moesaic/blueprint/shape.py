@@ -44,6 +44,7 @@ class FFNShape:
         selection_bias: A bias for choosing only decides something: it differs between experts, not all are chosen.
         output_bias: The FFN's output has a bias of the plan's own.
         bits, group: Of a ``low_bit`` router: bits of a weight, weights that share a scale and an offset.
+        int8: The FFN's weights are int8, and the high halves of gate and up are that router.
     """
 
     d_ff: int
@@ -61,6 +62,7 @@ class FFNShape:
     output_bias: bool = False
     bits: int = 0
     group: int = 0
+    int8: bool = False
 
     def __post_init__(self) -> None:
         if not self.own:
@@ -120,15 +122,21 @@ class FFNShape:
 
     def router_parameters(self, d_model: int, *, gated: bool) -> int:
         """Weights of the router; ``gated`` as above."""
-        copies = (2 if gated else 1) * self.experts if self.router == "low_bit" else 0
+        copies = (2 if gated else 1) * self.experts if self.router == "low_bit" and not self.int8 else 0
         return (copies + self.router_rows(gated=gated)) * d_model
 
     def router_bytes(self, d_model: int, *, gated: bool) -> int:
         """Bytes of the router's tensors in the ``moesaic`` architecture; ``gated`` as above."""
         if self.router != "low_bit":
             return 4 * self.router_rows(gated=gated) * d_model
-        row = row_bytes(d_model, self.bits) + 2 * 2 * row_groups(d_model, self.group)  # scales and offsets are bf16
+        steps = 1 if self.int8 else 2  # a scale per group, and an offset where weights are not int8, in bf16
+        row = row_bytes(d_model, self.bits) + 2 * steps * row_groups(d_model, self.group)
         return self.experts * ((2 if gated else 1) * row + 4)  # and each neuron's norm in fp32
+
+    def rest_bytes(self, d_model: int, *, gated: bool) -> int:
+        """Bytes of int8 weights beside the router: low halves of gate and up, and the down projection with scales."""
+        down = 2 * row_bytes(d_model, 4) + 2 * row_groups(d_model, self.group)
+        return self.experts * ((2 if gated else 1) * row_bytes(d_model, 4) + down)
 
 
 def layout_shape(layout: Layout, d_ff: int, router: RouterKind = "linear") -> FFNShape:

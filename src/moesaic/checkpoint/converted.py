@@ -58,6 +58,11 @@ def has_neuron_experts(config: Mapping[str, Any]) -> bool:
     return any(spec.get("router") == "low_bit" for spec in config.get("ffn_sites", {}).values())
 
 
+def has_int8(config: Mapping[str, Any]) -> bool:
+    """Whether a folder with this config.json has FFNs whose weights are int8."""
+    return any(spec.get("weights") == "int8" for spec in config.get("ffn_sites", {}).values())
+
+
 def read_blueprint(checkpoint: Checkpoint, *, hashed: bool = True) -> Blueprint | None:
     """The blueprint of a converted folder: its own while the manifest's hashes hold, else one rebuilt from its tensors.
 
@@ -143,6 +148,7 @@ def _layer_plan(checkpoint: Checkpoint, path: str, spec: Mapping[str, Any], d_ff
         gate_scale=tensor("gate_scale") if spec["gate"] == "scaled" else None,
         bias=tensor("down_proj.bias") if spec["down_bias"] else None,
         union=bool(spec.get("union")),
+        int8=spec.get("weights") == "int8",
         trained=True,
     )
 

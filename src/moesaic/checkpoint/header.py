@@ -22,9 +22,9 @@ _DTYPES = {
     "BOOL": ("bool", 1),
     "U8": ("uint8", 1),
 }
-# Attention masks of old GPT-NeoX and GPT-2 files are bytes, and so are the codes of our own routers; every other
-# integer tensor is a quantised weight.
-_BYTE_BUFFERS = (".attention.bias", ".attn.bias", ".router.gate_codes", ".router.up_codes")
+# Attention masks of old GPT-NeoX and GPT-2 files are bytes, and so are the codes of our own routers and int8 weights;
+# every other integer tensor is a quantised weight.
+_BYTE_BUFFERS = (".attention.bias", ".attn.bias", ".router.gate_codes", ".router.up_codes", ".rest.codes")
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,6 @@ def _row(path: str, plan: Any) -> dict[str, Any]:
         "width": f"{min(widths)}-{max(widths)}" if len(set(widths)) > 1 else plan.expert_width,
         "top_k": plan.top_k,
         "active": f"{plan.active_neurons / plan.d_ff:.1%}",
-        "router": plan.router.kind,
+        "router": "high half of int8" if plan.int8 else plan.router.kind,
         "gate": plan.gate,
     }

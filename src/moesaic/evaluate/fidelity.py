@@ -111,7 +111,7 @@ def expert_energy(ffn: MoEFeedForward, x_TD: Tensor) -> Tensor:
     """Output energy |E_j(x)|^2 of every routed expert at gate weight 1, fp32 [T, E]."""
     alone = (ffn.expert(j, x_TD) for j in range(ffn.experts))
     if isinstance(ffn, NeuronFeedForward):
-        matrices = ffn.matrices()
+        matrices = ffn.matrices_for(x_TD)
         h_TF = hidden(matrices, ffn.act_fn, x_TD, 0, ffn.neurons)
         return (h_TF.float() * matrices.down_DP.float().norm(dim=0)).square()
     each = _of_union(ffn, x_TD) if isinstance(ffn, UnionFeedForward) else alone

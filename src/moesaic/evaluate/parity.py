@@ -3,7 +3,8 @@
 Three things are compared. The tensors as read back: equal, bit for bit, to what the blueprint makes of the dense
 weights. The written model with every expert on and unit weights: its logits must be the dense model's when the
 blueprint is a partition. The written FFNs as they will run: their outputs must be those of the oracle built straight
-from dense weights and blueprint (:mod:`moesaic.nn.reference`), on a few tokens.
+from dense weights and blueprint (:mod:`moesaic.nn.reference`), on a few tokens. FFNs in int8 are compared with the
+oracle with all experts on, too.
 
 Of a large model, tensors are compared in all layers and outputs in a sample of them (:func:`layers_to_compute`): bytes
 are cheap to compare, products are not.
@@ -13,6 +14,7 @@ Axes: N windows, W tokens, V vocabulary, D model width, T tokens.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -34,6 +36,7 @@ from moesaic.materialise.attention import pack_attention
 from moesaic.materialise.pack import AS_STORED, pack
 from moesaic.nn.ffn import FFNWeights
 from moesaic.nn.moesaic_ffn import MoEFeedForward, use_path
+from moesaic.nn.moesaic_nested import NestedFeedForward
 from moesaic.nn.moesaic_neurons import NeuronFeedForward
 from moesaic.nn.moesaic_union import build_feed_forward
 from moesaic.nn.reference import reference_ffn
@@ -160,6 +163,7 @@ def stream_parity(
             module, plan = load_written_ffn(output, path, specs[path], anatomy), blueprint.sites[path]
             module.to(dense.device)
             x_TD = inputs[path].x_TD.float()
+            check_rounding(module, weights, plan, path)
             if len(x_TD) and plan.fade is None:
                 oracle.append(oracle_difference(module, weights, plan, x_TD[:ORACLE_TOKENS]))
             module.all_experts_on = True
@@ -199,12 +203,41 @@ def oracle_difference(module: MoEFeedForward, weights: FFNWeights, plan: LayerPl
     Where every neuron is an expert, two of thousands are often equal to within rounding: then the module may choose,
     and computes by the path that chooses as ``chosen`` does.
     """
-    there_TD = x_TD.to(module.up_proj.weight.device)
+    there_TD = x_TD.to(next(itertools.chain(module.parameters(), module.buffers())).device)
     if not isinstance(module, NeuronFeedForward):
         return relative_difference(module(there_TD).cpu(), reference_ffn(weights, plan, x_TD))
     with use_path(module, "masked", "every"):
         made_TD, chosen_TF = module(there_TD).cpu(), module.chosen(there_TD).cpu()
-    return relative_difference(made_TD, reference_ffn(weights, plan, x_TD, undecided_TF=chosen_TF))
+        difference = relative_difference(made_TD, reference_ffn(weights, plan, x_TD, undecided_TF=chosen_TF))
+        if not plan.int8:
+            return difference
+        module.all_experts_on = True
+        every_TD, module.all_experts_on = module(there_TD).cpu(), False
+    return max(difference, relative_difference(every_TD, reference_ffn(weights, plan, x_TD, all_experts_on=True)))
+
+
+HALF = 0.5 + 1e-4
+"""How far an int8 weight may be from the dense one, in scales: half, and the rounding of the quotient in fp32."""
+
+
+def check_rounding(module: MoEFeedForward, weights: FFNWeights, plan: LayerPlan, path: str) -> None:
+    """Every int8 weight of a module in fp32 is within half a scale of the dense one; a refitted projection need not be.
+
+    Raises VerificationError, naming the projection that is not.
+    """
+    if not isinstance(module, NestedFeedForward):
+        return
+    matrices, router = module.matrices(), module.low_bit
+    scales = dict(router.named_buffers())
+    pairs = {"up_proj": (matrices.up_PD, weights.up_FD, scales["up_scale"])}
+    if matrices.gate_PD is not None and weights.gate_FD is not None:
+        pairs["gate_proj"] = (matrices.gate_PD, weights.gate_FD, scales["gate_scale"])
+    if plan.readout is None:
+        pairs["down_proj"] = (matrices.down_DP.T, weights.down_DF.T, module.rest.scale)
+    for name, (made_FD, dense_FD, scale_FG) in pairs.items():
+        bound_FD = HALF * scale_FG.float().repeat_interleave(router.group, dim=1)[:, : weights.d_model]
+        if bool(((made_FD.cpu() - dense_FD.float()).abs() > bound_FD.cpu()).any()):
+            raise VerificationError(f"{path}.{name} is further from the dense weights than rounding brings it")
 
 
 def load_written_ffn(output: Checkpoint, path: str, spec: dict[str, Any], anatomy: Anatomy) -> MoEFeedForward:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.anatomy.wrappers import whole_config
 from moesaic.calibration.config import CalibrationConfig
-from moesaic.checkpoint.converted import has_neuron_experts
+from moesaic.checkpoint.converted import has_int8, has_neuron_experts
 from moesaic.checkpoint.mark import KEY, saved_again, tuned
 from moesaic.checkpoint.origin import CARD, is_hub_id
 from moesaic.durable import replace_text
@@ -169,6 +169,8 @@ def _what(config: Mapping[str, Any], made: Mapping[str, Any]) -> str:
             f"neurons and {first['experts']} experts of {width}, {first['top_k']} active per token "
             f"({first['router']} router)."
         )
+        if has_int8(config):
+            text += " Their weights were rounded to int8, of which the high half is the router."
     elif config["model_type"] != "moesaic":
         text += f" It is a {config['model_type']} model: engines that load this architecture need no code of moesaic."
     if whole := whole_config(config):

@@ -19,7 +19,14 @@ from moesaic.calibration.config import CalibrationConfig, check_sources
 from moesaic.calibration.documents import read_text
 from moesaic.calibration.samples import evaluation_text
 from moesaic.calibration.text import check_ids
-from moesaic.checkpoint.converted import WEIGHTS_KEY, as_written, check_source, current_results, read_blueprint
+from moesaic.checkpoint.converted import (
+    WEIGHTS_KEY,
+    as_written,
+    check_source,
+    current_results,
+    has_int8,
+    read_blueprint,
+)
 from moesaic.checkpoint.loading import load_model, prefill_as_loaded
 from moesaic.checkpoint.mark import tuned
 from moesaic.checkpoint.reader import Checkpoint
@@ -40,6 +47,8 @@ from moesaic.staging.results import RESULTS_NAME, merged, read_results
 
 _SLACK = 1.2
 """Room that a model needs over its weights: activations and logits of a window."""
+INT8 = "int8"
+"""Label of a model of int8 weights with all its neurons on."""
 _FIDELITY_WINDOWS = 2
 _QUICK = (1024, 16)
 """Tokens per window, and windows: two to three minutes for a model of 0.5 B parameters on two cores."""
@@ -87,7 +96,8 @@ def evaluate_model(
             ``xpu``, ``mps``. ``auto`` takes the CPU where a model has no room on the GPU.
 
     Returns:
-        ``{"protocol", "perplexity": {label: ...}, "fidelity", "speed", "parameters", ...}``, ready for JSON;
+        ``{"protocol", "perplexity": {label: ...}, "fidelity", "speed", "parameters", ...}``, ready for JSON. Labels are
+        ``dense``, ``model``, the controls, and ``int8``: weights in int8 with all neurons on.
         ``active_ffn_fraction`` is that of this text, ``active_ffn_planned`` that of the calibration; ``other_budgets``:
         :mod:`moesaic.adjust.budget` can change it.
 
@@ -111,7 +121,7 @@ def evaluate_model(
     run = _begin(checkpoint, text, _window(window, checkpoint.config, full=full), limit, precision)
     if place.type != CPU:
         run.key = {**run.key, "device": place.type}
-    run.models = 1 + (dense_folder is not None) + (len(CONTROLS) if controls else 0)
+    run.models = 1 + (dense_folder is not None) + has_int8(checkpoint.config) + (len(CONTROLS) if controls else 0)
     run.fresh, run.progress = fresh, progress or Silent()
     run.tokenizer = load_tokenizer(folder) if proxy else None
     results: dict[str, Any] = {"protocol": run.name, "dtype": str(precision).removeprefix("torch.")}
@@ -126,6 +136,8 @@ def evaluate_model(
         run.measure("dense", *_of_folder(Checkpoint(dense_folder), precision, place))
         results["parameters_dense"] = run.facts["dense"]["parameters"]
     run.measure("model", *_of_folder(checkpoint, precision, place), _fidelity(run, results) if fidelity else None)
+    if has_int8(checkpoint.config):  # what of the loss is rounding
+        run.measure(INT8, *_of_folder(checkpoint, precision, place, all_on=True))
     results["parameters"] = run.facts["model"]["parameters"]
     if blueprint is not None:
         results["active_ffn_fraction"] = run.activity["model"].fraction(blueprint.sites)
@@ -164,10 +176,17 @@ def _begin(
 
 
 def _of_folder(
-    checkpoint: Checkpoint, dtype: torch.dtype, place: torch.device
+    checkpoint: Checkpoint, dtype: torch.dtype, place: torch.device, *, all_on: bool = False
 ) -> tuple[dict[str, Any], Callable[[], tuple[Any, dict[str, Any]]]]:
-    """What tells a folder's model from others, and how it is loaded."""
-    return {"model": checkpoint.fingerprint()}, lambda: (load_model(checkpoint.folder, dtype, place), {})
+    """What tells a folder's model from others, and how it is loaded. ``all_on``: with all experts on."""
+
+    def load() -> tuple[Any, dict[str, Any]]:
+        model = load_model(checkpoint.folder, dtype, place)
+        if all_on:
+            model.all_experts_on()
+        return model, {}
+
+    return {"model": checkpoint.fingerprint(), **({"all_on": True} if all_on else {})}, load
 
 
 def _fidelity(run: EvaluationRun, results: dict[str, Any]) -> Callable[[Any], None]:

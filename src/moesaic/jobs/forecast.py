@@ -85,6 +85,10 @@ def disk(split: Split, target: str, options: TargetOptions, source: Source, toke
         low_bit = shape.router_bytes(anatomy.d_model, gated=anatomy.gated) if shape.router == "low_bit" else 0
         if target == OWN:
             weights += low_bit
+        if target == OWN and shape.int8:
+            matrices = (3 if anatomy.gated else 2) * anatomy.d_model * shape.d_ff
+            weights += shape.rest_bytes(anatomy.d_model, gated=anatomy.gated) - matrices * source.element
+            low_bit = shape.d_ff * _FP32  # of the router, the blueprint has the norms alone
         if target == OWN and shape.union is not None:
             weights += shape.experts * shape.union  # which expert holds which neuron, a byte each
         rewritten = min(shape.rewritten, 3 if anatomy.gated else 2)

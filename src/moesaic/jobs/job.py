@@ -158,6 +158,8 @@ def _check_blueprint(given: Blueprint, anatomy: Anatomy) -> None:
             raise InputError(
                 f"the blueprint's {path} has {plan.d_ff} neurons, this model's {sites[path].d_ff}", "use its own model"
             )
+        if plan.int8:
+            continue
         if plan.router.kind == "low_bit":
             if plan.router.tensors["up_codes"].shape[1] != row_bytes(anatomy.d_model, plan.router.bits):
                 raise InputError(

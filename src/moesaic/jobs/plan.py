@@ -286,6 +286,12 @@ def _router_remarks(shape: FFNShape, anatomy: Anatomy, source: forecast.Source) 
         return ()
     dense = shape.d_ff * (3 if anatomy.gated else 2) * anatomy.d_model * source.element
     router = shape.router_bytes(anatomy.d_model, gated=anatomy.gated) / dense
+    if shape.int8:
+        rest = shape.rest_bytes(anatomy.d_model, gated=anatomy.gated) / dense
+        return (
+            f"a token reads {router + rest * shape.active / shape.d_ff:.3f} of an FFN's bytes, {router:.3f} of them "
+            f"high halves; all int8 weights are {router + rest:.3f}, and the dense model cannot be had back",
+        )
     return (
         f"a token reads {router + shape.active / shape.d_ff:.3f} of an FFN's bytes, {router:.3f} of them the router of "
         f"{shape.bits} bits; a prompt is computed by the dense FFN",

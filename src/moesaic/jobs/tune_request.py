@@ -12,7 +12,7 @@ from typing import Any
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy
 from moesaic.calibration.config import check_sources
-from moesaic.checkpoint.converted import check_source, has_neuron_experts
+from moesaic.checkpoint.converted import check_source, has_int8, has_neuron_experts
 from moesaic.checkpoint.mark import tuned
 from moesaic.checkpoint.reader import CONFIG, Checkpoint
 from moesaic.checkpoint.source import resolve_model
@@ -76,6 +76,10 @@ def check_tune(
         raise InputError(
             f"{folder} cannot be tuned again: {reason}, and its architecture is {target}",
             "tune the folder that it came from for longer, or tune an output of --target moesaic",
+        )
+    if has_int8(source.config):
+        raise InputError(
+            f"{folder} cannot be tuned: its FFNs' weights are integers", "tune the dense model, and convert it then"
         )
     if has_neuron_experts(source.config):
         raise InputError(

@@ -90,6 +90,7 @@ def what_is_lost(plan: LayerPlan) -> str | None:
         return None
     changes = {
         "has weights that were trained after the conversion": plan.trained or None,
+        "has weights that were rounded to int8": plan.int8 or None,
         "has small weights set to zero (fade)": plan.fade,
         "has scaled down projections": plan.expert_scale,
         "has a refitted down projection": plan.readout,

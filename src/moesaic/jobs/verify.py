@@ -33,6 +33,7 @@ from moesaic.evaluate.native_parity import APPROXIMATE_KL, parity_ids
 from moesaic.evaluate.parity import (
     TOLERANCE,
     check_copied,
+    check_rounding,
     checked_line,
     is_large,
     layers_to_compute,
@@ -371,6 +372,7 @@ def _oracle_difference(model: PreTrainedModel, dense: Checkpoint, anatomy: Anato
         if plan.fade is not None:
             _check_packed(site.path, modules[site.path].state_dict(), pack(weights, plan))
             continue
+        check_rounding(modules[site.path], weights, plan, site.path)
         difference = oracle_difference(modules[site.path], weights, plan, x_TD)
         if difference > TOLERANCE:
             raise VerificationError(

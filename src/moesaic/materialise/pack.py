@@ -18,6 +18,7 @@ from moesaic.anatomy.base import FFNSite
 from moesaic.blueprint.layer import LayerPlan
 from moesaic.errors import InputError
 from moesaic.nn.ffn import FFNWeights
+from moesaic.solvers.int8 import int8_tensors
 from moesaic.solvers.magnitude import fade_branch
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ TENSOR_NAMES = {
 }
 """Field of :class:`FFNWeights` -> name on disk and in the module, relative to the FFN's module path."""
 
-AS_STORED = ("router.", "selection_bias", "gate_scale", "membership")
+AS_STORED = ("router.", "rest.", "selection_bias", "gate_scale", "membership")
 """How names begin whose tensors decide, and keep their dtype whatever the FFN computes in."""
 
 
@@ -45,7 +46,8 @@ def pack(weights: FFNWeights, plan: LayerPlan) -> dict[str, Tensor]:
     ``low_bit`` router has its own dtypes. Order:
     neurons are picked (-1 gives zeros), ``projections`` replace what they read, ``readout`` replaces the down
     projection, ``fade`` zeroes the smallest weights of each expert, ``expert_scale`` multiplies each expert's down
-    projection, ``bias`` replaces the output bias. A union has its table ``membership`` as well, bool.
+    projection, ``bias`` replaces the output bias. A union has its table ``membership`` as well, bool. In int8 the three
+    matrices are written as integers and scales, under ``router`` and ``rest`` (:mod:`moesaic.solvers.int8`).
 
     Raises:
         InputError: the plan is for an FFN of another size or form.
@@ -64,7 +66,11 @@ def pack(weights: FFNWeights, plan: LayerPlan) -> dict[str, Tensor]:
         packed = replace(packed, down_DF=_scaled_down(packed.down_DF, plan))
     if plan.bias is not None:
         packed = replace(packed, down_bias_D=plan.bias.to(packed.down_DF))
-    tensors = {TENSOR_NAMES[name]: tensor.contiguous() for name, tensor in packed.tensors().items()}
+    own, coded = packed.tensors(), {}
+    if plan.int8:
+        matrices = {name: own.pop(name) for name in ("gate_FD", "up_FD", "down_DF") if name in own}
+        coded = int8_tensors(matrices.get("gate_FD"), matrices["up_FD"], matrices["down_DF"], plan.router.group)
+    tensors = {TENSOR_NAMES[name]: tensor.contiguous() for name, tensor in own.items()}
     if "down_proj.bias" in tensors:  # the one tensor that `take` hands on uncopied
         tensors["down_proj.bias"] = tensors["down_proj.bias"].clone()
     routing = {f"router.{name}": tensor for name, tensor in plan.router.tensors.items()}
@@ -78,7 +84,7 @@ def pack(weights: FFNWeights, plan: LayerPlan) -> dict[str, Tensor]:
         name: tensor.detach().to(here, tensor.dtype if kept else torch.float32, copy=True).contiguous()
         for name, tensor in routing.items()
     }
-    return tensors | routing | ({"membership": plan.membership.to(here)} if plan.union else {})
+    return tensors | coded | routing | ({"membership": plan.membership.to(here)} if plan.union else {})
 
 
 def site_spec(weights: FFNWeights, plan: LayerPlan) -> dict[str, Any]:

@@ -25,11 +25,14 @@ from .moesaic_kept import FEW  # noqa: F401
 from .moesaic_kernel import kernel  # noqa: F401
 from .moesaic_kernel_blocks import BLOCKS  # noqa: F401
 from .moesaic_kernel_fused import FUSED  # noqa: F401
+from .moesaic_kernel_nested import NESTED  # noqa: F401
 from .moesaic_kernel_neurons import NEURONS  # noqa: F401
 from .moesaic_kernel_source import ROWS  # noqa: F401
 from .moesaic_low_bit import LowBitRouter  # noqa: F401
+from .moesaic_nested import NestedFeedForward  # noqa: F401
 from .moesaic_neurons import NeuronFeedForward
 from .moesaic_path_fused import FusedMasked  # noqa: F401
+from .moesaic_path_nested_rows import NestedRows  # noqa: F401
 from .moesaic_path_neuron_rows import NeuronRows  # noqa: F401
 from .moesaic_path_neurons import NeuronsMasked  # noqa: F401
 from .moesaic_path_packed import Masked  # noqa: F401

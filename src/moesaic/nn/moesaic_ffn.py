@@ -39,11 +39,13 @@ class MoEFeedForward(KeptInFloat32):
     Attributes:
         layout: How the experts are stored.
         table: The paths that know such an FFN.
+        linear: Makes a projection of two widths, with a bias or without.
         asked: Names of paths that are to be taken, the first that supports an input; see :func:`use_path`.
     """
 
     layout: ClassVar[str] = "packed"
     table: tuple[Row, ...] = PATHS
+    linear: ClassVar[Any] = nn.Linear
     asked: tuple[str, ...] = ()
     selection_bias: Tensor | None
 
@@ -54,9 +56,10 @@ class MoEFeedForward(KeptInFloat32):
         self.static = spec["router"] == "static"
         self.all_experts_on = False
         self.activation, self.act_fn = activation, build_activation(activation)
-        self.gate_proj = nn.Linear(d_model, self.neurons, bias=spec["gate_bias"]) if spec["gated"] else None
-        self.up_proj = nn.Linear(d_model, self.neurons, bias=spec["up_bias"])
-        self.down_proj = nn.Linear(self.neurons, d_model, bias=spec["down_bias"])
+        linear = self.linear
+        self.gate_proj = linear(d_model, self.neurons, bias=spec["gate_bias"]) if spec["gated"] else None
+        self.up_proj = linear(d_model, self.neurons, bias=spec["up_bias"])
+        self.down_proj = linear(self.neurons, d_model, bias=spec["down_bias"])
         self.router: Any = None if self.static else self._make_router(spec, d_model)
         bias_E = torch.zeros(self.experts, dtype=torch.float32) if spec["selection_bias"] else None
         self.register_buffer("selection_bias", bias_E)

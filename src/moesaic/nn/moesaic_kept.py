@@ -29,14 +29,14 @@ _MADE: WeakKeyDictionary[nn.Module, dict[Hashable, _Made]] = WeakKeyDictionary()
 
 
 def kept(module: nn.Module, key: Hashable, tokens: int, make: Callable[[], Any]) -> Any:
-    """What ``make`` makes of the module's own buffers, without gradients: made before, if they have not changed.
+    """What ``make`` makes of the module's buffers, without gradients: made before, if they have not changed.
 
     It is kept in eval mode on a CPU for up to ``FEW`` tokens. In training mode, and while a model is traced, it is made
     each time.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return make()
-    sources = list(module.buffers(recurse=False))
+    sources = list(module.buffers())
     if module.training or not all(_followed(tensor) for tensor in sources):
         _MADE.pop(module, None)
         return make()

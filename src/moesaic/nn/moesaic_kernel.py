@@ -22,10 +22,11 @@ from transformers.utils import logging
 
 from .moesaic_kernel_blocks import BLOCKS
 from .moesaic_kernel_fused import FUSED
+from .moesaic_kernel_nested import NESTED
 from .moesaic_kernel_neurons import NEURONS
 from .moesaic_kernel_source import ROWS
 
-SOURCE = ROWS + BLOCKS + NEURONS + FUSED
+SOURCE = ROWS + BLOCKS + NEURONS + NESTED + FUSED
 
 WEIGHTS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ACTIVATIONS = {
@@ -60,7 +61,8 @@ class LowBit(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("gate_codes", "up_codes", "gate_scale", "gate_offset")),
-        *((name, ctypes.c_void_p) for name in ("up_scale", "up_offset", "norm", "threshold", "scores", "taken")),
+        *((name, ctypes.c_void_p) for name in ("up_scale", "up_offset", "norm", "threshold", "rest", "rest_scale")),
+        *((name, ctypes.c_void_p) for name in ("scores", "taken")),
         *((name, ctypes.c_int64) for name in ("bits", "group")),
     ]
 
@@ -91,7 +93,8 @@ def kernel(dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
     for function in (library.moesaic_rows, library.moesaic_blocks):
         function.argtypes = [ctypes.POINTER(Call)]
-    library.moesaic_neurons.argtypes = [ctypes.POINTER(Call), ctypes.POINTER(LowBit)]
+    for function in (library.moesaic_neurons, library.moesaic_nested):
+        function.argtypes = [ctypes.POINTER(Call), ctypes.POINTER(LowBit)]
     library.moesaic_fused.argtypes = [ctypes.POINTER(Fused)]
     library.moesaic_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.moesaic_large_pages.restype = None

@@ -17,6 +17,8 @@ struct LowBit {  // the same fields as LowBit in moesaic_kernel.py
   const bf16 *gate_scale, *gate_offset, *up_scale, *up_offset;      // [P, G]
   const float *norm;                                                // [P]
   const float *threshold;                                           // [1]; null: the top_k largest
+  const uint8_t *rest;                                              // of int8, see below; then there are no offsets
+  const bf16 *rest_scale;
   float *scores;                                                    // [T, P], what was found, or null
   uint8_t *taken;                                                   // [T, P], which were chosen, or null
   int64_t bits, group;
@@ -36,7 +38,10 @@ static inline i32x16 ints(const float *p) { i32x16 v; memcpy(&v, p, sizeof v); r
 static inline f32x16 magnitude(f32x16 v) { return (f32x16)((i32x16)v & 0x7fffffff); }
 
 struct Low { const uint8_t *codes; const bf16 *scale, *offset; };  // of one row
-struct Shape { int64_t d, groups, group, row_bytes; };
+struct Shape {
+  int64_t d, groups, group, row_bytes;
+  float middle;  // the offset in scales, where no other is given
+};
 
 static inline f32x16 first(const bf16 *p, int64_t count) {  // the rest is 0
 #ifdef __AVX512BW__
@@ -142,7 +147,7 @@ static inline void product(const Shape &s, const Low *row, const Input *in, floa
     __m512 scale[R];
     UNROLL for (int r = 0; r < R; r++) {
       scale[r] = (__m512)first(row[r].scale + g, s.groups - g);
-      const f32x16 offset = first(row[r].offset + g, s.groups - g);
+      const f32x16 offset = row[r].offset ? first(row[r].offset + g, s.groups - g) : (f32x16)scale[r] * s.middle;
       UNROLL for (int n = 0; n < N; n++) total[r][n] += offset * load(in[n].sums + g);
     }
     __m512i at = lane;
@@ -220,7 +225,7 @@ static inline void product(const Shape &s, const Low *row, const Input *in, floa
           UNROLL for (int n = 0; n < N; n++) own[r][n] += codes.part[i] * load(in[n].x + 32 * half + 16 * i);
       }
     UNROLL for (int r = 0; r < R; r++) {
-      const float scale = one(row[r].scale + g), offset = one(row[r].offset + g);
+      const float scale = one(row[r].scale + g), offset = row[r].offset ? one(row[r].offset + g) : scale * s.middle;
       UNROLL for (int n = 0; n < N; n++) total[r][n] += scale * own[r][n], rest[r][n] += offset * in[n].sums[g];
     }
   }
@@ -241,16 +246,22 @@ static void inputs(const Call &c, const Shape &s, const float *x, char *memory, 
   }
 }
 
-// Scores of neurons [begin, end), at most 16, for N tokens; e[t][p].
+// Scores of neurons [begin, end), at most 16, for N tokens; e[t][p]. Where there is room for them, products without
+// biases as well: dots[t][p] of up, and behind those of all tokens, of gate.
 template <class W, int BITS, int N, bool GATED>
 static void score(const Call &c, const LowBit &r, const Shape &s, const Input *in, int64_t begin, int64_t end,
-                  float *e) {
+                  float *e, float *dots) {
+  const float times = r.rest ? 16 : 1;
   float gate[N][16] = {}, up[N][16] = {}, norm[16] = {}, dot[2][N];
   for (int64_t p = begin; p < end; p++) {
     const int64_t i = p - begin, at = p * s.row_bytes, g = p * s.groups;
-    const Low rows[2] = {{r.up_codes + at, r.up_scale + g, r.up_offset + g},
-                         {GATED ? r.gate_codes + at : nullptr, r.gate_scale + g, r.gate_offset + g}};
+    const auto offset = [&](const bf16 *all) { return all ? all + g : nullptr; };
+    const Low rows[2] = {{r.up_codes + at, r.up_scale + g, offset(r.up_offset)},
+                         {GATED ? r.gate_codes + at : nullptr, r.gate_scale + g, offset(r.gate_offset)}};
     product<BITS, GATED ? 2 : 1, N>(s, rows, in, dot);
+    for (int n = 0; n < N && dots; n++)
+      for (int side = 0; side <= GATED; side++)
+        dots[(side * c.tokens + n) * padded(c.neurons) + p] = dot[side][n] *= times;
     const float up_bias = c.up_bias ? one((const W *)c.up_bias + p) : 0;
     const float gate_bias = c.gate_bias ? one((const W *)c.gate_bias + p) : 0;
     norm[i] = r.norm[p];
@@ -265,24 +276,25 @@ static void score(const Call &c, const LowBit &r, const Shape &s, const Input *i
 }
 
 template <class W, int BITS, bool GATED>
-static void scores(const Call &c, const LowBit &r, const Shape &s, const Input *in, Team own, float *e) {
+static void scores(const Call &c, const LowBit &r, const Shape &s, const Input *in, Team own, float *e, float *dots) {
   const int64_t blocks = divided(c.neurons, 16), wide = padded(c.neurons);
   for (int64_t b = blocks * own.me / own.size; b < blocks * (own.me + 1) / own.size; b++) {
     const int64_t begin = 16 * b, end = begin + 16 < c.neurons ? begin + 16 : c.neurons;
     for (int64_t t = 0; t < c.tokens; t += BLOCK) {
-      float *to = e + t * wide;
-      if (c.tokens - t == 1) score<W, BITS, 1, GATED>(c, r, s, in + t, begin, end, to);
-      else if (c.tokens - t == 2) score<W, BITS, 2, GATED>(c, r, s, in + t, begin, end, to);
-      else if (c.tokens - t == 3) score<W, BITS, 3, GATED>(c, r, s, in + t, begin, end, to);
-      else score<W, BITS, 4, GATED>(c, r, s, in + t, begin, end, to);
+      float *to = e + t * wide, *own_dots = dots ? dots + t * wide : nullptr;
+      if (c.tokens - t == 1) score<W, BITS, 1, GATED>(c, r, s, in + t, begin, end, to, own_dots);
+      else if (c.tokens - t == 2) score<W, BITS, 2, GATED>(c, r, s, in + t, begin, end, to, own_dots);
+      else if (c.tokens - t == 3) score<W, BITS, 3, GATED>(c, r, s, in + t, begin, end, to, own_dots);
+      else score<W, BITS, 4, GATED>(c, r, s, in + t, begin, end, to, own_dots);
     }
   }
 }
 
 template <class W, int BITS>
-static void scores(const Call &c, const LowBit &r, const Shape &s, const Input *in, Team own, float *e) {
-  if (c.gate) scores<W, BITS, true>(c, r, s, in, own, e);
-  else scores<W, BITS, false>(c, r, s, in, own, e);
+static void scores(const Call &c, const LowBit &r, const Shape &s, const Input *in, Team own, float *e,
+                   float *dots = nullptr) {
+  if (c.gate) scores<W, BITS, true>(c, r, s, in, own, e, dots);
+  else scores<W, BITS, false>(c, r, s, in, own, e, dots);
 }
 
 static int64_t above(const float *e, int64_t count, int32_t limit) {
@@ -311,13 +323,26 @@ static void largest(float *e, int64_t count, int64_t k, float *w) {
   }
 }
 
+// What a thread's share of the tokens choose: w[t][p] is 1, or 0.
+static void choose(const Call &c, const LowBit &r, Team own, float *e, float *w) {
+  for (int64_t t = own.me; t < c.tokens; t += own.size) {
+    float *score = e + t * padded(c.neurons), *chosen = w + t * c.neurons;
+    if (!r.threshold) largest(score, c.neurons, c.top_k, chosen);
+    else
+      for (int64_t p = 0; p < c.neurons; p++) chosen[p] = score[p] >= *r.threshold;
+    if (r.scores) memcpy(r.scores + t * c.neurons, score, c.neurons * sizeof *score);
+    if (r.taken)
+      for (int64_t p = 0; p < c.neurons; p++) r.taken[t * c.neurons + p] = chosen[p] != 0;
+  }
+}
+
 extern "C" int moesaic_neurons(const Call *call, const LowBit *router) {
   const Call &c = *call;
   const LowBit &r = *router;
   if (c.activation < SILU || c.activation > RELU_SQUARED) return UNKNOWN_ACTIVATION;
   if (r.bits < 2 || r.bits > 4 || (r.group != 32 && r.group != 64 && r.group != 128)) return BAD_ROUTER;
   if (!r.threshold && (c.top_k < 1 || c.top_k > c.neurons)) return BAD_TOP_K;
-  const Shape s = {c.d_model, divided(c.d_model, r.group), r.group, divided(c.d_model, 64) * 8 * r.bits};
+  const Shape s = {c.d_model, divided(c.d_model, r.group), r.group, divided(c.d_model, 64) * 8 * r.bits, 0};
   const int64_t size = padded(c.tokens * c.d_model), useful = c.neurons / SHARE + 1, wide = padded(c.neurons);
   const int threads = (int)(c.threads < 1 ? 1 : c.threads < useful ? c.threads : useful);
   const int64_t floats = (1 + threads) * size + c.tokens * (2 * wide + input_bytes(s) / 4) + 2 * wide;
@@ -340,15 +365,7 @@ extern "C" int moesaic_neurons(const Call *call, const LowBit *router) {
     else if (r.bits == 3) scores<WEIGHT, 3>(c, r, s, in, own, e);
     else scores<WEIGHT, 2>(c, r, s, in, own, e);
 #pragma omp barrier
-    for (int64_t t = own.me; t < c.tokens; t += own.size) {
-      float *score = e + t * wide, *chosen = w + t * c.neurons;
-      if (!r.threshold) largest(score, c.neurons, c.top_k, chosen);
-      else
-        for (int64_t p = 0; p < c.neurons; p++) chosen[p] = score[p] >= *r.threshold;
-      if (r.scores) memcpy(r.scores + t * c.neurons, score, c.neurons * sizeof *score);
-      if (r.taken)
-        for (int64_t p = 0; p < c.neurons; p++) r.taken[t * c.neurons + p] = chosen[p] != 0;
-    }
+    choose(c, r, own, e, w);
 #pragma omp barrier
 #pragma omp master
     count = wanted(c, w, tokens, rows);

@@ -13,7 +13,7 @@ Axes: T tokens, D model width, F neurons, B bytes of a packed row, G groups of a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,27 +59,29 @@ class LowBitRouter(KeptAsStored):
     """Scores neurons in fp32: |act(G x + b_g) (U x + b_u)| norm, or |act(U x + b_u)| norm without a gate.
 
     G and U are low-bit copies of the FFN's own matrices, the biases are the FFN's own, and `norm` is the length of a
-    neuron's column of the dense down projection. Chosen are the `top_k` of largest score, of equal ones those that come
+    neuron's column of the dense down projection. Chosen are so many of largest score, of equal ones those that come
     first; or, where there is a `threshold`, all that reach it.
 
     Nothing here is trained. All tensors keep their dtype: codes uint8, scales and offsets bfloat16, the rest fp32.
     """
 
+    of_group: ClassVar[tuple[str, ...]] = ("scale", "offset")
+
     def __init__(self, spec: dict[str, Any], d_model: int) -> None:
         super().__init__()
-        self.bits, self.group, self.top_k = spec["router_bits"], spec["router_group"], spec["top_k"]
+        self.bits, self.group = spec["router_bits"], spec["router_group"]
         self.d_model = d_model
-        neurons, present = spec["experts"], spec["router_tensors"]
+        neurons = spec["experts"]
         row, groups = -(-d_model // BLOCK) * BLOCK * self.bits // 8, -(-d_model // self.group)
-        self.gated = "gate_codes" in present
+        self.gated = spec["gated"]
         for part in ("up", "gate") if self.gated else ("up",):
             self.register_buffer(f"{part}_codes", torch.zeros(neurons, row, dtype=torch.uint8))
-            self.register_buffer(f"{part}_scale", torch.zeros(neurons, groups, dtype=torch.bfloat16))
-            self.register_buffer(f"{part}_offset", torch.zeros(neurons, groups, dtype=torch.bfloat16))
+            for name in self.of_group:
+                self.register_buffer(f"{part}_{name}", torch.zeros(neurons, groups, dtype=torch.bfloat16))
         self.norm: Tensor
         self.threshold: Tensor | None
         self.register_buffer("norm", torch.zeros(neurons, dtype=torch.float32))
-        found = "threshold" in present
+        found = "threshold" in spec["router_tensors"]
         self.register_buffer("threshold", torch.zeros(1, dtype=torch.float32) if found else None)
 
     def matrix(self, part: str) -> Tensor:
@@ -101,8 +103,8 @@ class LowBitRouter(KeptAsStored):
         matrix_FD = kept(self, part, len(x_TD), lambda: self.matrix(part))
         return F.linear(x_TD.float(), matrix_FD, None if bias_F is None else bias_F.float())
 
-    def choose(self, score_TF: Tensor) -> Tensor:
-        """Which neurons each token computes, bool [T, F]."""
+    def choose(self, score_TF: Tensor, top_k: int) -> Tensor:
+        """Which neurons each token computes, bool [T, F]: so many, where no threshold says how many."""
         if self.threshold is not None:
             return score_TF >= self.threshold
-        return best_scored(score_TF, self.top_k)
+        return best_scored(score_TF, top_k)

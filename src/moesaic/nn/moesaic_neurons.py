@@ -16,6 +16,7 @@ from .moesaic_ffn import MoEFeedForward
 from .moesaic_low_bit import LowBitRouter
 from .moesaic_path_neurons import EVERY
 from .moesaic_paths import choose
+from .moesaic_slices import Matrices
 
 
 class NeuronFeedForward(MoEFeedForward):
@@ -55,9 +56,13 @@ class NeuronFeedForward(MoEFeedForward):
         gate_bias_F = None if self.gate_proj is None else self.gate_proj.bias
         return self.low_bit(x_TD, self.act_fn, gate_bias_F, self.up_proj.bias)
 
+    def matrices_for(self, x_TD: Tensor) -> Matrices:
+        """The projections as these inputs need them."""
+        return self.matrices()
+
     def chosen(self, x_TD: Tensor) -> Tensor:
         """Which neurons each token computes, bool [T, F]."""
-        return self.low_bit.choose(self.scores(x_TD))
+        return self.low_bit.choose(self.scores(x_TD), self.top_k)
 
     def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.by_threshold:

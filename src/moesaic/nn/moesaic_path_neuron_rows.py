@@ -48,7 +48,7 @@ class Decisions(NamedTuple):
     taken_TF: Tensor
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """The calls' common part, which holds while all tensors are where they were. Making it takes longer than a call."""
 
     tensors: list[Tensor]
@@ -58,7 +58,7 @@ class _Kept(NamedTuple):
     dtype: torch.dtype
 
 
-_KEPT: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+_KEPT: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
 
 
 def computed_neurons(ffn: NeuronFeedForward, x_TD: Tensor, decisions: Decisions | None = None) -> Tensor:
@@ -67,7 +67,13 @@ def computed_neurons(ffn: NeuronFeedForward, x_TD: Tensor, decisions: Decisions 
     Raises:
         ValueError: sizes, bits, dtypes or a number of experts that do not fit each other; nothing is read then.
     """
-    kept = _kept(ffn)
+    return called("moesaic_neurons", _kept(ffn), ffn, x_TD, decisions, ffn.top_k)
+
+
+def called(
+    name: str, kept: Kept, ffn: NeuronFeedForward, x_TD: Tensor, decisions: Decisions | None, top_k: int
+) -> Tensor:
+    """What a function of the kernel computes; see :func:`computed_neurons`."""
     if x_TD.shape[1] != kept.call.d_model or x_TD.dtype != kept.dtype:
         own, expected = (
             f"of width {width} in {dtype}"
@@ -78,18 +84,18 @@ def computed_neurons(ffn: NeuronFeedForward, x_TD: Tensor, decisions: Decisions 
     y_TD = torch.empty_like(x_TD)
     call, low_bit = Call.from_buffer_copy(kept.call), kept.low_bit
     call.x, call.y, call.tokens = x_TD.data_ptr(), y_TD.data_ptr(), len(x_TD)
-    call.top_k, call.threads = ffn.top_k, torch.get_num_threads()
+    call.top_k, call.threads = top_k, torch.get_num_threads()
     if decisions is not None:
         low_bit = LowBit.from_buffer_copy(low_bit)
         low_bit.scores, low_bit.taken = decisions.scores_TF.data_ptr(), decisions.taken_TF.data_ptr()
     library = kernel(x_TD.dtype)
-    failed = library.moesaic_neurons(ctypes.byref(call), ctypes.byref(low_bit)) if library is not None else 2
+    failed = 2 if library is None else getattr(library, name)(ctypes.byref(call), ctypes.byref(low_bit))
     if failed:
         raise ValueError(ERRORS[failed])
     return y_TD
 
 
-def _kept(ffn: NeuronFeedForward) -> _Kept:
+def _kept(ffn: NeuronFeedForward) -> Kept:
     kept = _KEPT.get(ffn)
     if kept is None or [tensor.data_ptr() for tensor in _tensors(ffn)] != kept.places:
         if not lies(ffn):
@@ -110,7 +116,7 @@ def _tensors(ffn: NeuronFeedForward) -> list[Tensor]:
     ]
 
 
-def _made(ffn: NeuronFeedForward) -> _Kept:
+def _made(ffn: NeuronFeedForward) -> Kept:
     weights = [layer.weight.detach() for layer in layers(ffn)]
     gate, up, down = weights[0] if ffn.gate_proj is not None else None, weights[-2], weights[-1]
     neurons, d_model = ffn.neurons, ffn.up_proj.in_features
@@ -130,21 +136,32 @@ def _made(ffn: NeuronFeedForward) -> _Kept:
         activation=ACTIVATIONS[ffn.activation],
     )
     router = ffn.low_bit
-    pointers = _pointers(router, gated=gate is not None, neurons=neurons, d_model=d_model)
+    expected = of_router(router, gated=gate is not None, neurons=neurons, d_model=d_model)
     tensors = _tensors(ffn)
     places = [tensor.data_ptr() for tensor in tensors]
-    return _Kept(tensors, places, call, LowBit(**pointers, bits=router.bits, group=router.group), up.dtype)
+    return Kept(
+        tensors, places, call, LowBit(**pointers(router, expected), bits=router.bits, group=router.group), up.dtype
+    )
 
 
-def _pointers(router: LowBitRouter, *, gated: bool, neurons: int, d_model: int) -> dict[str, int]:
-    """Where the router's tensors lie, by the names of the kernel's fields, if they are what it takes them to be."""
+Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shapes and dtypes of buffers, by name."""
+
+
+def of_router(router: LowBitRouter, *, gated: bool, neurons: int, d_model: int) -> Expected:
+    """What the kernel takes a router's tensors to be, by the names of its own fields."""
     row_bytes, groups = -(-d_model // 64) * 8 * router.bits, -(-d_model // router.group)
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"norm": ((neurons,), torch.float32)}
+    expected: Expected = {"norm": ((neurons,), torch.float32)}
     for name in ("gate", "up") if gated else ("up",):
         expected[f"{name}_codes"] = (neurons, row_bytes), torch.uint8
-        expected |= {f"{name}_{part}": ((neurons, groups), torch.bfloat16) for part in ("scale", "offset")}
+        expected |= {f"{name}_{part}": ((neurons, groups), torch.bfloat16) for part in router.of_group}
     if router.threshold is not None:
         expected["threshold"] = (1,), torch.float32
+    return expected
+
+
+def pointers(router: nn.Module, expected: Expected) -> dict[str, int]:
+    """Where buffers of the FFN lie. Raises ValueError for one that is not as expected."""
     for name, (shape, dtype) in expected.items():
         tensor = getattr(router, name)
         if tensor.shape != shape or tensor.dtype != dtype or not (tensor.is_cpu and tensor.is_contiguous()):

@@ -24,13 +24,16 @@ if TYPE_CHECKING:
 class NeuronsEvery:
     """The dense network, where nothing is routed."""
 
-    name, layout = "every", "neurons"
+    name = "every"
+
+    def __init__(self, layout: str) -> None:
+        self.layout = layout
 
     def supports(self, x_TD: Tensor, ffn: MoEFeedForward) -> bool:
         return not ffn.routed
 
-    def run(self, ffn: MoEFeedForward, x_TD: Tensor) -> Tensor:
-        matrices = ffn.matrices()
+    def run(self, ffn: NeuronFeedForward, x_TD: Tensor) -> Tensor:
+        matrices = ffn.matrices_for(x_TD)
         return F.linear(_activations(matrices, ffn, x_TD), matrices.down_DP, ffn.down_proj.bias)
 
 
@@ -38,18 +41,21 @@ class NeuronsMasked:
     """The dense network without the neurons that a token did not choose. It saves no work: it is for many tokens,
     gradients, and wherever no kernel is."""
 
-    name, layout = "masked", "neurons"
+    name = "masked"
+
+    def __init__(self, layout: str) -> None:
+        self.layout = layout
 
     def supports(self, x_TD: Tensor, ffn: MoEFeedForward) -> bool:
         return ffn.routed
 
     def run(self, ffn: NeuronFeedForward, x_TD: Tensor) -> Tensor:
-        matrices, chosen_TF = ffn.matrices(), ffn.chosen(x_TD)
+        matrices, chosen_TF = ffn.matrices_for(x_TD), ffn.chosen(x_TD)
         h_TF = _activations(matrices, ffn, x_TD).masked_fill(~chosen_TF, 0)
         return F.linear(h_TF, matrices.down_DP, ffn.down_proj.bias)
 
 
-EVERY = NeuronsEvery()
+EVERY = NeuronsEvery("neurons")
 
 
 def _activations(matrices: Matrices, ffn: MoEFeedForward, x_TD: Tensor) -> Tensor:

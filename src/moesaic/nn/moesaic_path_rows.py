@@ -40,20 +40,23 @@ class Rows:
         self.layout = layout
 
     def supports(self, x_TD: Tensor, ffn: MoEFeedForward) -> bool:
-        if type(x_TD) is not Tensor or x_TD.device.type != "cpu" or x_TD.dtype not in WEIGHTS:
-            return False
-        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        if torch.is_grad_enabled() or tracing:
-            return False
-        if torch.is_autocast_enabled("cpu") or ffn.activation not in ACTIVATIONS:
-            return False
-        return can_lie(ffn, x_TD.dtype, x_TD.device) and kernel(x_TD.dtype) is not None
+        return can_compile(x_TD, ffn) and can_lie(ffn, x_TD.dtype, x_TD.device) and kernel(x_TD.dtype) is not None
 
     def run(self, ffn: Any, x_TD: Tensor) -> Tensor:
         idx_TK, weight_TK = ffn.choice(x_TD) if ffn.routed else (None, None)
         if not lies(ffn):
             lay(ffn)
         return computed(ffn, x_TD, idx_TK, weight_TK)
+
+
+def can_compile(x_TD: Tensor, ffn: MoEFeedForward) -> bool:
+    """Whether a kernel could compute this input, if there is one and the weights lie as it reads them."""
+    if type(x_TD) is not Tensor or x_TD.device.type != "cpu" or x_TD.dtype not in WEIGHTS:
+        return False
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if torch.is_grad_enabled() or tracing:
+        return False
+    return not torch.is_autocast_enabled("cpu") and ffn.activation in ACTIVATIONS
 
 
 def computed(ffn: Any, x_TD: Tensor, idx_TK: Tensor | None, weight_TK: Tensor | None) -> Tensor:

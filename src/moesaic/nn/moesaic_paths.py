@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .moesaic_costs import ESTIMATES, LAYOUTS, Size, cheapest, measured
 from .moesaic_path_fused import FusedMasked, FusedSorted
+from .moesaic_path_nested_rows import NestedRows
 from .moesaic_path_neuron_rows import NeuronRows
 from .moesaic_path_neurons import NeuronsEvery, NeuronsMasked
 from .moesaic_path_packed import Every, Masked
@@ -34,8 +35,8 @@ class Path(Protocol):
 
     Attributes:
         name: What a user asks for. Paths of different layouts may share one.
-        layout: How the experts it knows are stored: ``packed``, ``union`` (:class:`UnionFeedForward`), or ``neurons``
-            (:class:`NeuronFeedForward`).
+        layout: How the experts it knows are stored: ``packed``, ``union`` (:class:`UnionFeedForward`), ``neurons``
+            (:class:`NeuronFeedForward`) or ``nested`` (:class:`NestedFeedForward`).
     """
 
     @property
@@ -48,8 +49,8 @@ class Path(Protocol):
         ...
 
     def run(self, ffn: Any, x_TD: Tensor) -> Tensor:
-        """y_TD without the output bias, but for ``neurons``, which have it. ``ffn`` has :meth:`choice` of experts, or
-        ``chosen`` neurons, and :meth:`matrices`."""
+        """y_TD without the output bias, but for ``neurons`` and ``nested``, which have it. ``ffn`` has :meth:`choice`
+        of experts, or ``chosen`` neurons, and :meth:`matrices`."""
         ...
 
 
@@ -118,9 +119,13 @@ PATHS: tuple[Row, ...] = (
     Row(Sorted("union"), {ANY: (64, None)}, per_expert=True),
     Row(UnionMasked(), {ANY: (0, None)}),
     Row(UnionEvery(), {ANY: (0, None)}),
-    Row(NeuronsEvery(), {ANY: (0, None)}),  # before the kernel: with all neurons, it is the dense network bit for bit
+    # Before the kernel: with all neurons, it is the dense network bit for bit.
+    Row(NeuronsEvery("neurons"), {ANY: (0, None)}),
     Row(NeuronRows(), FEW),
-    Row(NeuronsMasked(), {ANY: (0, None)}),
+    Row(NeuronsMasked("neurons"), {ANY: (0, None)}),
+    Row(NestedRows(), {("cpu", None): (1, FEW_TOKENS)}),  # others decode all codes first
+    Row(NeuronsEvery("nested"), {ANY: (0, None)}),
+    Row(NeuronsMasked("nested"), {ANY: (0, None)}),
     # No GPU was at hand to measure them.
     Row(TritonRows("packed"), {}),
     Row(TritonRows("union"), {}),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .moesaic_ffn import MoEFeedForward
+from .moesaic_nested import NestedFeedForward
 from .moesaic_neurons import NeuronFeedForward
 from .moesaic_path_union import weighed
 from .moesaic_slices import GAP_ROWS, Matrices, Weights, matmuls
@@ -87,6 +88,8 @@ def _runs_of(rows_M: Tensor) -> list[Run]:
 
 def build_feed_forward(spec: dict[str, Any], d_model: int, activation: str) -> MoEFeedForward:
     """The module for an FFN's spec."""
+    if spec.get("weights") == "int8":
+        return NestedFeedForward(spec, d_model, activation)
     if spec["router"] == "low_bit":
         return NeuronFeedForward(spec, d_model, activation)
     return (UnionFeedForward if spec.get("union") else MoEFeedForward)(spec, d_model, activation)

@@ -107,8 +107,12 @@ def choose_neurons(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor, undecided
     computation chose, has as many neurons as the router allows and differs only within :data:`UNDECIDED`, it is right.
     """
     t = plan.router.tensors
-    up_FD = decoded(plan, "up", weights.d_model)
-    gate_FD = decoded(plan, "gate", weights.d_model) if weights.gated else None
+    if plan.int8:
+        middle = _int8(weights, plan, middle=True)
+        up_FD, gate_FD = middle.up_FD, middle.gate_FD
+    else:
+        up_FD = decoded(plan, "up", weights.d_model)
+        gate_FD = decoded(plan, "gate", weights.d_model) if weights.gated else None
     score_TF = []
     for x_D in x_TD.float():
         up_F = up_FD @ x_D
@@ -159,7 +163,10 @@ def decoded(plan: LayerPlan, part: Literal["up", "gate"], d_model: int) -> Tenso
 def _of_neurons(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor, chosen_TF: Tensor | None) -> Tensor:
     """Each token's chosen neurons, alone; None for all."""
     down_DF = weights.down_DF if plan.readout is None else plan.readout.to(weights.down_DF.dtype)
-    stored = replace(weights, down_DF=down_DF).to(x_TD.dtype)
+    stored = replace(weights, down_DF=down_DF)
+    if plan.int8:
+        stored = _int8(weights, plan)
+    stored = stored.to(x_TD.dtype)
     if chosen_TF is None:
         return stored(x_TD)
     rows = [
@@ -167,6 +174,26 @@ def _of_neurons(weights: FFNWeights, plan: LayerPlan, x_TD: Tensor, chosen_TF: T
         for x_D, chosen_F in zip(x_TD, chosen_TF, strict=True)
     ]
     return torch.stack(rows) if rows else torch.zeros_like(x_TD)
+
+
+def _int8(weights: FFNWeights, plan: LayerPlan, *, middle: bool = False) -> FFNWeights:
+    """The FFN as it is stored in int8, with matrices in fp32; ``middle``: gate and up by their high halves alone."""
+
+    def rounded(matrix_FD: Tensor, middle: bool) -> Tensor:
+        groups = []
+        for part_FM in matrix_FD.float().split(plan.router.group, dim=1):
+            scale_F1 = (part_FM.abs().amax(dim=1, keepdim=True) / 127).bfloat16().float()
+            code_FM = torch.where(scale_F1 > 0, part_FM / scale_F1, torch.zeros(())).round().clamp(-127, 127)
+            groups.append(scale_F1 * (16 * torch.floor(code_FM / 16) + 8 if middle else code_FM))
+        return torch.cat(groups, dim=1)
+
+    down_DF = weights.down_DF if plan.readout is None else plan.readout
+    return replace(
+        weights,
+        gate_FD=None if weights.gate_FD is None else rounded(weights.gate_FD, middle),
+        up_FD=rounded(weights.up_FD, middle),
+        down_DF=rounded(down_DF.to(weights.down_DF.dtype).T, False).T,
+    )
 
 
 def _part(weights: FFNWeights, plan: LayerPlan, e: int) -> FFNWeights:

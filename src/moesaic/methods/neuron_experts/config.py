@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moesaic.blueprint.shape import FFNShape
 from moesaic.errors import InputError
@@ -20,6 +20,11 @@ class Config(MethodConfig):
     min_tokens_per_neuron = 1.0  # where text is read, experts of an existing MoE that got less stay whole
 
     active: float = Field(default=0.5, gt=0, le=1, description="Fraction of the neurons that one token uses.")
+    weights: Literal["stored", "int8"] = Field(
+        default="stored",
+        description="stored: the FFN's matrices stay as they are, and the router is a copy beside them. int8: they are "
+        "rounded to 8 bits, of which the high half of gate and up is the router; the model becomes smaller.",
+    )
     bits: Literal[2, 3, 4] = Field(default=4, description="Bits of a weight of the router.")
     group: Literal[32, 64, 128] = study(
         default=64, description="Weights of the router that share a scale and an offset; smaller is more precise."
@@ -41,13 +46,20 @@ class Config(MethodConfig):
         description="Shrinkage of the refit to the dense projection, relative to the mean square activation.",
     )
 
+    @model_validator(mode="after")
+    def _high_half(self) -> Config:
+        if self.weights == "int8" and (self.bits, self.group) != (4, 64):
+            raise ValueError("with weights=int8 the router is their high half: 4 bits in groups of 64")
+        return self
+
     def sizes(self, d_ff: int) -> FFNShape:
         """Every neuron an expert. Raises InputError when none would be chosen."""
         chosen = round(self.active * d_ff)
         if chosen < 1:
             raise InputError(f"{self.active:g} of {d_ff} neurons leaves none", "raise active")
         singles, rewritten = (1,) * d_ff, int(self.refit)
-        return FFNShape(d_ff, 0, singles, chosen, "low_bit", rewritten=rewritten, bits=self.bits, group=self.group)
+        router = {"bits": self.bits, "group": self.group, "int8": self.weights == "int8"}
+        return FFNShape(d_ff, 0, singles, chosen, "low_bit", rewritten=rewritten, **router)
 
     def needs_calibration(self) -> bool:
         """Whether this config reads calibration inputs: for a threshold, and for a refit."""

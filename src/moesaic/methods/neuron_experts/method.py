@@ -6,6 +6,8 @@ down projection, neuron i scores e_i = |act(G^ x + b)_i (U^ x + b')_i| |d_i|, wi
 
 * ``top_k``: a token's neurons are the ``active`` F of largest score. No data.
 * ``threshold``: those that score at least tau, the (1 - ``active``) quantile of the scores on the calibration text.
+* ``weights=int8``: gate, up and down are rounded to int8 (:mod:`moesaic.solvers.int8`). G^ and U^ are then the high
+  halves of gate and up, and the FFN is that of the rounded weights.
 * ``refit``: least squares for the down projection on the activations as they are chosen (:mod:`moesaic.solvers.refit`).
 
 Axes: T tokens, D model width, F neurons.
@@ -34,9 +36,9 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     """Decide one FFN; see :class:`moesaic.methods.base.MethodModule`. Raises InputError without the tokens it needs."""
     if config.needs_calibration() and (inputs is None or inputs.tokens == 0):
         raise InputError("a threshold and a refit need calibration inputs", "give calibration text, or choice=top_k")
-    router = Router("low_bit", _copies(weights, config), bits=config.bits, group=config.group)
-    top_k = config.sizes(weights.d_ff).top_k
-    plan = LayerPlan(weights.d_ff, torch.arange(0), single_neurons(weights.d_ff), top_k, router)
+    int8, top_k = config.weights == "int8", config.sizes(weights.d_ff).top_k
+    router = Router("low_bit", _norms(weights) if int8 else _copies(weights, config), False, config.bits, config.group)
+    plan = LayerPlan(weights.d_ff, torch.arange(0), single_neurons(weights.d_ff), top_k, router, int8=int8)
     if inputs is None:
         return plan
     if config.choice == "threshold":
@@ -44,9 +46,13 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     return replace(plan, readout=_readout(plan, weights, inputs, config)) if config.refit else plan
 
 
+def _norms(weights: FFNWeights) -> dict[str, Tensor]:
+    return {"norm": weights.down_DF.float().norm(dim=0)}
+
+
 def _copies(weights: FFNWeights, config: Config) -> dict[str, Tensor]:
     """The router's tensors."""
-    made = {"norm": weights.down_DF.float().norm(dim=0)}
+    made = _norms(weights)
     for part, matrix_FD in (("up", weights.up_FD), ("gate", weights.gate_FD)):
         if matrix_FD is not None:
             names = (f"{part}_codes", f"{part}_scale", f"{part}_offset")
@@ -65,6 +71,9 @@ def _readout(plan: LayerPlan, weights: FFNWeights, inputs: SiteInputs, config: C
         for x_TD in inputs.batches():
             h_TF = work.hidden(x_TD)
             y_TD = (h_TF @ work.down_DF.T).float()
+            if plan.int8:
+                rounded = ffn.matrices_for(x_TD)
+                h_TF = replace(work, gate_FD=rounded.gate_PD, up_FD=rounded.up_PD).hidden(x_TD)
             yield h_TF.masked_fill_(~ffn.chosen(x_TD), 0).float(), y_TD, token_weights(y_TD)
 
     return refit(weights.down_DF.float(), batches(), config.ridge)
