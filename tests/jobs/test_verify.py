@@ -291,6 +291,8 @@ def test_of_a_large_model_some_layers_are_computed_and_it_says_which(
     assert (layers[0], layers[-1], len(layers)) == (0, 5, 3)
     report = verify_output(made.output, baseline=deep)
     names = ", ".join(map(str, layers))
+    card = (made.output / "README.md").read_text()
+    assert f"With all experts on, its FFNs' outputs in layers {names} are the dense model's to" in card
     assert report.checked == f"tensors of all 6 layers, outputs of layers {names}; --full computes all"
     assert report.logits is None
     assert report.all_on is not None

@@ -118,7 +118,8 @@ def _findings(results: dict[str, Any]) -> Iterator[str]:
         )
     if parity := results.get("parity"):
         if parity["all_on"] is not None:
-            yield f"all experts on against dense: relative logit difference {parity['all_on']:.1e}"
+            what = "logit difference" if parity.get("layers") is None else "difference of FFN outputs"
+            yield f"all experts on against dense: relative {what} {parity['all_on']:.1e}"
         if parity["oracle"] is not None:
             yield f"written FFNs against the blueprint's oracle: relative difference {parity['oracle']:.1e}"
     if native := results.get("native_parity"):

@@ -18,7 +18,7 @@ from moesaic.durable import replace_text
 from moesaic.evaluate.comparison import Comparison
 from moesaic.jobs.report import PAGE_NAME, gather, write_report
 from moesaic.report.page import page
-from moesaic.staging.results import read_results
+from moesaic.staging.results import proven_alike, read_results
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -211,8 +211,8 @@ def _loading(config: Mapping[str, Any]) -> str:
 def _proven(results: Mapping[str, Any]) -> str:
     """What was compared when the folder was written."""
     lines = []
-    if (parity := results.get("parity")) and parity["all_on"] is not None:
-        lines.append(f"With all experts on, its logits are the dense model's to {parity['all_on']:.1e} (relative).")
+    if alike := proven_alike(results.get("parity")):
+        lines.append(alike)
     if native := results.get("native_parity"):
         lines.append(
             f"In stock transformers its logits are what the conversion asks for, on {native['tokens']} tokens: median "
@@ -221,7 +221,8 @@ def _proven(results: Mapping[str, Any]) -> str:
         )
     elif reason := results.get("native_parity_skipped"):
         lines.append(
-            f"Its logits have not been checked in stock transformers: {reason}. `moesaic verify --parity` does."
+            f"Its tensors are those that the conversion asks for. Its logits have not been checked in stock "
+            f"transformers: {reason}. `moesaic verify --parity` does."
         )
     if fit := results.get("router_fit"):
         mean = fit["mean"]

@@ -15,6 +15,7 @@ from moesaic.report.quality import Mark, quality
 from moesaic.report.svg import percent
 from moesaic.report.tokens import tokens
 from moesaic.report.training import training
+from moesaic.staging.results import proven_alike
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -159,10 +160,9 @@ def _calibration(facts: Facts) -> str:
 
 def _checked(facts: Facts) -> str:
     results, lines = facts.results, []
-    parity, native = results.get("parity") or {}, results.get("native_parity")
-    if parity.get("all_on") is not None:
-        lines.append(f"With all experts on, its logits are the dense model's to {parity['all_on']:.1e} (relative).")
-    if native:
+    if alike := proven_alike(results.get("parity")):
+        lines.append(alike)
+    if native := results.get("native_parity"):
         lines.append(f"Stock transformers computes what was decided: same next token {native['top1']:.2%}.")
     if reason := results.get("native_parity_skipped"):
         lines.append(f"Not checked in stock transformers: {reason}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ def read_results(folder: Path) -> dict[str, Any]:
     if not isinstance(results, dict):
         raise InputError(f"{path} holds no JSON object", "delete it: it holds only measurements")
     return results
+
+
+def proven_alike(parity: Mapping[str, Any] | None) -> str | None:
+    """What the entry ``parity`` says of all experts on, as a sentence; None where nothing was compared."""
+    if not parity or parity.get("all_on") is None:
+        return None
+    layers = parity.get("layers")
+    what = "logits are" if layers is None else f"FFNs' outputs in layers {', '.join(map(str, layers))} are"
+    return f"With all experts on, its {what} the dense model's to {parity['all_on']:.1e} (relative)."
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
