@@ -113,8 +113,7 @@ class NestedFeedForward(NeuronFeedForward):
             high_FB, low_FB = getattr(router, f"{part}_codes"), rest.codes[:, place * half : (place + 1) * half]
 
             def whole(rows: slice, high_FB: Tensor = high_FB, low_FB: Tensor = low_FB) -> Tensor:
-                high, low = unpack_codes(high_FB[rows], 4), unpack_codes(low_FB[rows], 4)
-                return high.to(torch.int16) * 16 + low - 128
+                return _together(high_FB[rows], low_FB[rows])
 
             made[part] = _scaled(whole, getattr(router, f"{part}_scale"), router.group, d_model, dtype)
         down_FP = rest.codes[:, len(parts) * half :].view(torch.int8)
@@ -122,14 +121,22 @@ class NestedFeedForward(NeuronFeedForward):
         return made.get("gate"), made["up"], down_FD.t().contiguous()
 
 
+def _together(high_FB: Tensor, low_FB: Tensor) -> Tensor:
+    """Codes q int8 [F, P] of packed halves. q + 128 has the bits of q in two's complement, but for the first."""
+    high_FN1, low_FN1 = (halves.unflatten(1, (-1, 1, 16)) for halves in (high_FB, low_FB))
+    pairs = torch.cat([high_FN1 << 4 | low_FN1 & 15, high_FN1 & 240 | low_FN1 >> 4], dim=2)
+    return (pairs ^ 128).flatten(1).view(torch.int8)
+
+
 def _scaled(
     integers: Callable[[slice], Tensor], scale_FG: Tensor, group: int, d_model: int, dtype: torch.dtype
 ) -> Tensor:
-    """Integers [F, P], read by rows, times their groups' scales: [F, D]. The product is exact in fp32."""
-    neurons = len(scale_FG)
+    """Integers [F, P], read by rows, times their groups' scales: [F, D]. The product is exact in fp32, and rounded
+    once in bf16, which holds both factors."""
+    neurons, work = len(scale_FG), dtype if dtype == torch.bfloat16 else torch.float32
     out_FD = torch.empty(neurons, d_model, dtype=dtype, device=scale_FG.device)
     for start in range(0, neurons, ROWS):
         rows = slice(start, start + ROWS)
-        codes_FGM = integers(rows).float().unflatten(1, (-1, group))
-        out_FD[rows] = (codes_FGM * scale_FG[rows].float()[:, :, None]).flatten(1)[:, :d_model]
+        codes_FGM = integers(rows).to(work).unflatten(1, (-1, group))
+        out_FD[rows] = codes_FGM.mul_(scale_FG[rows].to(work)[:, :, None]).flatten(1)[:, :d_model]
     return out_FD
