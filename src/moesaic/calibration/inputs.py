@@ -5,15 +5,20 @@ Axes: T tokens, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from moesaic.options.device import CPU
 from moesaic.solvers.team import Team
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+Room = Callable[[tuple[int, ...], "torch.dtype"], "Tensor"]
+"""Gives host memory for a tensor of some shape and dtype, its values undefined."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class SiteInputs:
     stream_T: Tensor | None = None
     device: torch.device | None = None
     team: Team = field(default_factory=Team)
+    room: Room | None = None
 
     @property
     def tokens(self) -> int:
@@ -42,6 +48,15 @@ class SiteInputs:
         """The inputs in order, ``size`` tokens at a time, on ``device``, optionally cast."""
         for start in range(0, self.tokens, size):
             yield self.x_TD[start : start + size].to(self.device, dtype)
+
+    def empty(self, width: int, dtype: torch.dtype) -> Tensor:
+        """Room for ``width`` numbers of every token [T, width], on ``device``; in host memory it may be a mapped file,
+        as ``room`` decides."""
+        import torch
+
+        if self.room is None or (self.device is not None and self.device.type != CPU):
+            return torch.empty(self.tokens, width, dtype=dtype, device=self.device)
+        return self.room((self.tokens, width), dtype)
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """All inputs [T, D], on ``device``."""

@@ -23,30 +23,35 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.anatomy.base import Anatomy
-from moesaic.calibration.inputs import SiteInputs
+from moesaic.calibration.inputs import Room, SiteInputs
 from moesaic.calibration.skeleton import AttentionStandIn, ExpertsStandIn, FFNStandIn, Passed, Skeleton
 from moesaic.checkpoint.ffn import load_ffn
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, ResourceError
 from moesaic.nn.ffn import FFNWeights
 from moesaic.options.device import exact_device
+from moesaic.options.memory import SPILL_BYTES
 from moesaic.solvers.team import ALONE, Team
-
-SPILL_BYTES = 512 << 20
-"""A buffer larger than this goes to a file when a folder for it is given."""
 
 
 class Captured(Mapping[str, SiteInputs]):
     """What the FFNs of one layer read, by site path. The tokens of a routed expert are gathered when it is looked up.
 
     Valid until the stream's next :meth:`LayerStream.capture`, which writes into the same buffers. ``stream_T``, as
-    :class:`~moesaic.calibration.inputs.SiteInputs` has it, is of all tokens; so is ``device``.
+    :class:`~moesaic.calibration.inputs.SiteInputs` has it, is of all tokens. ``device`` and ``room`` are those of each.
     """
 
-    def __init__(self, stream_T: Tensor | None = None, device: torch.device | None = None, team: Team = ALONE) -> None:
+    def __init__(
+        self,
+        stream_T: Tensor | None = None,
+        device: torch.device | None = None,
+        team: Team = ALONE,
+        room: Room | None = None,
+    ) -> None:
         self._stream_T = stream_T
         self._device = device
         self._team = team
+        self._room = room
         self._inputs: dict[str, tuple[Tensor, Tensor | None, int]] = {}
 
     def add(self, path: str, x_TD: Tensor, index_TK: Tensor | None = None, expert: int = 0) -> None:
@@ -56,10 +61,10 @@ class Captured(Mapping[str, SiteInputs]):
     def __getitem__(self, path: str) -> SiteInputs:
         x_TD, index_TK, expert = self._inputs[path]
         if index_TK is None:
-            return SiteInputs(x_TD, self._stream_T, self._device, self._team)
+            return SiteInputs(x_TD, self._stream_T, self._device, self._team, self._room)
         mine_T = (index_TK == expert).any(dim=1)
         stream_T = None if self._stream_T is None else self._stream_T[mine_T]
-        return SiteInputs(x_TD[mine_T], stream_T, self._device, self._team)
+        return SiteInputs(x_TD[mine_T], stream_T, self._device, self._team, self._room)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._inputs)
@@ -186,7 +191,7 @@ class LayerStream:
             else:
                 stand_in.routed = recorder
         self._run_to_ffn(module)
-        captured = Captured(self._stream_norms(), exact_device(self.device))
+        captured = Captured(self._stream_norms(), exact_device(self.device), room=self._room)
         for stand_in, recorder in captured_by:
             if isinstance(stand_in, FFNStandIn):
                 captured.add(stand_in.path, recorder.x_TD)
@@ -263,7 +268,9 @@ class LayerStream:
         hidden_1WD = self._hidden_NWD[window : window + 1].to(self.device)
         self._skeleton.stand_ins[0].seen = lambda _hidden, _passed: hidden_1WD
         ids_1W = self.ids_NW[window : window + 1].to(self.device)
-        return self._skeleton.model(input_ids=ids_1W, use_cache=False).logits[0].float()
+        logits_WV = self._skeleton.model(input_ids=ids_1W, use_cache=False).logits[0].float()
+        self._skeleton.unload()  # embeddings and head are the largest parts of many models
+        return logits_WV
 
     @torch.no_grad()
     def _embed(self) -> None:
@@ -339,12 +346,15 @@ class LayerStream:
     def _buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A buffer of ``compute_dtype``, the same one every time; a mapped file without a name when it is large."""
         if name not in self._buffers:
-            nbytes = math.prod(shape) * self.dtype.itemsize
-            if self._spill is not None and nbytes > self._spill_bytes:
-                self._buffers[name] = _mapped(self._spill, shape, self.dtype, nbytes)
-            else:
-                self._buffers[name] = torch.empty(shape, dtype=self.dtype)
+            self._buffers[name] = self._room(shape, self.dtype)
         return self._buffers[name]
+
+    def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Host memory for numbers of all tokens, or a mapped file where they are many."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self._spill is not None and nbytes > self._spill_bytes:
+            return _mapped(self._spill, shape, dtype, nbytes)
+        return torch.empty(shape, dtype=dtype)
 
 
 def _attention_of(module: nn.Module) -> AttentionStandIn | None:

@@ -40,6 +40,7 @@ def run(
     target: opt.Target = None,
     device: opt.DeviceName = None,
     align: opt.Align = None,
+    memory: opt.Memory = None,
     blueprint: Annotated[
         Path | None,
         typer.Option(
@@ -77,6 +78,7 @@ def run(
         budget=budget,
         whole=whole,
         device=device,
+        memory=memory,
     )
     from moesaic.jobs.request import check_request
     from moesaic.train.launch import is_worker

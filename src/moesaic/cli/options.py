@@ -92,6 +92,10 @@ Align = Annotated[
     ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of calibration windows and of the method.")]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", help="Memory that it may take of its own, such as 8GB. Default: what is free."),
+]
 DeviceName = Annotated[
     str | None,
     typer.Option("--device", help="Where it computes: auto (a GPU where there is one), cpu, cuda, cuda:1, xpu, mps."),
@@ -117,6 +121,7 @@ def make_settings(
     whole: bool | None = None,
     device: str | None = None,
     align: int | None = None,
+    memory: str | None = None,
 ) -> ConvertSettings:
     """Flags over the YAML file over the defaults. Raises InputError for unknown keys and values that do not parse."""
     from moesaic.jobs.settings import ConvertSettings, load_settings
@@ -140,7 +145,7 @@ def make_settings(
     given = {"sources": calib, "tokens": calib_tokens, "window": calib_window, "seed": seed}
     calibration |= {key: value for key, value in given.items() if value is not None}
     flags: dict[str, Any] = {"method": method, "hierarchical": hierarchical, "seed": seed, "target": target}
-    flags |= {"budget": budget, "whole": whole, "device": device}
+    flags |= {"budget": budget, "whole": whole, "device": device, "memory": memory}
     if router is not None:  # --router gives the mode, the file may give the rest
         settings = values.get("router")
         flags["router"] = (settings if isinstance(settings, dict) else {}) | {"mode": router}

@@ -31,6 +31,7 @@ def run(
     target: opt.Target = None,
     device: opt.DeviceName = None,
     align: opt.Align = None,
+    memory: opt.Memory = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Show shapes, parameters, memory and time of a conversion, before it runs."""
@@ -51,6 +52,7 @@ def run(
         align=align,
         whole=whole,
         device=device,
+        memory=memory,
     )
     from moesaic.jobs.plan import plan
 

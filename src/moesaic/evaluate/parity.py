@@ -32,6 +32,7 @@ from moesaic.calibration.stream import LayerStream
 from moesaic.checkpoint.ffn import ffn_tensor_names, load_ffn
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import VerificationError
+from moesaic.evaluate.extent import COMPUTED, FEWEST_LAYERS
 from moesaic.materialise.attention import pack_attention
 from moesaic.materialise.pack import AS_STORED, pack
 from moesaic.nn.ffn import FFNWeights
@@ -49,9 +50,6 @@ It belongs to fp32, in which both sides are computed. The dtype of the weights d
 blueprint changes to the dtype in which it is stored, as the written weights are, so that both start from equal numbers.
 """
 ORACLE_TOKENS = 8
-COMPUTED = 2**28
-"""Weights of the layers whose outputs are compared. Writing a layer takes about as long as computing it twice."""
-FEWEST_LAYERS = 3
 
 
 @dataclass(frozen=True)

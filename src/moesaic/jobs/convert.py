@@ -101,6 +101,8 @@ def convert_request(
     progress = progress or Silent()
     started = time.monotonic()
     output = Path(output).expanduser()
+    if request.blueprint is None:
+        forecast.check_memory(request, forecast.read_source(request.checkpoint, request.anatomy))
     job, settings = prepare(request), request.settings
     check_shareable(job)
     if is_worker():

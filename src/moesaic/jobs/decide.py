@@ -34,6 +34,7 @@ from moesaic.methods.base import MethodModule, ModelContext, ModelMethodModule, 
 from moesaic.nn.ffn import FFNWeights
 from moesaic.nn.moesaic_paths import PORTABLE
 from moesaic.options.device import exact_device
+from moesaic.options.memory import spill_bytes
 from moesaic.progress import Progress, Silent
 from moesaic.solvers.team import ALONE, Team
 from moesaic.staging.writer import StagedOutput
@@ -217,6 +218,7 @@ def _open_stream(job: Job, staged: StagedOutput | None, team: Team) -> tuple[Lay
         compute_dtype=job.compute_dtype,
         device=job.device,
         spill=spill,
+        spill_bytes=spill_bytes(job.settings.allowed_bytes),
     )
     state = team.told(None if staged is None else staged.read_state())
     if state is None:

@@ -16,7 +16,11 @@ from moesaic.anatomy.base import Anatomy
 from moesaic.checkpoint.ffn import ffn_tensor_names
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.tokenizer import TOKENIZER_FILES
+from moesaic.errors import ResourceError
+from moesaic.evaluate.extent import COMPUTED
 from moesaic.jobs.request import Outline
+from moesaic.options.device import native_bfloat16_by_name
+from moesaic.options.memory import free_memory, spill_bytes
 from moesaic.targets import OWN, TARGETS
 from moesaic.targets.base import Split, TargetOptions
 
@@ -68,10 +72,11 @@ class DiskForecast:
 @dataclass(frozen=True)
 class MemoryForecast:
     """Bytes in memory at the peak. ``mapped``: pages of the checkpoint's files, which the system can drop and read
-    again; ``private``: all else, which must fit."""
+    again; ``private``: all else, which must fit. ``device``: on a GPU, where layers and solvers compute there."""
 
     private: int
     mapped: int
+    device: int
 
 
 def disk(split: Split, target: str, options: TargetOptions, source: Source, tokens: int = 0) -> DiskForecast:
@@ -105,19 +110,53 @@ def disk(split: Split, target: str, options: TargetOptions, source: Source, toke
 
 
 def memory(outline: Outline, source: Source) -> MemoryForecast:
-    """The peak while layers are decided: one layer in fp32, embeddings, states of all tokens, one FFN's activations."""
-    anatomy, config = outline.anatomy, outline.config
+    """The peak of a conversion: what the program and the states of all tokens take, and the largest of its steps.
+
+    The steps are embedding, deciding a layer, running it converted, and verifying what was written, which is in fp32.
+    """
+    anatomy, config, settings = outline.anatomy, outline.config, outline.settings
     if config.training is not None:
-        return MemoryForecast(round(_training_memory(outline, config.training, source)), source.nbytes)
+        needed = round(_training_memory(outline, config.training, source))
+        return MemoryForecast(needed, source.nbytes, needed)
     neurons: dict[int, int] = {}
     for site in anatomy.sites:  # all experts of a MoE layer are held together
         neurons[site.layer] = neurons.get(site.layer, 0) + site.d_ff
-    per_layer = (3 if anatomy.gated else 2) * anatomy.d_model * max(neurons.values()) + 4 * anatomy.d_model**2
-    embeddings = anatomy.d_model * int(anatomy.config.get("vocab_size") or 0)
-    tokens = outline.settings.calibration.tokens if outline.reads_text else 0
-    own = config.held(anatomy.d_ff, tokens)
-    activations = 2 * tokens * anatomy.d_model + own
-    return MemoryForecast(round(_FP32 * (2.5 * per_layer + embeddings + activations) + _PROGRAM), source.nbytes)
+    ffn = (3 if anatomy.gated else 2) * anatomy.d_model * max(neurons.values())
+    attention, embeddings = 4 * anatomy.d_model**2, anatomy.d_model * int(anatomy.config.get("vocab_size") or 0)
+    tokens, size = settings.calibration.tokens if outline.reads_text else 0, compute_bytes(outline)
+    state = tokens * anatomy.d_model * size
+    states = 3 * state if state <= spill_bytes(settings.allowed_bytes) else 0
+    large = source.nbytes / source.element > COMPUTED
+    steps = {
+        "embedding": size * embeddings if tokens else 0,
+        "deciding": size * attention + _FP32 * (ffn + config.held(anatomy.d_ff, tokens)),
+        "running": size * attention + (source.element + size) * ffn if tokens else 0,
+        "verifying": _FP32 * max(3 * (attention + ffn), embeddings * (1 if large or source.tied else 2)),
+    }
+    most = max(steps.values())
+    return MemoryForecast(round(_PROGRAM + states + most), source.nbytes, round(_PROGRAM + most))
+
+
+def check_memory(outline: Outline, source: Source) -> None:
+    """Refuse a conversion that takes more memory than the settings allow, or than is free.
+
+    Raises ResourceError.
+    """
+    allowed, asked = outline.settings.allowed_bytes, outline.settings.memory is not None
+    room, needed = allowed if asked else free_memory(), memory(outline, source).private
+    if room is not None and needed > room:
+        raise ResourceError(
+            f"the conversion takes about {needed / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB are "
+            + ("allowed" if asked else "free"),
+            "raise --memory, or lower --calib-tokens; `moesaic plan` shows what a method needs",
+        )
+
+
+def compute_bytes(outline: Outline) -> int:
+    """Bytes of a number in calibration, as far as that shows without torch."""
+    asked = outline.settings.calibration.compute_dtype
+    low = native_bfloat16_by_name(outline.settings.device) if asked == "auto" else asked == "bfloat16"
+    return 2 if low else _FP32
 
 
 def _training_memory(outline: Outline, train: TrainConfig, source: Source) -> float:

@@ -33,6 +33,7 @@ from moesaic.jobs.request import (
 )
 from moesaic.jobs.settings import ConvertSettings
 from moesaic.options import build
+from moesaic.options.memory import free_memory
 from moesaic.paths import cache_folder
 from moesaic.targets import AUTO, OWN, TARGETS
 from moesaic.targets.backbone import no_backbone
@@ -47,6 +48,8 @@ GFLOPS_PER_CORE = 45.0
 """Sustained fp32 matmul speed of one server core (AVX-512), in 1e9 operations per second; native bf16 doubles it."""
 _TOKENIZER_GROWTH = 2
 """Size of tokenizer.json over that of the GGUF's metadata which it is made from, as with SmolLM2's."""
+GPU_SIZES = (24, 80, 141)
+"""Memory of common GPUs, GB."""
 ALIGNMENTS = {32: "GGUF q4_0 and q8_0", 64: "GPU kernels", 256: "GGUF K-quants"}
 
 
@@ -54,9 +57,10 @@ ALIGNMENTS = {32: "GGUF q4_0 and q8_0", 64: "GPU kernels", 256: "GGUF K-quants"}
 class PlanReport:
     """The forecast. Sizes in neurons, parameters or bytes as named.
 
-    ``seconds`` and ``peak_bytes`` are estimates. ``mapped_bytes``: pages of the checkpoint's files, which come on top
-    of ``peak_bytes`` where there is room and which the system drops where there is none. ``output_bytes`` are for the
-    architecture ``target``, ``staging_bytes`` what the unfinished folder holds beside them.
+    ``operations``: multiplications and additions. ``seconds`` and ``peak_bytes`` are estimates. ``mapped_bytes``: pages
+    of the checkpoint's files, which come on top of ``peak_bytes`` where there is room and which the system drops where
+    there is none. ``output_bytes`` are for the architecture ``target``, ``staging_bytes`` what the unfinished folder
+    holds beside them. ``device_bytes``: of a GPU, where layers and solvers compute there.
     """
 
     family: str
@@ -79,9 +83,11 @@ class PlanReport:
     active_ffn_parameters: int
     router_parameters: int
     router_bytes: int
+    operations: float
     seconds: float
     peak_bytes: int
     mapped_bytes: int
+    device_bytes: int
     target: str
     output_bytes: int
     staging_bytes: int
@@ -176,6 +182,7 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
     total = sum(site.d_ff for site in anatomy.sites) * per_neuron
     converted = sum(site.d_ff for site in sites) * per_neuron
     fraction = min(1.0, shape.active / shape.d_ff)
+    operations = _operations(outline, total, fraction)
     return PlanReport(
         family=anatomy.family.name,
         model_type=str(anatomy.config.get("model_type")),
@@ -197,9 +204,11 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
         active_ffn_parameters=round(total - converted * (1 - fraction)),
         router_parameters=len(sites) * shape.router_parameters(anatomy.d_model, gated=anatomy.gated),
         router_bytes=len(sites) * shape.router_bytes(anatomy.d_model, gated=anatomy.gated),
-        seconds=_seconds(outline, total, fraction),
+        operations=operations,
+        seconds=_seconds(operations, total),
         peak_bytes=memory.private,
         mapped_bytes=memory.mapped,
+        device_bytes=memory.device,
         target=space.target,
         output_bytes=space.output,
         staging_bytes=space.staging,
@@ -210,13 +219,21 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
             _target_remark(outline),
             *_allocation_remarks(outline),
             *_size_remarks(memory, space),
+            _room_remark(settings, memory),
+            _device_remark(memory),
             *described.remarks(whole=settings.whole),
         ),
     )
 
 
-def _seconds(outline: Outline, ffn_parameters: int, fraction: float) -> float:
-    """Two passes over the FFNs (statistics, then the converted forward) and one over attention, at a nominal speed.
+def _seconds(operations: float, ffn_parameters: int) -> float:
+    """At a nominal speed; with it what is read, packed and written, at about 1 GB/s."""
+    copying = 3 * 4 * ffn_parameters / 1e9
+    return round(operations / (GFLOPS_PER_CORE * 1e9 * (os.cpu_count() or 1)) + copying, 1)
+
+
+def _operations(outline: Outline, ffn_parameters: int, fraction: float) -> float:
+    """Two passes over the FFNs (statistics, then the converted forward) and one over attention.
 
     Training is three passes over what is trained: of the teacher, forward and backward.
     """
@@ -228,9 +245,8 @@ def _seconds(outline: Outline, ffn_parameters: int, fraction: float) -> float:
         operations += 6 * tokens * (ffn_parameters + attention + _head(anatomy))
     operations += _measuring(outline, ffn_parameters + attention)
     shapes = outline.split.shapes.values()
-    operations += sum(outline.config.operations(shape.d_ff, anatomy.d_model, calibration.tokens) for shape in shapes)
-    copying = 3 * 4 * ffn_parameters / 1e9  # read, pack, write, at about 1 GB/s
-    return round(operations / (GFLOPS_PER_CORE * 1e9 * (os.cpu_count() or 1)) + copying, 1)
+    own = (outline.config.operations(shape.d_ff, anatomy.d_model, calibration.tokens) for shape in shapes)
+    return operations + sum(own)
 
 
 def _head(anatomy: Anatomy) -> int:
@@ -278,6 +294,22 @@ def _size_remarks(memory: forecast.MemoryForecast, space: forecast.DiskForecast)
         f"the memory is without the {memory.mapped / 1e9:.2f} GB of mapped weights, which the system drops when it "
         "needs room",
     )
+
+
+def _room_remark(settings: ConvertSettings, memory: forecast.MemoryForecast) -> str:
+    """Whether the memory is there."""
+    room = settings.allowed_bytes or free_memory()
+    if room is None:
+        return "how much memory is free is not known here"
+    fits = "enough" if memory.private <= room else "too little, so that convert refuses it"
+    return f"{room / 1e9:.1f} GB of memory are {'free' if settings.memory is None else 'allowed'}: {fits}"
+
+
+def _device_remark(memory: forecast.MemoryForecast) -> str:
+    """Which GPUs the work fits on; `doctor` says what is here, as finding one takes longer than all of this."""
+    sizes = [size for size in GPU_SIZES if memory.device <= 1e9 * size]
+    fits = f"one of {sizes[0]} GB is enough" if sizes else f"more than one of {GPU_SIZES[-1]} GB has"
+    return f"with --device, a GPU needs about {memory.device / 1e9:.1f} GB: {fits}"
 
 
 def _router_remarks(shape: FFNShape, anatomy: Anatomy, source: forecast.Source) -> tuple[str, ...]:

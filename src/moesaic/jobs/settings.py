@@ -15,6 +15,8 @@ from moesaic.options import build
 from moesaic.options.device import AUTO as AUTO_DEVICE
 from moesaic.options.device import MEANING as DEVICE_MEANING
 from moesaic.options.device import DeviceName
+from moesaic.options.memory import MEANING as MEMORY_MEANING
+from moesaic.options.memory import MemorySize, parse_bytes
 from moesaic.targets import AUTO, TARGETS
 from moesaic.targets.base import TargetOptions
 
@@ -73,6 +75,12 @@ class ConvertSettings(BaseModel):
     )
     seed: int = Field(default=0, description="Seed of everything random in the method.")
     device: DeviceName = Field(default=AUTO_DEVICE, description=DEVICE_MEANING)
+    memory: MemorySize | None = Field(default=None, description=MEMORY_MEANING)
+
+    @property
+    def allowed_bytes(self) -> int | None:
+        """:attr:`memory` in bytes."""
+        return None if self.memory is None else parse_bytes(self.memory)
 
     @field_validator("router", "allocation", mode="before")
     @classmethod

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from moesaic.train.config import TrainConfig
 
 
+HELD_TOKENS = 2048
+"""Tokens whose activations are held at a time, but where a method says otherwise."""
+
+
 class MethodConfig(BaseModel, ABC):
     """Options of a method, and all that is known from them before any work. No torch: ``moesaic plan`` reads it.
 
@@ -63,8 +67,9 @@ class MethodConfig(BaseModel, ABC):
         return 0.0
 
     def held(self, d_ff: int, tokens: int) -> float:
-        """fp32 numbers at the peak of deciding one FFN."""
-        return 2 * tokens * d_ff
+        """fp32 numbers at the peak of deciding one FFN, beside its weights in fp32: by default a batch of activations
+        with what they are made of."""
+        return 4 * min(tokens, HELD_TOKENS) * d_ff
 
     @property
     def own_layout(self) -> Layout | None:

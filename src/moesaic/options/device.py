@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator
@@ -101,6 +102,17 @@ def native_bfloat16(device: torch.device) -> bool:
         return device.type == "xpu"
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that we allow
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+
+
+def native_bfloat16_by_name(name: str) -> bool:
+    """:func:`native_bfloat16` as far as it shows without torch: of the CPU by the system's list of its features."""
+    if name.partition(":")[0] not in (AUTO, CPU):
+        return not name.startswith("mps")
+    try:
+        features = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return any(re.search(rf"\b{feature}\b", features) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def device_memory(device: torch.device) -> tuple[int, int] | None:

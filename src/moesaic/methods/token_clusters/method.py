@@ -115,8 +115,7 @@ def _activations(weights: FFNWeights, inputs: SiteInputs) -> tuple[Tensor, Tenso
     down_DF = work.down_DF.float()
     norm_F = down_DF.norm(dim=0)
     mine = inputs.part(inputs.team.part(inputs.tokens, BLOCK))
-    h_TF = work.up_FD.new_empty(mine.tokens, work.d_ff)
-    share_TF = torch.empty_like(h_TF)
+    h_TF, share_TF = (mine.empty(work.d_ff, work.up_FD.dtype) for _ in range(2))
     y_TD = down_DF.new_empty(mine.tokens, work.d_model)
     with rounded_products(low):
         for number, x_BD in enumerate(mine.batches(BLOCK, dtype=h_TF.dtype)):
