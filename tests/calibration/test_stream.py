@@ -276,7 +276,7 @@ def test_one_decoder_layer_is_in_memory_at_a_time(tiny: Tiny) -> None:
         stream.advance()
         assert layer() is None  # at once, without the garbage collector
     stream.logits()
-    assert in_memory(outer) == {"model.embed_tokens.weight", "model.norm.weight"}  # the head is tied
+    assert in_memory(outer) == set()  # embeddings and head are the largest parts of many models
 
 
 def test_a_checkpoint_without_the_base_model_s_prefix_is_read(tiny: Tiny, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ class Captured(Mapping[str, SiteInputs]):
                 gathered[id(mine_T)] = team.gather(mine_NW, windows).flatten(0, 1)
             return gathered[id(mine_T)]
 
-        found = Captured(None if self._stream_T is None else gather(self._stream_T), self._device, team)
+        found = Captured(None if self._stream_T is None else gather(self._stream_T), self._device, team, self._room)
         for path, (x_TD, index_TK, expert) in self._inputs.items():
             found.add(path, gather(x_TD), None if index_TK is None else gather(index_TK), expert)
         return found
