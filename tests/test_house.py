@@ -19,6 +19,7 @@ ORDER = [
     "durable",
     "blueprint",
     "nn",
+    "serve",
     "solvers",
     "anatomy",
     "staging",

@@ -1,0 +1,1 @@
+"""Our own architecture in serving engines, through their plugins."""
