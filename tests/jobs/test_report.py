@@ -130,6 +130,18 @@ def test_an_evaluation_renews_the_page(tiny: Tiny, output: Path, tmp_path: Path)
     assert f"{ratio:.3f} [" in (output / PAGE_NAME).read_text()
 
 
+def test_an_evaluation_reads_the_sample_where_there_is_none(tiny: Tiny, tmp_path: Path) -> None:
+    out = converted(tiny("llama"), tmp_path / "out", "random", options={"layout": "S3A3E8"}, target="moesaic")
+    assert 'class="token"' not in (out / PAGE_NAME).read_text()
+    moesaic.evaluate_model(out, window=64, limit=2)
+    assert 'class="token"' in (out / PAGE_NAME).read_text()
+    read = sample_of(out)
+    assert "nll_dense" not in read
+    report(out, baseline=tiny("llama"))
+    assert sample_of(out)["nll"] == pytest.approx(read["nll"], abs=1e-3)
+    assert len(sample_of(out)["nll_dense"]) == len(read["nll"])
+
+
 def test_compared_outputs_are_paired_over_windows(tiny: Tiny, output: Path, tmp_path: Path) -> None:
     other = converted(tiny("llama"), tmp_path / "other", "random", options={"layout": "S3A3E8"}, target="moesaic")
     text = tmp_path / "text.txt"

@@ -50,8 +50,9 @@ class SiteSample:
 @torch.inference_mode()
 def token_losses(model: nn.Module, ids_T: Tensor) -> list[float | None]:
     """Negative log-likelihood of each token in nats, given those before it; None for the first."""
+    ids_T = ids_T.to(next(model.parameters()).device)
     logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0].float()
-    loss_T = F.cross_entropy(logits_TV[:-1], ids_T[1:].to(logits_TV.device), reduction="none")
+    loss_T = F.cross_entropy(logits_TV[:-1], ids_T[1:], reduction="none")
     return [None, *(round(value, 4) for value in loss_T.tolist())]
 
 
@@ -96,7 +97,7 @@ def _reader(
             site.shares = used_T.tolist()
             site.choices = _choices(ffn, x_TD)
         if dense is not None:
-            site.error = _error(dense(path).to(torch.float32), x_TD.float(), y.reshape(x_TD.shape).float())
+            site.error = _error(dense(path).to(torch.float32, x_TD.device), x_TD.float(), y.reshape(x_TD.shape).float())
         found[path] = site
 
     return read

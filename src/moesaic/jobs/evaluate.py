@@ -41,6 +41,7 @@ from moesaic.jobs.card import write_pages
 from moesaic.jobs.controls import CONTROLS, active_fraction, control_job, control_model
 from moesaic.jobs.evaluation_run import SHORT, EvaluationRun, Precision, resolve_dtype
 from moesaic.jobs.job import Job
+from moesaic.jobs.sample import SAMPLE_KEY, sample_of_model
 from moesaic.options.device import AUTO, CPU, describe, device_for, find_device
 from moesaic.progress import Progress, Silent
 from moesaic.staging.results import RESULTS_NAME, merged, read_results
@@ -130,12 +131,13 @@ def evaluate_model(
     def keep() -> None:
         results["perplexity"] = run.table()
         if save:
-            _save(folder, run, results)
+            _save(folder, run, {"evaluation": {run.name: results}})
 
     if dense_folder is not None:
         run.measure("dense", *_of_folder(Checkpoint(dense_folder), precision, place))
         results["parameters_dense"] = run.facts["dense"]["parameters"]
-    run.measure("model", *_of_folder(checkpoint, precision, place), _fidelity(run, results) if fidelity else None)
+    beside = _beside(run, results, checkpoint, blueprint if save else None)
+    run.measure("model", *_of_folder(checkpoint, precision, place), beside if fidelity else None)
     if has_int8(checkpoint.config):  # what of the loss is rounding
         run.measure(INT8, *_of_folder(checkpoint, precision, place, all_on=True))
     results["parameters"] = run.facts["model"]["parameters"]
@@ -189,10 +191,17 @@ def _of_folder(
     return {"model": checkpoint.fingerprint(), **({"all_on": True} if all_on else {})}, load
 
 
-def _fidelity(run: EvaluationRun, results: dict[str, Any]) -> Callable[[Any], None]:
+def _beside(
+    run: EvaluationRun, results: dict[str, Any], checkpoint: Checkpoint, blueprint: Blueprint | None
+) -> Callable[[Any], None]:
+    """Measures the loaded model's routers; with a blueprint, also reads the sample of its page where it has none."""
+
     def measure_routers(model: Any) -> None:
         if sites := router_fidelity(model, run.ids_NW[:_FIDELITY_WINDOWS]):
             results["fidelity"] = {"summary": summarise(sites), "sites": [site.to_dict() for site in sites]}
+        if blueprint is not None and SAMPLE_KEY not in current_results(checkpoint):
+            found = sample_of_model(checkpoint, blueprint, model)
+            _save(checkpoint.folder, run, {SAMPLE_KEY: found} if found else {})
 
     return measure_routers
 
@@ -226,10 +235,10 @@ def _check(
         read_results(checkpoint.folder)  # damaged, it is refused before the work
 
 
-def _save(folder: Path, run: EvaluationRun, results: dict[str, Any]) -> None:
-    """Into results.json and the card; where that fails, no figure is lost."""
+def _save(folder: Path, run: EvaluationRun, found: dict[str, Any]) -> None:
+    """Into results.json, the card and the page; where that fails, no figure is lost."""
     try:
-        merge_results(folder, {"evaluation": {run.name: results}})
+        merge_results(folder, found)
     except (OSError, ResourceError) as error:
         run.progress.note(f"the results are not saved: {error}")
 

@@ -5,49 +5,32 @@ report.html is in no manifest, as results.json and the card are not: what is mea
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moesaic.anatomy import FAMILIES, read_anatomy
-from moesaic.anatomy.base import Anatomy, max_positions
 from moesaic.blueprint.layer import LayerPlan
 from moesaic.blueprint.model import Blueprint
-from moesaic.calibration.documents import read_text
 from moesaic.checkpoint.converted import (
-    WEIGHTS_KEY,
-    as_written,
     check_source,
     current_results,
     read_blueprint,
     read_dense_anatomy,
 )
-from moesaic.checkpoint.ffn import load_ffn
-from moesaic.checkpoint.loading import load_model
-from moesaic.checkpoint.mark import tuned
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
-from moesaic.checkpoint.tokenizer import load_tokenizer
 from moesaic.durable import replace_text
-from moesaic.errors import InputError
-from moesaic.evaluate.sample import read_sample, token_losses
-from moesaic.materialise.apply import apply_blueprint
+from moesaic.jobs.sample import read_output, save_sample
 from moesaic.progress import Progress, Silent
 from moesaic.report.facts import Facts, Layer
 from moesaic.report.page import page
-from moesaic.staging.results import RESULTS_NAME, merged
 from moesaic.targets import OWN
 from moesaic.train.loop import read_log
 
 PAGE_NAME = "report.html"
-SAMPLE_KEY = "sample"
-_TOKENS = 192
-"""Most tokens of a sample: more are not read by eye."""
 
 
 def gather(folder: Path, results: Mapping[str, Any] | None = None) -> Facts:
@@ -158,86 +141,9 @@ def report(
         check_source(dense, Checkpoint(folder))
     known = facts.sample
     wanted = again or sample is not None or not known or (dense is not None and "nll_dense" not in known)
-    if wanted and (found := _read(folder, dense, sample, progress)):
+    if wanted and (found := read_output(folder, dense, sample, progress)):
         save_sample(folder, found)
         facts = gather(folder)
     path = folder / PAGE_NAME if to is None else Path(to).expanduser()
     replace_text(path, page(facts))
     return path
-
-
-def save_sample(folder: Path, found: Mapping[str, Any]) -> None:
-    """Keep what a sample showed in results.json."""
-    checkpoint = Checkpoint(folder)
-    results = {key: value for key, value in current_results(checkpoint).items() if key != SAMPLE_KEY}
-    results = merged(results, {SAMPLE_KEY: dict(found)})
-    if not as_written(folder):
-        results[WEIGHTS_KEY] = checkpoint.fingerprint()
-    replace_text(folder / RESULTS_NAME, json.dumps(results, indent=1) + "\n")
-
-
-def _read(folder: Path, dense: Checkpoint | None, text: str | Path | None, progress: Progress) -> dict[str, Any]:
-    """The sample's figures, for results.json; {} where the model's experts cannot be seen."""
-    checkpoint = Checkpoint(folder)
-    blueprint = read_blueprint(checkpoint, hashed=False)
-    own = checkpoint.config.get("model_type") == OWN
-    if blueprint is None or (not own and (dense is None or tuned(checkpoint.config))):
-        progress.note(
-            "no tokens are shown: the experts of a stock architecture are read through its dense model and blueprint "
-            "(--baseline MODEL)"
-        )
-        return {}
-    tokenizer = load_tokenizer(folder)
-    written = _text(text)
-    longest = min(_TOKENS, max_positions(checkpoint.config.get("text_config", checkpoint.config)) or _TOKENS)
-    ids_T = tokenizer(written, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0][:longest]
-    if len(ids_T) < 2:
-        raise InputError(f"the sample has {len(ids_T)} tokens, two are needed", "give a longer text")
-    progress.note(f"reading a sample of {len(ids_T)} tokens")
-    anatomy = _anatomy(checkpoint, dense)
-    made: dict[str, Any] = {"tokens": _pieces(tokenizer, ids_T.tolist())}
-    weights = None if dense is None or tuned(checkpoint.config) else _dense_ffns(dense, anatomy)
-    if dense is not None:
-        made["nll_dense"] = token_losses(load_model(dense.folder, "auto"), ids_T)
-    model = load_model(folder, "auto") if own else _rebuilt(dense, blueprint, anatomy)
-    made["nll"], sites = read_sample(model, ids_T, blueprint.sites, weights)
-    return made | {"sites": {path: site.to_dict() for path, site in sites.items()}}
-
-
-def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text of each token; together they are the text. A token that ends within a character has none of its own."""
-    pieces, known = [], ""
-    for count in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:count])
-        whole = text.rstrip("\ufffd")
-        pieces.append(whole[len(known) :])
-        known = whole if len(whole) > len(known) else known
-    return pieces
-
-
-def _anatomy(checkpoint: Checkpoint, dense: Checkpoint | None) -> Anatomy:
-    if dense is None:
-        return read_dense_anatomy(checkpoint)
-    return read_anatomy(dense.config, hierarchical=FAMILIES[dense.config["model_type"]].moe is not None)
-
-
-def _dense_ffns(dense: Checkpoint, anatomy: Anatomy) -> Any:
-    sites = {site.path: site for site in anatomy.sites}
-    return lambda path: load_ffn(dense, sites[path], anatomy.activation)
-
-
-def _rebuilt(dense: Checkpoint | None, blueprint: Blueprint, anatomy: Anatomy) -> Any:
-    """The converted model in our runtime, from the dense one and the blueprint of a stock folder."""
-    assert dense is not None
-    model = load_model(dense.folder, "auto")
-    apply_blueprint(model, blueprint, anatomy, dense)
-    return model.eval()
-
-
-def _text(path: str | Path | None) -> str:
-    if path is None:
-        return files("moesaic").joinpath("data", "sample.txt").read_text(encoding="utf-8")
-    try:
-        return read_text(Path(path).expanduser())
-    except OSError as error:
-        raise InputError(f"sample {path} cannot be read: {error.strerror}", "give a UTF-8 text file") from error

@@ -30,7 +30,7 @@ from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.native_parity import parity_ids
 from moesaic.evaluate.parity import TOLERANCE, relative_difference
 from moesaic.jobs.card import finish
-from moesaic.jobs.report import SAMPLE_KEY
+from moesaic.jobs.sample import SAMPLE_KEY
 from moesaic.jobs.training_record import write_record
 from moesaic.jobs.tune_request import TuneRequest, check_tune
 from moesaic.jobs.verify import check_tensors
