@@ -85,7 +85,11 @@ def test_with_all_experts_only_rounding_is_lost(tiny: Tiny, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("token_clusters", {"active": 0.5, "split": "union", "experts": 4}), ("neuron_experts", {"active": 0.5})],
+    [
+        ("token_clusters", {"active": 0.5, "split": "union", "experts": 4}),
+        ("neuron_experts", {"active": 0.5}),
+        ("neuron_experts", {"active": 0.5, "weights": "int8"}),
+    ],
 )
 def test_experts_of_other_kinds(method: str, options: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
     out = converted(tiny("qwen2"), tmp_path / "out", method, options=options, target="moesaic")
@@ -98,6 +102,7 @@ def test_experts_of_other_kinds(method: str, options: dict[str, Any], tiny: Tiny
         assert (site["choices"] is None) == (method == "neuron_experts")
     facts = gather(out)
     assert facts.relative_bytes is not None
+    assert facts.parameters == pytest.approx(load_model(tiny("qwen2"), "auto").num_parameters(), rel=0.05)
     assert 0.3 < facts.relative_bytes < 1.6
 
 

@@ -42,7 +42,6 @@ def gather(folder: Path, results: Mapping[str, Any] | None = None) -> Facts:
     """
     checkpoint = Checkpoint(folder)
     blueprint = read_blueprint(checkpoint, hashed=False)
-    infos = [checkpoint.info(name) for name in checkpoint.names]
     layers, row_bytes = ((), 0) if blueprint is None else _layers(checkpoint, blueprint)
     return Facts(
         name=folder.resolve().name,
@@ -50,17 +49,31 @@ def gather(folder: Path, results: Mapping[str, Any] | None = None) -> Facts:
         results=current_results(checkpoint) if results is None else results,
         layers=layers,
         row_bytes=row_bytes,
-        parameters=sum(math.prod(info.shape) for info in infos if getattr(torch, info.dtype).is_floating_point),
+        parameters=_parameters(checkpoint, blueprint),
         nbytes=checkpoint.nbytes,
         dtype=checkpoint.dtype,
         training=tuple(read_log(folder)),
     )
 
 
+def _parameters(checkpoint: Checkpoint, blueprint: Blueprint | None) -> int:
+    """Of the whole model. Tables, codes and scales are none; int8 weights, stored in two halves, count once."""
+    sites = {} if blueprint is None else blueprint.sites
+    whole = tuple(f"{path}." for path, plan in sites.items() if plan.shape.int8)
+    infos = {name: checkpoint.info(name) for name in checkpoint.names if not name.startswith(whole or "\0")}
+    found = sum(math.prod(info.shape) for info in infos.values() if getattr(torch, info.dtype).is_floating_point)
+    if not whole:
+        return found
+    anatomy = read_dense_anatomy(checkpoint)
+    neurons = sum(plan.d_ff for plan in sites.values() if plan.shape.int8)
+    return found + neurons * anatomy.d_model * (3 if anatomy.gated else 2)
+
+
 def _layers(checkpoint: Checkpoint, blueprint: Blueprint) -> tuple[tuple[Layer, ...], int]:
     """All FFNs in order, and what a token reads of one neuron."""
     own = checkpoint.config.get("model_type") == OWN
-    element = getattr(torch, checkpoint.dtype).itemsize
+    dtype = getattr(torch, checkpoint.dtype)
+    element = dtype.itemsize if dtype.is_floating_point else 2
     if own:
         anatomy = read_dense_anatomy(checkpoint)
         d_model, gated = anatomy.d_model, anatomy.gated
@@ -102,6 +115,7 @@ def _layer(path: str, plan: LayerPlan, d_model: int, gated: bool) -> Layer:
         gate=plan.gate,
         active=plan.active_neurons,
         router_bytes=shape.router_bytes(d_model, gated=gated),
+        neuron_bytes=shape.rest_bytes(d_model, gated=gated) / plan.d_ff if shape.int8 else None,
     )
 
 

@@ -26,6 +26,7 @@ class Layer:
         router, gate: Kinds.
         active: Neurons that a token uses, as planned.
         router_bytes: What a token reads of the router.
+        neuron_bytes: What it reads of one neuron, where that is not what it reads of a dense one's.
         converted: False for an FFN that stayed dense.
     """
 
@@ -39,6 +40,7 @@ class Layer:
     gate: str = ""
     active: float = 0.0
     router_bytes: int = 0
+    neuron_bytes: float | None = None
     converted: bool = True
 
     @property
@@ -70,7 +72,7 @@ class Facts:
         config: Its config.json, with the block ``moesaic``.
         results: Its results.json; may be empty.
         layers: All FFNs in their order, those left dense among them. Empty where no blueprint holds any more.
-        row_bytes: What a token reads of one neuron: its row of each matrix.
+        row_bytes: What a token reads of a dense neuron: its row of each matrix, in bf16 where the output is int8.
         parameters: Of the whole output, as stored; tables of indices and codes are none.
         nbytes: Of its tensors on disk.
         dtype: Of most tensors.
@@ -122,7 +124,8 @@ class Facts:
         """What a token reads in all FFNs, routers included. ``used``: shares by path, in place of the planned ones."""
         shares = used or {}
         return sum(
-            shares.get(layer.path, layer.share) * layer.d_ff * self.row_bytes + layer.router_bytes
+            shares.get(layer.path, layer.share) * layer.d_ff * (layer.neuron_bytes or self.row_bytes)
+            + layer.router_bytes
             for layer in self.layers
         )
 

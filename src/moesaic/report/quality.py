@@ -19,10 +19,12 @@ _NAMES = {
     DENSE: "dense model",
     "static": "control: static pruning",
     "random": "control: random experts",
+    "int8": "int8 weights, all neurons",
 }
 _REMARKS = {
     "static": "the neurons of largest mean energy, the same for every token",
     "random": "a random split with a random router",
+    "int8": "what of the loss is rounding",
 }
 
 
