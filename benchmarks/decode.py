@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from benchmarks.weight_only import WEIGHT_ONLY, quantised
 from transformers import AutoModelForCausalLM
 
 from moesaic.durable import replace_text
+from moesaic.evaluate.speed import Contender, Turns, take_turns
 from moesaic.nn.moesaic_neurons import NeuronFeedForward
 from moesaic.nn.register import register
 
@@ -57,29 +57,6 @@ the chosen ones. They read a prompt by the dense network, unless that is switche
 * `torch int8`, `torch int4`: the dense model, its blocks' layers in torch's own weight-only products. Embeddings and
   head stay in bf16.
 """
-
-
-class Contender:
-    """A model with a KV cache, and in which way it computes."""
-
-    def __init__(self, model: Any, way: Callable[[], Any] = nullcontext) -> None:
-        self.model, self.way, self.out = model, way, None
-
-    def begin(self, ids_1W: torch.Tensor, clock: Callable[[], float]) -> float:
-        """Read the prompt; seconds."""
-        begin = clock()
-        with self.way():
-            self.out = self.model(input_ids=ids_1W, use_cache=True, logits_to_keep=1)
-        return clock() - begin
-
-    def step(self, clock: Callable[[], float]) -> float:
-        """Decode a token; seconds."""
-        out: Any = self.out
-        token = out.logits[:, -1:].argmax(dim=-1)
-        begin = clock()
-        with self.way():
-            self.out = self.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-        return clock() - begin
 
 
 @contextmanager
@@ -128,31 +105,14 @@ def contenders(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Conten
     return found
 
 
-Seconds = dict[str, list[float]]
-
-
-@torch.inference_mode()
-def measure(
-    found: dict[str, Contender], clock: Callable[[], float], steps: int, rounds: int, prompt: int
-) -> tuple[Seconds, Seconds]:
-    """Seconds of every prompt and of every step of every contender. One round more warms up."""
+def prompts(found: dict[str, Contender], rounds: int, prompt: int) -> torch.Tensor:
+    """Random token ids, int64 [rounds and one, 1, prompt]."""
     vocabulary = min(int(one.model.config.get_text_config().vocab_size) for one in found.values())
-    shuffled, prompts, decoded = random.Random(0), {name: [] for name in found}, {name: [] for name in found}
-    for turn in range(rounds + 1):
-        ids_1W = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(turn))
-        for name in shuffled.sample(list(found), len(found)):
-            elapsed = found[name].begin(ids_1W, clock)
-            if turn:
-                prompts[name].append(elapsed)
-        for _ in range(steps if turn else 3):
-            for name in shuffled.sample(list(found), len(found)):
-                elapsed = found[name].step(clock)
-                if turn:
-                    decoded[name].append(elapsed)
-    return prompts, decoded
+    turns = (torch.Generator().manual_seed(turn) for turn in range(rounds + 1))
+    return torch.stack([torch.randint(0, vocabulary, (1, prompt), generator=generator) for generator in turns])
 
 
-def rows_of(prompts: Seconds, decoded: Seconds) -> list[Row]:
+def rows_of(found: dict[str, Turns]) -> list[Row]:
     """A row per contender: milliseconds [minimum, median] and times dense [of the minima, median within a step]."""
     return [
         {
@@ -160,8 +120,10 @@ def rows_of(prompts: Seconds, decoded: Seconds) -> list[Row]:
             **{f"{part}_ms": [round(1e3 * figure(own[name]), 2) for figure in BOTH] for part, own in both.items()},
             **{f"{part}_times_dense": ratios(own[DENSE], own[name]) for part, own in both.items()},
         }
-        for both in ({"decode": decoded, "prefill": prompts},)
-        for name in decoded
+        for both in (
+            {part: {one: getattr(turns, part) for one, turns in found.items()} for part in ("decode", "prefill")},
+        )
+        for name in found
     ]
 
 
@@ -185,7 +147,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     register()
     found = contenders(args, getattr(torch, args.dtype))
-    rows = rows_of(*measure(found, CLOCKS[args.clock], args.steps, args.rounds, args.prompt))
+    ids_R1W = prompts(found, args.rounds, args.prompt)
+    rows = rows_of(take_turns(found, ids_R1W, args.steps, CLOCKS[args.clock]))
     settings = {key: getattr(args, key) for key in ("dtype", "prompt", "steps", "rounds")}
     own = {args.name: {"conditions": conditions(args.clock) | settings, "rows": rows}}
     print(_section(args.name, **own[args.name]))

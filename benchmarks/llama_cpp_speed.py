@@ -11,50 +11,18 @@ from __future__ import annotations
 
 import argparse
 import platform
-import random
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.rows import write_rows
 
-from moesaic.calibration.samples import evaluation_text
-from moesaic.evaluate.llama_cpp import LlamaCpp
+from moesaic.evaluate.llama_cpp_speed import measure_files
+from moesaic.evaluate.speed import Speed
 
 
-@dataclass(frozen=True)
-class Round:
-    """Tokens per second of one file in one round."""
-
-    prefill: float
-    decode: float
-
-
-def one_round(engine: LlamaCpp, ids_W: list[int], decode: int) -> Round:
-    """Prefill of a prompt, and decoding of ``decode`` tokens after it."""
-    timings = engine.complete(ids_W, decode, ignore_eos=True)["timings"]
-    assert timings["prompt_n"] == len(ids_W)
-    # The first token comes out of the prefill.
-    return Round(timings["prompt_per_second"], (timings["predicted_n"] - 1) / timings["predicted_ms"] * 1e3)
-
-
-def measure(files: list[Path], threads: int, prompt: int, decode: int, rounds: int) -> dict[Path, list[Round]]:
-    """Rounds of every file, after one that is thrown away."""
-    engines = {file: LlamaCpp(file, context=prompt + decode + 8, threads=threads, f32_cache=False) for file in files}
-    ids = next(iter(engines.values())).tokenize(evaluation_text()[: 8 * prompt * (rounds + 1)])
-    results: dict[Path, list[Round]] = {file: [] for file in files}
-    shuffled = random.Random(0)
-    for index in range(rounds + 1):
-        window = ids[index * prompt : (index + 1) * prompt]
-        for file in shuffled.sample(files, len(files)):
-            found = one_round(engines[file], window, decode)
-            if index:
-                results[file].append(found)
-    return results
-
-
-def summary(results: dict[Path, list[Round]]) -> list[dict[str, object]]:
+def summary(results: dict[Path, list[Speed]]) -> list[dict[str, object]]:
     """One row per file."""
     first = next(iter(results.values()))
     rows: list[dict[str, object]] = []
@@ -79,7 +47,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--json", type=Path, help="write the results there as well")
     given = parser.parse_args()
-    rows = summary(measure(given.files, given.threads, given.prompt, given.decode, given.rounds))
+    counts = {"threads": given.threads, "prompt": given.prompt, "steps": given.decode, "rounds": given.rounds}
+    rows = summary(measure_files(given.files, **counts))
     for row in rows:
         figures = [
             f"{kind} {row[kind]:>8} t/s x{row[f'{kind}_ratio']} {row[f'{kind}_ratio_range']}"

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.llama_cpp_speed import measure as measure_llama_cpp
 from benchmarks.rows import write_rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,6 +35,7 @@ from transformers.utils import logging
 import moesaic
 from moesaic.calibration.samples import evaluation_text
 from moesaic.checkpoint.source import resolve_model
+from moesaic.evaluate.llama_cpp_speed import measure_files
 from moesaic.evaluate.speed import Speed, measure_rounds, median_speed, ratio
 from moesaic.jobs.export_gguf import export_gguf
 
@@ -144,8 +144,9 @@ def in_transformers(workshop: Workshop, group: Group, prompt: int, decode: int, 
 def in_llama_cpp(workshop: Workshop, group: Group, prompt: int, decode: int, rounds: int) -> dict[str, list[Speed]]:
     """Rounds of every contender, all loaded at once."""
     paths = workshop.contenders(group)
-    found = measure_llama_cpp(list(paths.values()), group.threads, prompt, decode, rounds)
-    return {label: [Speed(r.prefill, r.decode) for r in found[path]] for label, path in paths.items()}
+    counts = {"threads": group.threads, "prompt": prompt, "steps": decode, "rounds": rounds}
+    found = measure_files(list(paths.values()), **counts)
+    return {label: found[path] for label, path in paths.items()}
 
 
 def megabytes(path: Path) -> float:

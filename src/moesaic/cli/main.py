@@ -11,6 +11,7 @@ from typing import NoReturn
 import typer
 
 from moesaic.cli import (
+    bench,
     compare,
     convert,
     demo,
@@ -39,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_VERBS = (demo, plan, convert, eval, report, compare, inspect, export, tune, distill, verify, undo)
+_VERBS = (demo, plan, convert, eval, bench, report, compare, inspect, export, tune, distill, verify, undo)
 for _verb in (*_VERBS, methods, targets, doctor):
     _verb.attach(app)
 

@@ -3,7 +3,10 @@
 Units: tokens per second of wall-clock time. Prefill: one forward over a prompt, with the logits of its last token only,
 as in generation. Decode: greedy steps with a KV cache.
 
-Axes: R rounds and one to warm up, W tokens of a prompt.
+All models are in memory, and all do the same step before any does the next, in an order that is shuffled anew. So a
+busy moment hits all alike.
+
+Axes: R rounds and one to warm up, B sequences, W tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -12,13 +15,12 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from moesaic.options.device import device_of, wait_for
 
 _WARM_UP_STEPS = 4
 
@@ -59,18 +61,85 @@ def measure(models: Mapping[str, Any], *, prompt: int = 256, steps: int = 24, ro
 
 
 def measure_rounds(models: Mapping[str, Any], prompts_RW: Tensor, steps: int) -> dict[str, list[Speed]]:
-    """Speed of several models in every round but the first, which warms up.
+    """Speed of several models in every round but the first, which warms up; each has a new prompt."""
+    found = take_turns({name: Contender(model.eval()) for name, model in models.items()}, prompts_RW[:, None], steps)
+    width = prompts_RW.shape[1]
+    return {
+        name: [
+            Speed(width / first, steps / sum(turns.decode[number * steps : (number + 1) * steps]))
+            for number, first in enumerate(turns.prefill)
+        ]
+        for name, turns in found.items()
+    }
 
-    Each round has a new prompt, and a new order of the models, so that a busy moment hits all of them alike.
+
+class Contender:
+    """A model with a KV cache, and in which way it computes."""
+
+    def __init__(self, model: Any, way: Callable[[], Any] = nullcontext) -> None:
+        self.model, self.way, self.out = model, way, None
+
+    def begin(self, ids_BW: Tensor, clock: Callable[[], float]) -> float:
+        """Read the prompts; seconds."""
+        begin = clock()
+        with self.way():
+            self.out = self.model(input_ids=ids_BW, use_cache=True, logits_to_keep=1)
+        return clock() - begin
+
+    def step(self, clock: Callable[[], float]) -> float:
+        """Decode a token of every sequence; seconds."""
+        out: Any = self.out
+        token = out.logits[:, -1:].argmax(dim=-1)
+        begin = clock()
+        with self.way():
+            self.out = self.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        return clock() - begin
+
+
+@dataclass
+class Turns:
+    """Seconds of one contender: of every prompt, and of every step, those of one round after those of another."""
+
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def take_turns(
+    contenders: Mapping[str, Contender],
+    prompts_RBW: Tensor,
+    steps: int,
+    clock: Callable[[], float] = time.perf_counter,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, Turns]:
+    """Time several models in turn. The first round warms up and is not counted.
+
+    Args:
+        contenders: By name.
+        prompts_RBW: Token ids of every round, the same for all.
+        steps: Decode steps after each prompt.
+        clock: Seconds.
+        advance: Called after every round.
     """
-    found: dict[str, list[Speed]] = {name: [] for name in models}
-    shuffled = random.Random(0)
-    for number, ids_W in enumerate(prompts_RW):
-        for name in shuffled.sample(list(models), len(models)):
-            speed = _one_round(models[name].eval(), ids_W[None], steps if number else _WARM_UP_STEPS)
+    shuffled, found = random.Random(0), {name: Turns() for name in contenders}
+    for number, ids_BW in enumerate(prompts_RBW):
+        for name in shuffled.sample(list(contenders), len(contenders)):
+            elapsed = contenders[name].begin(ids_BW, clock)
             if number:
-                found[name].append(speed)
+                found[name].prefill.append(elapsed)
+        for _ in range(steps if number else _WARM_UP_STEPS):
+            for name in shuffled.sample(list(contenders), len(contenders)):
+                elapsed = contenders[name].step(clock)
+                if number:
+                    found[name].decode.append(elapsed)
+        advance()
     return found
+
+
+def times_as_fast(base: Sequence[float], own: Sequence[float]) -> tuple[float, float]:
+    """How many times as fast, of seconds of the same turns: the ratio of the minima, and the median of the ratios."""
+    within = (other / mine for other, mine in zip(base, own, strict=True))
+    return min(base) / min(own), statistics.median(within)
 
 
 def median_speed(rounds: Sequence[Speed]) -> Speed:
@@ -82,26 +151,3 @@ def ratio(kind: str, rounds: Sequence[Speed], base: Sequence[Speed]) -> Ratio:
     """How many times as fast as ``base`` in the same rounds; ``kind``: ``prefill`` or ``decode``."""
     ratios = [getattr(one, kind) / getattr(other, kind) for one, other in zip(rounds, base, strict=True)]
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
-
-
-@torch.inference_mode()
-def _one_round(model: Any, ids_1W: Tensor, steps: int) -> Speed:
-    device = device_of(model)
-    ids_1W = ids_1W.to(device)
-    first, out = _timed(device, lambda: model(input_ids=ids_1W, use_cache=True, logits_to_keep=1))
-    rest, _ = _timed(device, lambda: _decode(model, out, steps))
-    return Speed(ids_1W.shape[1] / first, steps / rest)
-
-
-def _timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
-    wait_for(device)
-    started = time.perf_counter()
-    result = work()
-    wait_for(device)
-    return time.perf_counter() - started, result
-
-
-def _decode(model: Any, out: Any, steps: int) -> None:
-    for _ in range(steps):
-        token = out.logits[:, -1:].argmax(dim=-1)
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
