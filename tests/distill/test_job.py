@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
 from moesaic.calibration.text import build_windows
-from moesaic.distill.config import DistillConfig, trials
+from moesaic.distill.config import DistillConfig, Trial, trials
 from moesaic.distill.sweep import run_trial
 from moesaic.errors import InputError, MoesaicError
 from moesaic.jobs import distill as job
@@ -94,7 +95,12 @@ def test_a_stopped_sweep_goes_on_where_it_was(
     with pytest.raises(InputError, match="holds another sweep"):
         distill(tiny("llama"), 1, tmp_path / "out", config=config(epochs=3))
     seen = []
-    monkeypatch.setattr("moesaic.distill.sweep.run_trial", lambda *given: seen.append(given[0]) or run_trial(*given))
+
+    def counted(trial: Trial, **given: Any) -> Any:
+        seen.append(trial)
+        return run_trial(trial, **given)
+
+    monkeypatch.setattr("moesaic.distill.sweep.run_trial", counted)
     done = distill(tiny("llama"), 1, tmp_path / "out", config=config())
     assert len(seen) == len(trials(config(), 32)) - 5
     assert without_times(done.results) == without_times(swept.results)

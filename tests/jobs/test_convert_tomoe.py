@@ -13,6 +13,7 @@ import moesaic
 from moesaic.blueprint.model import Blueprint
 from moesaic.errors import InputError
 from moesaic.jobs.convert import convert
+from moesaic.staging.manifest import UNHASHED
 from tests.train.processes import FSDP, two_processes
 from tests.train.tasks import Kill
 
@@ -28,11 +29,7 @@ def settings(**values: Any) -> dict[str, Any]:
 
 def files(folder: Path) -> dict[str, bytes]:
     """Everything but what holds times."""
-    return {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if path.name not in ("results.json", "README.md", "manifest.json")
-    }
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in UNHASHED}
 
 
 def test_experts_become_a_stock_architecture(tiny: Callable[[str], Path], tmp_path: Path) -> None:

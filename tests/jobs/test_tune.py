@@ -22,7 +22,7 @@ from moesaic.jobs.native import verify_native
 from moesaic.jobs.tune import tune
 from moesaic.jobs.undo import undo
 from moesaic.jobs.verify import verify_output
-from moesaic.staging.manifest import check_manifest
+from moesaic.staging.manifest import MANIFEST_NAME, UNHASHED, check_manifest
 from moesaic.targets.glm4_moe import Glm4MoE
 from tests.tiny_models import build_tiny
 from tests.train.processes import FSDP, two_processes
@@ -48,7 +48,7 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("results.json", "README.md")}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in UNHASHED - {MANIFEST_NAME}}
 
 
 @pytest.fixture

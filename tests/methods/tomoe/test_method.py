@@ -34,6 +34,7 @@ def context(folder: Path, family: str = "llama", state: str = "state", **overrid
         build_tiny(family, model)
     anatomy = read_anatomy(json.loads((model / "config.json").read_text()), hierarchical=family == "mixtral")
     values = {"ids_NW": tokens(12, 16), "dense_layers": (), "seed": 0, **overrides}
+    values["device"] = torch.device("cpu")
     return ModelContext(Checkpoint(model), anatomy, folder=folder / state, progress=Silent(), **values)
 
 
