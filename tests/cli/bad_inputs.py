@@ -152,7 +152,7 @@ def _drop(name: str) -> Arrange:
 
 
 _CONVERT = f"convert model out {MLPMOE}"
-_CMOE = "convert model out --calib-tokens 128 --calib-window 64"
+_CMOE = "convert model out --method cmoe --calib-tokens 128 --calib-window 64"
 _ONE_SHARD = {UP: "model-00001-of-00002.safetensors"}
 _ATTENTION = "model.layers.1.self_attn.q_proj.weight"
 
@@ -321,7 +321,7 @@ BLUEPRINTS = [
 ]
 
 VERBS = [
-    Bad("plan: wrong path", "plan nowhere", "nowhere/config.json does not exist", "folder"),
+    Bad("plan: wrong path", "plan nowhere", "there is no folder 'nowhere', and the hub cannot be reached", "folder"),
     Bad("plan: a file", f"plan model/{WEIGHTS}", "is one file of a checkpoint", "folder"),
     Bad("plan: config is a list", "plan model", "not hold a JSON object", arrange=write("model/config.json", "[]")),
     Bad("plan: experts > neurons", "plan model --layout S1A1E64", "only 37 neurons"),

@@ -21,8 +21,13 @@ TABLE = [
     Bad("plan: a router for nothing", "plan model --method mlpmoe --router oracle", "routes nothing", "--router"),
     Bad("plan: static as a MoE", f"plan model {_STATIC} --target glm4_moe", "no FFN has routed experts", "dense"),
     Bad("static as a MoE", f"convert model out {_STATIC} --target ernie4_5_moe", "no FFN has routed", "dense"),
-    Bad("plan: routed as dense", "plan model --target dense", "chooses experts per token", "moesaic"),
-    Bad("gated routers in a stock one", "convert model out --target mixtral", "only linear ones", "--router oracle"),
+    Bad("plan: routed as dense", "plan model --method cmoe --target dense", "chooses experts per token", "moesaic"),
+    Bad(
+        "gated routers in a stock one",
+        "convert model out --method cmoe --target mixtral",
+        "only linear ones",
+        "--router oracle",
+    ),
     Bad(
         "normalised inputs",
         "plan model --method moefication --target mixtral",

@@ -39,6 +39,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("eval", "--help"),
         ("distill", "--help"),
         ("targets",),
+        ("presets",),
+        ("chat", "--help"),
     ],
 )
 def test_help_and_lists_import_nothing_heavy(arguments: tuple[str, ...]) -> None:

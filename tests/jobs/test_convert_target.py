@@ -286,4 +286,4 @@ def test_the_default_text_is_named_where_routers_of_a_blueprint_are_fitted_on_it
         calibration=calibration,
         progress=notes,
     )
-    assert ("routers are fitted on wikitext, the default text" in notes.notes) == (sources is None)
+    assert ("routers are fitted on mix, the default text" in notes.notes) == (sources is None)

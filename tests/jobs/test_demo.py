@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.jobs.demo import demo
+from moesaic.jobs.demo import SPEAKER, demo
 
 
 @pytest.mark.real
@@ -14,22 +14,15 @@ from moesaic.jobs.demo import demo
 def test_the_demo_converts_measures_and_speaks(tmp_path: Path) -> None:
     done = demo(tmp_path, windows=1, tokens=1024)
     rows = {row.model: row for row in done.rows}
-    assert list(rows) == [
-        "dense",
-        "cmoe S3A3E8",
-        "mlpmoe, 32 slices",
-        "token clusters",
-        "neuron experts",
-        "control: static",
-        "control: random",
-    ]
-    assert rows["dense"].ratio == 1.0
-    assert rows["mlpmoe, 32 slices"].ratio == pytest.approx(1.0, abs=1e-3)  # slicing is exact
-    assert rows["control: random"].ratio > rows["control: static"].ratio > rows["token clusters"].ratio > 1
-    for label in ("cmoe S3A3E8", "token clusters", "control: static", "control: random"):
-        assert rows[label].active == pytest.approx(0.75, abs=0.05)
-    assert rows["neuron experts"].active == pytest.approx(0.5, abs=1e-3)
-    assert 1 < rows["neuron experts"].ratio < rows["token clusters"].ratio
+    assert list(rows) == ["dense", SPEAKER, "neuron experts, 25 %", "cmoe S2A2E8", "control: static, 50 %"]
+    assert rows["dense"].ratio == rows["dense"].faster == 1.0
+    for label in (SPEAKER, "cmoe S2A2E8", "control: static, 50 %"):
+        assert rows[label].active == pytest.approx(0.5, abs=0.01)
+    assert rows["neuron experts, 25 %"].active == pytest.approx(0.25, abs=1e-3)
+    assert 1 < rows[SPEAKER].ratio < rows["neuron experts, 25 %"].ratio < rows["control: static, 50 %"].ratio
     assert all(row.prefill > 0 and row.decode > 0 for row in done.rows)
+    assert all(("perplexity" in row.gain) == (row.model != "dense") for row in done.rows)
     assert done.sentence
-    assert [folder.is_dir() for folder in done.outputs] == [True] * 4
+    assert [folder.is_dir() for folder in done.outputs] == [True] * 3
+    assert done.plot is not None
+    assert done.plot.read_text(encoding="utf-8").count("<path") > 5

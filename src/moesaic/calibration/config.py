@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -108,9 +109,9 @@ class CalibrationConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sources: tuple[Source, ...] = Field(
-        default=(Source(name="wikitext"),),
-        description="Texts, mixed by weight: `wikitext` (as in the papers), `c4`, `code`, `wiki`, `tiny`, `mix` "
-        "(wikitext 2, c4 1, code 1), or paths such as docs/, chats.jsonl, data.csv:body, corpus.parquet:content=2.0.",
+        default=(Source(name=MIX_NAME),),
+        description="Texts, mixed by weight: `mix` (wikitext 2, c4 1, code 1), `wikitext` (as in the papers), `c4`, "
+        "`code`, `wiki`, `tiny`, or paths such as docs/, chats.jsonl, data.csv:body, corpus.parquet:content=2.0.",
     )
     tokens: int = Field(default=16384, gt=0, description="Calibration tokens in all (T), rounded up to whole windows.")
     window: int = Field(
@@ -139,6 +140,10 @@ class CalibrationConfig(BaseModel):
         if not sources:
             raise InputError("no calibration source", f"give a path, {MIX_NAME} or one of {', '.join(SAMPLES)}")
         return sources
+
+    def windows(self, longest: int | None) -> int:
+        """Number of windows for a model that reads at most ``longest`` tokens."""
+        return math.ceil(self.tokens / min(self.window, self.tokens, longest or self.window))
 
     @property
     def names_sources(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from moesaic.checkpoint.side_files import SIDE_FOLDERS, SIDE_PATTERNS
@@ -43,11 +44,15 @@ def resolve_model(model: str) -> Path:
     except RuntimeError as error:  # "~nobody"
         raise InputError(f"cannot read {model!r}: {error}", _UNREADABLE) from error
     near = _near(path)
-    if not near and _HUB_ID.fullmatch(model) and not model.lower().endswith((".gguf", ".safetensors")):
+    if not near and _names_hub(model):
         return _download(model)
     raise InputError(
         f"there is no model at {model!r}", f"did you mean {near}?" if near else "give a folder, a .gguf or a hub id"
     )
+
+
+def _names_hub(model: str) -> bool:
+    return bool(_HUB_ID.fullmatch(model)) and not model.lower().endswith((".gguf", ".safetensors"))
 
 
 def _near(path: Path) -> str:
@@ -80,14 +85,38 @@ def check_file(file: Path) -> None:
     raise CheckpointError(f"{file} is not a model", "give a folder with config.json and safetensors, or a .gguf")
 
 
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
+def described_folder(model: str) -> Path:
+    """:func:`resolve_model` for who reads no weights: of a hub id, config.json alone is fetched.
+
+    Where all of the model is in the hub's cache, that is taken. Any other text is returned as the path that it is,
+    whether something is there or not.
+
+    Raises InputError: the hub has no such model, or cannot be reached.
+    """
+    path = Path(model).expanduser()
+    if (
+        path.exists()
+        or _near(path)
+        or not _HUB_ID.fullmatch(model)
+        or model.lower().endswith((".gguf", ".safetensors"))
+    ):
+        return path
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=WANTED, ignore_patterns=UNWANTED, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        return _fetched(model, lambda: Path(hf_hub_download(model, "config.json")).parent)
+
+
+def _fetched(model: str, fetch: Callable[[], Path]) -> Path:
+    """What ``fetch`` gives, with the hub's errors as ours."""
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     local = "give a local folder or a .gguf file"
     try:
-        folder = Path(snapshot_download(model, allow_patterns=WANTED, ignore_patterns=UNWANTED))
-        snapshot_download(model, revision=folder.name, allow_patterns=WANTED_FOLDERS)
+        return fetch()
     except GatedRepoError as error:
         raise InputError(f"access to {model} must be granted first", "accept its terms, then: hf auth login") from error
     except RepositoryNotFoundError as error:
@@ -98,6 +127,17 @@ def _download(model: str) -> Path:
     except Exception as error:  # whatever the network stack raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"cannot fetch {model}: {reason}", local) from error
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    def fetch() -> Path:
+        found = Path(snapshot_download(model, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        snapshot_download(model, revision=found.name, allow_patterns=WANTED_FOLDERS)
+        return found
+
+    folder = _fetched(model, fetch)
     if not any(folder.glob("*.safetensors")):
         raise InputError(
             f"{model} has no safetensors on the hub",

@@ -5,13 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moesaic.cli import options as opt
 from moesaic.cli.console import ConsoleProgress, emit, emit_json, native_line, quiet_libraries
 from moesaic.errors import InputError
+
+if TYPE_CHECKING:
+    from moesaic.jobs.convert import Conversion
 
 
 def attach(app: typer.Typer) -> None:
@@ -25,6 +28,7 @@ def run(
         Path, typer.Argument(metavar="OUT", help="Folder to create; it appears when complete and verified.")
     ],
     config: opt.Config = None,
+    preset: opt.Preset = None,
     method: opt.Method = None,
     layout: opt.LayoutText = None,
     active: opt.Active = None,
@@ -56,12 +60,18 @@ def run(
     quiet: opt.Quiet = False,
 ) -> None:
     """Convert a dense checkpoint into a MoE checkpoint. Interrupted, the same command resumes."""
-    own = {"--method": method, "--layout": layout, "--active": active, "--set": options}
+    if out.suffix == ".gguf":
+        raise InputError(
+            f"{out} has the ending of a GGUF, and convert writes a folder",
+            f"convert to a folder with --target glm4_moe, then: moesaic export FOLDER {out.name} --to gguf",
+        )
+    own = {"--preset": preset, "--method": method, "--layout": layout, "--active": active, "--set": options}
     if blueprint is not None and (given := [name for name, value in own.items() if value is not None]):
         instead = "; --budget changes what its experts may use" if active is not None else ""
         raise InputError("a blueprint says already how every FFN is split", f"leave {' and '.join(given)} out{instead}")
     settings = opt.make_settings(
         config=config,
+        preset=preset,
         method=method,
         layout=layout,
         active=active,
@@ -101,7 +111,20 @@ def run(
     emit(f"{done.output}: {done.target}, {made} in {seconds:.0f} s")
     for line in _findings(done.results):
         emit(line)
+    emit(_undo(done))
     emit(f"next: {shlex.join(['moesaic', 'eval', str(done.output), '--baseline', model])}")
+
+
+def _undo(done: Conversion) -> str:
+    """Whether the dense model can be had back from the output, and how."""
+    from moesaic.jobs.undo import why_not
+    from moesaic.targets import OWN
+
+    if done.target != OWN:
+        return "undo: not from a stock architecture; keep the dense model"
+    if reason := why_not(done.blueprint):
+        return f"undo: not possible, {reason}; keep the dense model"
+    return f"undo: {shlex.join(['moesaic', 'undo', str(done.output), 'DENSE'])} gives the dense model back bit for bit"
 
 
 def _findings(results: dict[str, Any]) -> Iterator[str]:

@@ -22,7 +22,7 @@ def run(
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Convert SmolLM2-135M by CMoE, MLPMoE and token clusters, beside the dense model and two controls."""
+    """Convert SmolLM2-135M by the method that we recommend, at two budgets, beside dense, CMoE and static pruning."""
     quiet_libraries()
     from moesaic.jobs.demo import demo
 
@@ -37,15 +37,21 @@ def run(
         [
             r.model,
             f"{r.active:.0%}",
-            f"{r.parameters / 1e6:.1f} M",
             f"{r.perplexity:.2f}",
             f"{r.ratio:.3f}",
             f"{r.prefill:.0f}",
             f"{r.decode:.1f}",
+            r.gain,
         ]
         for r in result.rows
     ]
-    emit(table(["model", "active FFN", "parameters", "perplexity", "x dense", "prefill tok/s", "decode tok/s"], rows))
+    headers = ["model", "active FFN", "perplexity", "x dense", "prefill tok/s", "decode tok/s", "what it gains"]
+    emit(table(headers, rows, align="<>>>>><"))
     emit("")
     emit(f"{result.spoken_by} says: {result.sentence}")
     emit(f"checkpoints: {', '.join(str(path) for path in result.outputs)} ({result.seconds:.0f} s in all)")
+    emit(
+        "plot: "
+        + (str(result.plot) if result.plot else "none, as matplotlib is missing: pip install 'moesaic[report]'")
+    )
+    emit(f"next: moesaic chat {result.outputs[0]}")

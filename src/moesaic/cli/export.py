@@ -45,6 +45,10 @@ def run(
     if to != GGUF and (dtype is not None or tokenizer_gguf is not None):
         raise InputError("--dtype and --tokenizer-gguf are for GGUF files", "add --to gguf")
     if to != GGUF and out.suffix == f".{GGUF}":
+        from moesaic.checkpoint.reader import Checkpoint
+        from moesaic.gguf.architectures import architecture_of
+
+        architecture_of(Checkpoint(folder).config)  # no hint towards what is refused
         raise InputError(f"{out} has the ending of a GGUF, and --to {to} writes a folder", "add --to gguf")
     quiet_libraries()
     progress = ConsoleProgress(quiet)

@@ -37,7 +37,7 @@ def run(
         return
     blueprint = read_blueprint(checkpoint, hashed=False)
     sites = {} if blueprint is None else blueprint.sites
-    rows = [_row(path, plan) for path, plan in sites.items()]
+    rows = [_row(path, sites[path]) for path in sorted(sites, key=_numbered)]
     results = current_results(checkpoint)
     made = provenance(checkpoint)
     if as_json:
@@ -72,6 +72,11 @@ def _blueprint(checkpoint: Checkpoint) -> Blueprint:
 
 def _gone(checkpoint: Checkpoint) -> str:
     return f"gone: {tuned(checkpoint.config) or 'without manifest.json nothing says whether it holds'}"
+
+
+def _numbered(path: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
 
 
 def _row(path: str, plan: Any) -> dict[str, Any]:

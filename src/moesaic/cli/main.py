@@ -19,9 +19,11 @@ from moesaic.cli import (
     doctor,
     eval,
     export,
+    generate,
     inspect,
     methods,
     plan,
+    presets,
     report,
     targets,
     tune,
@@ -36,12 +38,12 @@ app = typer.Typer(
     name="moesaic",
     help="Turn one dense LLM checkpoint into a Mixture-of-Experts checkpoint, and measure what it cost.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_VERBS = (demo, plan, convert, eval, bench, report, compare, inspect, export, tune, distill, verify, undo)
-for _verb in (*_VERBS, methods, targets, doctor):
+_VERBS = (demo, plan, convert, eval, bench, generate, report, compare, inspect, export, tune, distill, verify, undo)
+for _verb in (*_VERBS, methods, presets, targets, doctor):
     _verb.attach(app)
 
 

@@ -26,7 +26,7 @@ def run(
         if as_json:
             emit_json(METHODS)
         else:
-            emit(table(["method", "what it does"], [[key, text] for key, text in METHODS.items()]))
+            emit(table(["method", "what it does"], [[key, text] for key, text in METHODS.items()], align="<<"))
         return
     config = get_config(name)
     if as_json:

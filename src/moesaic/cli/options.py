@@ -24,7 +24,11 @@ Folder = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `moes
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file with settings; flags override it.")]
-Method = Annotated[str | None, typer.Option("--method", "-m", help="Method, see `moesaic methods`. Default: cmoe.")]
+Preset = Annotated[str | None, typer.Option("--preset", help="Settings that ship with moesaic, see `moesaic presets`.")]
+Method = Annotated[
+    str | None,
+    typer.Option("--method", "-m", help="Method, see `moesaic methods`. Default: the one that lost least, by target."),
+]
 LayoutText = Annotated[
     str | None, typer.Option("--layout", help="SxAyEz: x shared, y active routed, z units in all. E.g. S3A3E8.")
 ]
@@ -105,6 +109,7 @@ DeviceName = Annotated[
 def make_settings(
     *,
     config: Path | None,
+    preset: str | None,
     method: str | None,
     layout: str | None,
     active: float | None,
@@ -123,13 +128,18 @@ def make_settings(
     align: int | None = None,
     memory: str | None = None,
 ) -> ConvertSettings:
-    """Flags over the YAML file over the defaults. Raises InputError for unknown keys and values that do not parse."""
-    from moesaic.jobs.settings import ConvertSettings, load_settings
+    """Flags over the YAML file or preset over the defaults.
 
-    values = load_settings(config) if config is not None else {}
+    Raises InputError for unknown keys and values that do not parse.
+    """
+    from moesaic.jobs.settings import ConvertSettings
+
+    values = _file(config, preset)
     if layout is not None and active is not None:
         raise InputError("both --layout and --active are given", "give one of them")
-    chosen = method or str(values.get("method") or ConvertSettings.model_fields["method"].default)
+    names = {name.partition(".")[0] for name in pairs(options)} | ({"layout"} if layout is not None else set())
+    named = {name: value for name, value in (("method", method), ("target", target)) if value is not None}
+    chosen = _method(values | named, names, router=router is not None)
     method_options = with_pairs(
         _section(values, "options"), options, get_config(chosen), f"method {chosen}", "options={} of moesaic.convert"
     )
@@ -155,6 +165,32 @@ def make_settings(
         flags[name] = value
     values |= {key: value for key, value in flags.items() if value is not None}
     return build(ConvertSettings, values | {"options": method_options, "calibration": calibration}, "settings")
+
+
+def _file(config: Path | None, preset: str | None) -> dict[str, Any]:
+    from moesaic.jobs.recipes import recipe
+    from moesaic.jobs.settings import load_settings
+
+    if config is not None and preset is not None:
+        raise InputError("both --config and --preset are given", "give one of them")
+    if preset is not None:
+        return recipe(preset)
+    return {} if config is None else load_settings(config)
+
+
+def _method(values: dict[str, Any], names: set[str], *, router: bool) -> str:
+    """The method whose options the flags set: the one that is named, or that the settings will choose.
+
+    ``names``: of options that flags give; ``router``: whether they ask for a linear one.
+    """
+    from moesaic.jobs.choice import UNNAMED, choose_method
+
+    named = str(values.get("method") or UNNAMED)
+    if named != UNNAMED:
+        return named
+    names = names | _section(values, "options").keys()
+    target = str(values.get("target") or UNNAMED)
+    return choose_method(target, names, router=router or values.get("router") is not None).method
 
 
 def _active(method: str, fraction: float) -> dict[str, Any]:

@@ -16,6 +16,7 @@ def attach(app: typer.Typer) -> None:
 def run(
     model: opt.Model,
     config: opt.Config = None,
+    preset: opt.Preset = None,
     method: opt.Method = None,
     layout: opt.LayoutText = None,
     active: opt.Active = None,
@@ -37,6 +38,7 @@ def run(
     """Show shapes, parameters, memory and time of a conversion, before it runs."""
     settings = opt.make_settings(
         config=config,
+        preset=preset,
         method=method,
         layout=layout,
         active=active,
@@ -64,6 +66,8 @@ def run(
     ffn = f"{kind} FFN of {report.d_ff} neurons, width {report.d_model}"
     emit(f"model       {report.model_type}: {report.layers} layers, {ffn}")
     emit(f"method      {report.method}" + (f" {report.layout}" if report.layout else ""))
+    if settings.chosen:
+        emit(f"chosen      {settings.chosen}")
     if report.experts:
         width = f"{report.expert_width} in the mean over tokens" if report.varied_widths else str(report.expert_width)
         routed = f"{report.experts} routed experts of {width}, top-{report.top_k}"

@@ -93,6 +93,7 @@ def run(
     for line in _report(str(done.output), done.target, done.results):
         emit(line)
     if baseline is not None:
+        emit("undo: not possible, its weights were trained; keep OUT and the dense model")
         emit(f"next: {shlex.join(['moesaic', 'eval', str(done.output), '--baseline', str(baseline)])}")
 
 

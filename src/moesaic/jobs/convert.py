@@ -108,6 +108,8 @@ def convert_request(
     if is_worker():
         _work_beside(job, output)
         return Conversion(output, "", blueprint_of(job, Decisions()), {})
+    if job.given is None and settings.chosen:
+        progress.note(settings.chosen)
     fault = generation_fault(job.checkpoint.folder)
     if job.checkpoint.wrapper is not None:
         parts = ", ".join(job.checkpoint.left_out) or "nothing"

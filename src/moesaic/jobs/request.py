@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moesaic.anatomy import read_anatomy
-from moesaic.anatomy.base import Anatomy
+from moesaic.anatomy.base import Anatomy, max_positions
 from moesaic.anatomy.wrappers import Whole
 from moesaic.blueprint.shape import FFNShape
 from moesaic.calibration.config import check_sources
@@ -133,7 +133,8 @@ def check_options(settings: ConvertSettings) -> MethodConfig:
     config = method_config(settings)
     _check_whole_model(settings, config)
     wanted = (settings.router, settings.allocation, settings.budget)
-    if config.needs_calibration() or any(value is not None for value in wanted):
+    named = settings.calibration.names_sources  # a slip in a name is one, whether the text is read or not
+    if named or config.needs_calibration() or any(value is not None for value in wanted):
         check_sources(settings.calibration)
     return config
 
@@ -206,6 +207,8 @@ def check_split(outline: Outline) -> None:
         raise InputError(
             f"the experts of {settings.method} are single neurons, too many for a linear router", "leave --router out"
         )
+    if outline.config.needs_calibration():
+        outline.config.check_text(settings.calibration.windows(max_positions(outline.anatomy.config)))
     check_allocation(outline)
     if settings.target != AUTO:
         reasons = TARGETS[settings.target].split_reasons(outline.split)

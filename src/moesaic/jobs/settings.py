@@ -11,6 +11,8 @@ from moesaic.adjust.allocation_config import AllocationConfig
 from moesaic.adjust.router_config import RouterFitConfig
 from moesaic.calibration.config import CalibrationConfig
 from moesaic.errors import InputError
+from moesaic.jobs.choice import UNNAMED, Choice, choose_method
+from moesaic.methods import METHODS, get_config
 from moesaic.options import build
 from moesaic.options.device import AUTO as AUTO_DEVICE
 from moesaic.options.device import MEANING as DEVICE_MEANING
@@ -30,7 +32,11 @@ class ConvertSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: str = Field(default="cmoe", description="Method name, see `moesaic methods`.")
+    method: str = Field(
+        default=UNNAMED,
+        description="Method name, see `moesaic methods`. auto: neuron_experts; for a stock target token_clusters; "
+        "where a layout or a linear router is given, cmoe.",
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="The method's own options, e.g. {layout: S3A3E8}."
     )
@@ -93,6 +99,32 @@ class ConvertSettings(BaseModel):
             raise InputError("both dense_layers and allocation are given", "allocation chooses the dense layers")
         return self
 
+    @model_validator(mode="after")
+    def _choose(self) -> ConvertSettings:
+        """The method where none is named, and the text that a method asks for where none is."""
+        method = vars(self)["method"]
+        if method == UNNAMED:
+            choice = self._choice()
+            method = choice.method
+            vars(self)["options"] = {**choice.options, **self.options}
+            vars(self)["method"] = method  # not among the fields that somebody has set
+        if method in METHODS and (wanted := get_config(method).text):
+            given = {name: getattr(self.calibration, name) for name in self.calibration.model_fields_set}
+            vars(self)["calibration"] = CalibrationConfig.model_validate({**wanted, **given})
+        return self
+
+    @property
+    def chosen(self) -> str:
+        """Which method was taken where none was named, and why, in a line; else empty."""
+        if "method" in self.model_fields_set and self.method != UNNAMED:
+            return ""
+        active = getattr(method_config(self), "active", None)
+        share = "" if active is None else f" at {active:.0%} active (--active changes that)"
+        return f"method {self.method}{share}: {self._choice().why}"
+
+    def _choice(self) -> Choice:
+        return choose_method(self.target, self.options, router=self.router is not None)
+
     @field_validator("target")
     @classmethod
     def _known_target(cls, target: str) -> str:
@@ -133,8 +165,6 @@ def _place(error: Exception) -> str:
 
 def method_config(settings: ConvertSettings) -> MethodConfig:
     """The method's own config from ``settings.options``. Raises InputError for unknown methods, keys and values."""
-    from moesaic.methods import get_config
-
     return build(get_config(settings.method), settings.options, f"method {settings.method}")
 
 

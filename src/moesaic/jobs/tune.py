@@ -243,6 +243,7 @@ def _train(job: _Job, folder: Path, progress: Progress) -> tuple[TrainReport, li
     """Train, or take up what is trained already; what was trained, in words."""
     request, config = job.request, job.request.config
     dtype = config.train.resolved_dtype(job.device)
+    progress.note("loading the models")
     student = make_student(request.source, request.dense, job.blueprint, request.anatomy, config, job.gate_ids_NW)
     teacher = states = None
     if request.dense is not None and config.loss.needs_teacher:

@@ -57,13 +57,8 @@ def undo(folder: str | Path, out: str | Path, *, restart: bool = False) -> Path:
         raise InputError(f"{folder} cannot be undone: {reason}", "keep the dense model instead")
     check_manifest(converted.folder)
     blueprint = Blueprint.load(converted.folder)
-    for path, plan in blueprint.sites.items():
-        if reason := what_is_lost(plan):
-            raise InputError(f"{folder} cannot be undone: {path} {reason}", "keep the dense model instead")
-    for path, attention in blueprint.attention.items():
-        if attention.pairs is not None:
-            reason = f"kept only {len(attention.pairs)} of {attention.head_dim // 2} rotary pairs"
-            raise InputError(f"{folder} cannot be undone: {path} {reason}", "keep the dense model instead")
+    if reason := why_not(blueprint):
+        raise InputError(f"{folder} cannot be undone: {reason}", "keep the dense model instead")
     family = FAMILIES[dense_config["model_type"]]
     anatomy = read_anatomy(dense_config, hierarchical=family.moe is not None)
     key = {"undo": blueprint.digest(), "source": blueprint.source, "moesaic": converted.config.get("moesaic")}
@@ -82,6 +77,17 @@ def undo(folder: str | Path, out: str | Path, *, restart: bool = False) -> Path:
         config = with_true_tie(dense_config, converted) if whole is None else whole.config
         staged.write_text("config.json", json.dumps(config, indent=2) + "\n")
         return staged.finish(manifest=False)
+
+
+def why_not(blueprint: Blueprint) -> str | None:
+    """Why the dense model cannot be had back from a conversion of the ``moesaic`` architecture; None when it can."""
+    for path, plan in blueprint.sites.items():
+        if reason := what_is_lost(plan):
+            return f"{path} {reason}"
+    for path, attention in blueprint.attention.items():
+        if attention.pairs is not None:
+            return f"{path} kept only {len(attention.pairs)} of {attention.head_dim // 2} rotary pairs"
+    return None
 
 
 def what_is_lost(plan: LayerPlan) -> str | None:

@@ -8,8 +8,10 @@ A method is a folder: ``config.py`` has a ``Config``, a :class:`MethodConfig`; `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -42,6 +44,7 @@ class MethodConfig(BaseModel, ABC):
     Attributes:
         whole_model: All FFNs are decided together, by training on the whole model (:class:`ModelMethodModule`).
         min_tokens_per_neuron: Experts of an existing MoE whose router sent them fewer stay whole.
+        text: What it wants of the calibration text beside the defaults: fields of ``CalibrationConfig``.
         has_active: There is an option ``active``, the fraction of the neurons that a token uses.
     """
 
@@ -49,6 +52,7 @@ class MethodConfig(BaseModel, ABC):
     whole_model: ClassVar[bool] = False
     min_tokens_per_neuron: ClassVar[float] = 0.0
     has_active: ClassVar[bool] = False
+    text: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     @abstractmethod
     def sizes(self, d_ff: int) -> FFNShape:
@@ -57,6 +61,9 @@ class MethodConfig(BaseModel, ABC):
     def check(self, d_ff: int) -> None:
         """Raise InputError when an FFN of ``d_ff`` neurons cannot be split this way."""
         self.sizes(d_ff)
+
+    def check_text(self, windows: int) -> None:
+        """Raise InputError when so many windows of calibration text are too few."""
 
     def needs_calibration(self) -> bool:
         """Whether the method must be given what the FFNs read."""

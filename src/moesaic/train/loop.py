@@ -148,6 +148,8 @@ class _Run:
         self.parallel.accelerator.wait_for_everyone()
         started = time.monotonic() - self.standing.seconds
         if self.standing.step == 0 and self.standing.best_loss is None:
+            if len(self.data.held_out_HW):
+                self.progress.note(f"held-out text before the training: {len(self.data.held_out_HW)} windows")
             self._log({"step": 0, **self._evaluate_if_due()})
         self.progress.start("training", max(0, self.config.steps - self.standing.step))
         while not self.standing.finished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -69,6 +70,7 @@ class Config(MethodConfig):
 
     has_active = True
     whole_model = True
+    text = MappingProxyType({"tokens": 131072, "window": 512})  # enough to train on and to hold some out
 
     preset: Literal["cpu", "paper", "reference"] = Field(
         default="cpu",
@@ -225,6 +227,14 @@ class Config(MethodConfig):
     def needs_calibration(self) -> bool:
         """Always: the calibration text is what it is trained on."""
         return True
+
+    def check_text(self, windows: int) -> None:
+        """Raises InputError when all windows would be held out."""
+        if windows <= self.train.held_out:
+            raise InputError(
+                f"{windows} calibration windows, of which {self.train.held_out} are held out",
+                "give more --calib-tokens, or shorter windows: --calib-window",
+            )
 
     @property
     def training(self) -> TrainConfig:

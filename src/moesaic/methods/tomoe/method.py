@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from moesaic.checkpoint.loading import load_model
-from moesaic.errors import InputError, UnsupportedModelError
+from moesaic.errors import UnsupportedModelError
 from moesaic.methods.base import ModelContext, ModelPlan
 from moesaic.methods.tomoe.config import Config, check_exportable
 from moesaic.methods.tomoe.export import export
@@ -47,10 +47,7 @@ def plan_model(context: ModelContext, config: Config) -> ModelPlan:
         raise UnsupportedModelError("ToMoE makes experts of dense FFNs; this model is MoE already")
     train_config = config.train.model_copy(update={"seed": context.seed})
     held_out = train_config.held_out
-    if len(context.ids_NW) <= held_out:
-        raise InputError(
-            f"{len(context.ids_NW)} calibration windows, of which {held_out} are held out", "give more --calib-tokens"
-        )
+    config.check_text(len(context.ids_NW))
     config = config.model_copy(update={"train": train_config})
     dtype = train_config.resolved_dtype(context.device)
     task = ToMoETask(config, context.anatomy, load_base(context, dtype), context.dense_layers, context.seed)

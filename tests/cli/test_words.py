@@ -1,0 +1,83 @@
+"""What commands say at their end, and in which order they list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import moesaic
+from moesaic.cli.console import ConsoleProgress
+from tests.cli.conftest import Run
+from tests.tiny_models import build_tiny
+
+NEURONS = {"method": "neuron_experts", "options": {"active": 0.5}}
+
+
+def test_a_conversion_ends_with_what_to_do_next(tiny: Callable[[str], Path], tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    code, printed, err = run("convert", tiny("llama"), out)
+    assert code == 0
+    undo, following = printed.splitlines()[-2:]
+    assert undo == f"undo: moesaic undo {out} DENSE gives the dense model back bit for bit"
+    assert following == f"next: moesaic eval {out} --baseline {tiny('llama')}"
+    assert err.startswith("method neuron_experts at 50% active")
+    code, printed, _ = run("undo", out, tmp_path / "dense")
+    assert code == 0
+    for name, (options, words) in {
+        "pruned": (
+            ["--method", "mlpmoe", "--set", "branches=4", "--set", "keep=2"],
+            "not possible, model.layers.0.mlp",
+        ),
+        "stock": (["--method", "random", "--target", "glm4_moe"], "not from a stock architecture"),
+    }.items():
+        code, printed, _ = run("convert", tiny("llama"), tmp_path / name, *options)
+        assert code == 0
+        assert words in printed.splitlines()[-2]
+
+
+def test_layers_are_listed_by_their_number(tmp_path: Path, run: Run) -> None:
+    deep = build_tiny("llama", tmp_path / "deep", num_hidden_layers=11)
+    made = moesaic.convert(deep, tmp_path / "out", **NEURONS)
+    _, printed, _ = run("inspect", made.output)
+    layers = [int(line.split(".")[2]) for line in printed.splitlines() if line.startswith("model.layers.")]
+    assert layers == list(range(11))
+
+
+def test_no_hint_leads_to_a_refusal(tiny: Callable[[str], Path], tmp_path: Path, run: Run) -> None:
+    made = moesaic.convert(tiny("llama"), tmp_path / "neurons", **NEURONS)
+    code, _, err = run("export", made.output, tmp_path / "g.gguf")
+    assert code == 1
+    assert "--to gguf" not in err
+    code, _, err = run("export", made.output, tmp_path / "stock")
+    assert code == 1
+    assert err.count("single neurons") <= 1, "each reason once"
+    stock = moesaic.convert(tiny("llama"), tmp_path / "glm", method="random", target="glm4_moe")
+    code, _, err = run("export", stock.output, tmp_path / "g.gguf")
+    assert (code, "add --to gguf" in err) == (1, True)
+
+
+def test_names_and_texts_stand_at_the_left(run: Run) -> None:
+    for verb in ("methods", "presets"):
+        _, printed, _ = run(verb)
+        first, *rest = printed.splitlines()
+        column = first.index("what it")
+        assert all(line[column - 1] == " " and line[column] != " " for line in rest)
+
+
+def test_an_eta_waits_for_steps_after_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("moesaic.cli.console.time.monotonic", lambda: now[0])
+    progress = ConsoleProgress()
+    progress.start("layers", 30)
+    assert capsys.readouterr().err == "layers  0/30\n"  # something is said at once
+    for seconds in (100, 20, 22, 21):  # the first one warms up
+        now[0] += seconds
+        progress.advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert ["left" in line for line in lines] == [False, False, True, True]
+    minutes, _, rest = lines[-1].split(", ")[1].split(" ")[0].partition(":")
+    assert 60 * int(minutes) + int(rest) == pytest.approx(26 * 21, rel=0.05)
