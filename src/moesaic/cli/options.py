@@ -109,7 +109,7 @@ DeviceName = Annotated[
 def make_settings(
     *,
     config: Path | None,
-    preset: str | None,
+    preset: str | None = None,
     method: str | None,
     layout: str | None,
     active: float | None,
