@@ -56,7 +56,8 @@ def test_dense_layers_as_a_word_share_the_budget_out_and_replace_what_the_file_s
 
 
 def test_active_picks_the_layout() -> None:
-    assert make_settings(**_NONE | {"active": 0.5}).options["layout"] == "S2A2E8"
+    assert make_settings(**_NONE | {"method": "cmoe", "active": 0.5}).options["layout"] == "S2A2E8"
+    assert make_settings(**_NONE | {"active": 0.5}).options == {"active": 0.5}
 
 
 @pytest.mark.parametrize(
