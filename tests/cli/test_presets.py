@@ -18,7 +18,8 @@ def test_a_recipe_is_run_by_its_name_and_by_its_file(tiny: Callable[[str], Path]
     (tmp_path / "run.yaml").write_text(out)
     _, from_file, _ = run("plan", tiny("llama"), "--config", tmp_path / "run.yaml", "--json")
     _, by_name, _ = run("plan", tiny("llama"), "--preset", "neuron-experts", "--json")
-    assert from_file == by_name
+    same = ("method", "active_ffn_fraction", "router_bytes", "target")  # others depend on the machine's moment
+    assert [json.loads(from_file)[name] for name in same] == [json.loads(by_name)[name] for name in same]
     code, _, err = run("plan", tiny("llama"), "--preset", "nothing")
     assert (code, "unknown preset 'nothing'" in err) == (1, True)
 
