@@ -113,7 +113,7 @@ def test_a_tokenizer_that_cannot_be_read(
     with pytest.raises(InputError, match=message):
         load_tokenizer(folder)
     with pytest.raises(InputError, match=message):
-        convert(folder, tmp_path / "out", calibration={"tokens": 128, "window": 64})
+        convert(folder, tmp_path / "out", method="static", calibration={"tokens": 128, "window": 64})
     made = convert(folder, tmp_path / "out", target="moesaic", **SPLIT)  # as the hint says
     assert side(made.output) == side(folder)
     tiny_tokenizer().save_pretrained(folder)  # and so does the other way that it shows

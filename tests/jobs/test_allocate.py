@@ -167,7 +167,11 @@ def test_plan_forecasts_the_measuring(planted: Planted) -> None:
     ("changes", "says", "hint"),
     [
         ({"method": "cmoe", "options": {}}, "no active fraction", "token_clusters"),
-        ({"method": "tomoe", "options": {}}, "shares its neurons out itself", "leave allocation out"),
+        (
+            {"method": "tomoe", "options": {"train": {"held_out": 1, "batch": 1}}},
+            "shares its neurons out itself",
+            "leave allocation out",
+        ),
         ({"options": {"active": 1.0}}, "every neuron is active", "lower active"),
         ({"dense_layers": (0,)}, "both dense_layers and allocation", "chooses the dense layers"),
         ({"target": "mixtral"}, "same FFN in every layer", "glm4_moe"),

@@ -121,7 +121,7 @@ def test_a_token_beyond_the_embedding_is_named_before_a_model_is_loaded(tmp_path
         moesaic.evaluate_model(source, text=tmp_path / "t.txt", window=32)
     calibration = {"sources": [str(tmp_path / "t.txt")], "tokens": 64, "window": 32}
     with pytest.raises(InputError, match="writes token 300, '<extra>'"):
-        moesaic.convert(source, tmp_path / "out", calibration=calibration)
+        moesaic.convert(source, tmp_path / "out", method="static", calibration=calibration)
 
 
 def test_a_blueprint_takes_no_dense_layers(tiny: Tiny, tmp_path: Path) -> None:
