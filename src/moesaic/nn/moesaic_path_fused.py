@@ -9,6 +9,7 @@ Axes: T tokens, D model width, M neurons of a run, N groups of neurons.
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,19 +64,7 @@ def can_fuse(x_TD: Tensor, ffn: MoEFeedForward) -> bool:
 
 def fused(ffn: MoEFeedForward) -> Matrices:
     """The FFN's matrices with the compiled pass between them."""
-    activation = ACTIVATIONS[ffn.activation]
-
-    def between(
-        start: int,
-        gate_TM: Tensor | None,
-        up_TM: Tensor,
-        gate_bias_M: Tensor | None,
-        up_bias_M: Tensor | None,
-        weights: Weights | Members | None,
-    ) -> Tensor:
-        return _between(activation, start, gate_TM, up_TM, gate_bias_M, up_bias_M, weights)
-
-    return ffn.matrices()._replace(between=between)
+    return ffn.matrices()._replace(between=partial(_between, ACTIVATIONS[ffn.activation]))
 
 
 def _between(
