@@ -86,7 +86,7 @@ def _ordinary(state: dict[str, Tensor]) -> None:
     assert all(tensor.is_contiguous() for tensor in state.values())
 
 
-def test_compiled_models_compute_by_torch_what_the_kernel_computes(folder: Path) -> None:
+def test_compiled_models_compute_what_others_compute(folder: Path) -> None:
     model = load(folder)
     ffn = ffns(model)[0]
     x_TD = torch.randn(2, model.config.hidden_size).to(model.dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -232,6 +233,35 @@ def test_two_processes_that_compile_at_once_leave_one_whole_kernel(tmp_path: Pat
     names = {process.communicate(timeout=240)[0].strip() for process in both}
     assert [process.returncode for process in both] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == list(names)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="another processor than x86-64: its own flag is -mcpu")
+@pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
+def test_the_source_is_accepted_with_all_instructions_of_this_cpu(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Where it is not, a kernel without them is made, which is slower and says nothing."""
+    source = tmp_path / "rows.cpp"
+    source.write_text(moesaic_kernel.SOURCE)
+    options = [*moesaic_kernel.FLAGS, "-march=native", "-fopenmp", f"-DWEIGHT={WEIGHTS[dtype]}", "-fsyntax-only"]
+    subprocess.run([moesaic_kernel._compiler(), *options, str(source)], check=True)
+
+
+@pytest.mark.parametrize("tokens", [2, 15, 16, 33, 64, 100, 300])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("union", [True, False])
+def test_blocks_of_many_tokens_in_bf16(union: bool, gated: bool, tokens: int) -> None:
+    """CPUs that multiply tiles do so here; they have 16 neurons and tokens, and a width that is a multiple of 32."""
+    ffn = ffn_of(96, union=union, gated=gated, biases=True, unit=11)
+    lay(ffn)
+    x_TD = torch.randn(tokens, 96).bfloat16()
+    idx_TK, weight_TK = torch.stack([torch.randperm(6)[:2] for _ in range(tokens)]), torch.rand(tokens, 2)
+    of_expert = torch.eye(6).repeat_interleave(110, dim=1)
+    member_EU = ffn.membership.double() if isinstance(ffn, UnionFeedForward) else of_expert.double()
+    weight_TU = torch.zeros(tokens, 6, dtype=torch.float64).scatter(1, idx_TK, weight_TK.double()) @ member_EU
+    weight_TP = torch.cat([torch.ones(tokens, 66, dtype=torch.float64), weight_TU], dim=1)
+    with torch.no_grad():
+        y_TD = computed(ffn, x_TD, idx_TK, weight_TK).double()
+    rules = [by_rule(ffn, x_TD, weight_TP, rounded) for rounded in (torch.float64, torch.bfloat16)]
+    assert min(relative_error(y_TD, rule) for rule in rules) < BOUNDS[torch.bfloat16]
 
 
 def test_activations_are_those_of_all_families() -> None:

@@ -25,8 +25,9 @@ from .moesaic_kernel_fused import FUSED
 from .moesaic_kernel_nested import NESTED
 from .moesaic_kernel_neurons import NEURONS
 from .moesaic_kernel_source import ROWS
+from .moesaic_kernel_tiles import TILES
 
-SOURCE = ROWS + BLOCKS + NEURONS + NESTED + FUSED
+SOURCE = ROWS + BLOCKS + TILES + NEURONS + NESTED + FUSED
 
 WEIGHTS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ACTIVATIONS = {

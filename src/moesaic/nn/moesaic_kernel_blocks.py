@@ -130,6 +130,15 @@ static inline void add_columns(const typename Product<W>::V (*packed)[2], int st
   }
 }
 
+template <class W>
+static inline f32x16 weighed(const Call &c, f32x16 gate, f32x16 up, int64_t p, const float *times) {
+  up += c.up_bias ? one((const W *)c.up_bias + p) : 0;
+  if (c.gate) up *= activate(gate + (c.gate_bias ? one((const W *)c.gate_bias + p) : 0), c.activation);
+  else up = activate(up, c.activation);
+  const f32x16 w = load(times);
+  return w == 0 ? (f32x16){} : up * w;
+}
+
 // A thread's part: its sums y [T, wide], and what it needs for one block.
 template <class W> struct Part {
   typedef Product<W> P;
@@ -200,7 +209,7 @@ template <class W> struct Part {
     for (int j = 0; j < count; j += P::PAIR) {
       f32x16 pair[2] = {};
       for (int k = 0; k < P::PAIR && j + k < count; k++)
-        pair[k] = weighed(load(first[j + k]), load(second[j + k]), rows[j + k], weight + (j + k) * APART + begin);
+        pair[k] = weighed<W>(c, load(first[j + k]), load(second[j + k]), rows[j + k], weight + (j + k) * APART + begin);
       P::paired(pair[0], pair[1], h + j * APART + begin * P::PAIR);
     }
   }
@@ -212,14 +221,6 @@ template <class W> struct Part {
       found += (a[i] != 0) | (b[i] != 0);  // no branch: which it is cannot be predicted
     }
     return found;
-  }
-
-  f32x16 weighed(f32x16 gate, f32x16 up, int64_t p, const float *times) const {
-    up += c.up_bias ? one((const W *)c.up_bias + p) : 0;
-    if (c.gate) up *= activate(gate + (c.gate_bias ? one((const W *)c.gate_bias + p) : 0), c.activation);
-    else up = activate(up, c.activation);
-    const f32x16 w = load(times);
-    return w == 0 ? (f32x16){} : up * w;
   }
 
   // What the block adds to the tokens of the list.
@@ -250,12 +251,13 @@ template <class W> struct Part {
   }
 };
 
-// Where each thread's rows begin: equal numbers of pairs of a row and a token. Reading a row counts as four more.
-static void share_out(const int32_t *pairs, const int32_t *rows, int64_t count, int threads, int64_t *begin) {
+// Where each thread's rows begin: equal numbers of pairs of a row and a token. Reading a row counts as so many more.
+static void share_out(const int32_t *pairs, const int32_t *rows, int64_t count, int reading, int threads,
+                      int64_t *begin) {
   int64_t total = 0, done = 0, i = 0;
-  for (int64_t k = 0; k < count; k++) total += pairs[rows[k]] + 4;
+  for (int64_t k = 0; k < count; k++) total += pairs[rows[k]] + reading;
   for (int me = 0; me <= threads; me++) {
-    for (; i < count && done < total * me / threads; i++) done += pairs[rows[i]] + 4;
+    for (; i < count && done < total * me / threads; i++) done += pairs[rows[i]] + reading;
     begin[me] = me == threads ? count : i;
   }
 }
@@ -273,10 +275,21 @@ static inline void widened(const bf16 *from, bf16 *to, int64_t d) { memcpy(to, f
 // Numbers of floats that fill cache lines: a vector that lies in two lines takes twice as long to load.
 static inline int64_t lined(int64_t n) { return (n + 31) / 32 * 32; }
 
+// For CPUs that multiply tiles: see moesaic_kernel_tiles.py.
+static bool by_tiles(const Call &c, const bf16 *);
+static inline bool by_tiles(const Call &, const void *) { return false; }
+static int64_t tile_room(int64_t tokens, int64_t d);
+static void tile_part(const Call &c, const bf16 *x, const float *w, int64_t wide, const int32_t *rows, int64_t count,
+                      float *y, int32_t *list, float *weight, float *room);
+static inline void tile_part(const Call &, const void *, const float *, int64_t, const int32_t *, int64_t, float *,
+                             int32_t *, float *, float *) {}
+
 // Tokens [0, T) with T <= MANY. Memory per thread: its part of y, a list, weights and activations of a block.
 template <class W> static int blocks(const Call &c, int threads) {
   typedef typename Product<W>::X X;
-  const int64_t wide = lined(c.d_model), own = (c.tokens + 1) * wide + lined(c.tokens) + 2 * NEURONS * APART;
+  const bool tiles = by_tiles(c, (const W *)nullptr);
+  const int64_t wide = lined(c.d_model), room = tiles ? lined(tile_room(c.tokens, c.d_model)) : 0;
+  const int64_t own = (c.tokens + 1) * wide + lined(c.tokens) + 2 * NEURONS * APART + room;
   const int64_t table = lined(c.tokens * c.neurons), row = lined(c.neurons);
   float *memory = (float *)aligned_alloc(128, sizeof(float) * (table + 2 * row + c.tokens * wide + threads * own));
   int64_t *begin = (int64_t *)malloc(sizeof(int64_t) * (threads + 1));
@@ -287,7 +300,7 @@ template <class W> static int blocks(const Call &c, int threads) {
   if (!failed) failed = weigh(c, w);
   if (!failed) {
     const int64_t count = wanted(c, w, pairs, rows);
-    share_out(pairs, rows, count, threads, begin);
+    share_out(pairs, rows, count, tiles ? 200 : 4, threads, begin);
     memset(x, 0, c.tokens * wide * sizeof(X));
     for (int64_t t = 0; t < c.tokens; t++) widened((const W *)c.x + t * c.d_model, x + t * wide, c.d_model);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -300,7 +313,13 @@ template <class W> static int blocks(const Call &c, int threads) {
         float *y = mine + part * own, *spare = y + c.tokens * wide;
         float *weight = spare + wide, *h = weight + NEURONS * APART;
         memset(y, 0, c.tokens * wide * sizeof(float));
-        Part<W> todo = {c, x, w, c.tokens, wide, y, spare, (int32_t *)(h + NEURONS * APART), weight, (X *)h};
+        int32_t *list = (int32_t *)(h + NEURONS * APART);
+        if (tiles) {
+          float *own_room = (float *)list + lined(c.tokens);
+          tile_part(c, x, w, wide, rows + begin[part], begin[part + 1] - begin[part], y, list, weight, own_room);
+          continue;
+        }
+        Part<W> todo = {c, x, w, c.tokens, wide, y, spare, list, weight, (X *)h};
         for (int64_t i = begin[part]; i < begin[part + 1]; i += NEURONS) {
           const int64_t left = begin[part + 1] - i;
           todo.block(rows + i, (int)(left < NEURONS ? left : NEURONS), rows[left > NEURONS ? i + NEURONS : i]);

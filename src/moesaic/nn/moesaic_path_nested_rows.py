@@ -57,7 +57,7 @@ def computed_nested(ffn: NestedFeedForward, x_TD: Tensor, decisions: Decisions |
         low_bit = LowBit.from_buffer_copy(kept.low_bit)
         low_bit.threshold = None
         kept = kept._replace(low_bit=low_bit)
-    return called("moesaic_nested", kept, ffn, x_TD, decisions, ffn.top_k if ffn.routed else ffn.neurons)
+    return called("moesaic_nested", kept, x_TD, decisions, ffn.top_k if ffn.routed else ffn.neurons)
 
 
 def _tensors(ffn: NestedFeedForward) -> list[Tensor]:

@@ -6,15 +6,16 @@ Axes: T tokens, D model width, F neurons, B bytes of a row of codes, G groups.
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .moesaic_kernel import ACTIVATIONS, Call, LowBit, kernel
-from .moesaic_path_rows import ERRORS, Rows, computed
-from .moesaic_side_by_side import lay, layers, lies
+from .moesaic_operators import operator
+from .moesaic_path_rows import ERRORS, Rows, check_matrices, computed, matrices_and_biases
+from .moesaic_side_by_side import lay, lies
 
 if TYPE_CHECKING:
     from .moesaic_low_bit import LowBitRouter
@@ -32,7 +33,7 @@ class NeuronRows(Rows):
 
     def run(self, ffn: NeuronFeedForward, x_TD: Tensor) -> Tensor:
         if ffn.routed:
-            y_TD = computed_neurons(ffn, x_TD)
+            y_TD = operated(ffn, x_TD) if torch.compiler.is_compiling() else computed_neurons(ffn, x_TD)
         else:
             if not lies(ffn):
                 lay(ffn)
@@ -67,12 +68,10 @@ def computed_neurons(ffn: NeuronFeedForward, x_TD: Tensor, decisions: Decisions 
     Raises:
         ValueError: sizes, bits, dtypes or a number of experts that do not fit each other; nothing is read then.
     """
-    return called("moesaic_neurons", _kept(ffn), ffn, x_TD, decisions, ffn.top_k)
+    return called("moesaic_neurons", _kept(ffn), x_TD, decisions, ffn.top_k)
 
 
-def called(
-    name: str, kept: Kept, ffn: NeuronFeedForward, x_TD: Tensor, decisions: Decisions | None, top_k: int
-) -> Tensor:
+def called(name: str, kept: Kept, x_TD: Tensor, decisions: Decisions | None, top_k: int) -> Tensor:
     """What a function of the kernel computes; see :func:`computed_neurons`."""
     if x_TD.shape[1] != kept.call.d_model or x_TD.dtype != kept.dtype:
         own, expected = (
@@ -117,38 +116,101 @@ def _tensors(ffn: NeuronFeedForward) -> list[Tensor]:
 
 
 def _made(ffn: NeuronFeedForward) -> Kept:
-    weights = [layer.weight.detach() for layer in layers(ffn)]
-    gate, up, down = weights[0] if ffn.gate_proj is not None else None, weights[-2], weights[-1]
-    neurons, d_model = ffn.neurons, ffn.up_proj.in_features
-    if any(weight.shape != (neurons, d_model) for weight in (*weights[:-1], down.t())):
+    matrices = matrices_and_biases(ffn)
+    if matrices[1].shape != (ffn.neurons, ffn.up_proj.in_features):
+        raise ValueError(f"weights that are not of {ffn.neurons} neurons of width {ffn.up_proj.in_features}")
+    call, low_bit = _calls(*matrices, ffn.low_bit, ffn.activation)
+    tensors = _tensors(ffn)
+    return Kept(tensors, [tensor.data_ptr() for tensor in tensors], call, low_bit, matrices[1].dtype)
+
+
+def _calls(
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    router: RouterTensors | LowBitRouter,
+    activation: str,
+) -> tuple[Call, LowBit]:
+    """What all calls for these weights have in common. Raises ValueError for shapes that do not fit each other."""
+    neurons, d_model = up.shape
+    if down.shape != (d_model, neurons) or (gate is not None and gate.shape != up.shape):
         raise ValueError(f"weights that are not of {neurons} neurons of width {d_model}")
     call = Call(
         gate=None if gate is None else gate.data_ptr(),
         up=up.data_ptr(),
         down=down.data_ptr(),
-        gate_bias=None if ffn.gate_proj is None or ffn.gate_proj.bias is None else ffn.gate_proj.bias.data_ptr(),
-        up_bias=None if ffn.up_proj.bias is None else ffn.up_proj.bias.data_ptr(),
+        gate_bias=None if gate_bias is None else gate_bias.data_ptr(),
+        up_bias=None if up_bias is None else up_bias.data_ptr(),
         d_model=d_model,
         neurons=neurons,
         gate_stride=0 if gate is None else gate.stride(0),
         up_stride=up.stride(0),
         down_stride=down.stride(1),
-        activation=ACTIVATIONS[ffn.activation],
+        activation=ACTIVATIONS[activation],
     )
-    router = ffn.low_bit
     expected = of_router(router, gated=gate is not None, neurons=neurons, d_model=d_model)
-    tensors = _tensors(ffn)
-    places = [tensor.data_ptr() for tensor in tensors]
-    return Kept(
-        tensors, places, call, LowBit(**pointers(router, expected), bits=router.bits, group=router.group), up.dtype
-    )
+    return call, LowBit(**pointers(router, expected), bits=router.bits, group=router.group)
+
+
+class RouterTensors(NamedTuple):
+    """What the kernel reads of a :class:`LowBitRouter`, as an operator has it."""
+
+    gate_codes: Tensor | None
+    gate_scale: Tensor | None
+    gate_offset: Tensor | None
+    up_codes: Tensor
+    up_scale: Tensor
+    up_offset: Tensor
+    norm: Tensor
+    threshold: Tensor | None
+    bits: int
+    group: int
+
+    @property
+    def of_group(self) -> tuple[str, ...]:
+        return ("scale", "offset")
+
+
+def operated(ffn: NeuronFeedForward, x_TD: Tensor) -> Tensor:
+    """:func:`computed_neurons` as an operator. The weights lie side by side already."""
+    router = ffn.low_bit
+    of_gate = (router.gate_codes, router.gate_scale, router.gate_offset) if router.gated else (None, None, None)
+    own = *of_gate, router.up_codes, router.up_scale, router.up_offset, router.norm, router.threshold
+    sizes = router.bits, router.group, ffn.top_k, ffn.activation
+    return NEURONS(x_TD, *matrices_and_biases(ffn), *own, *sizes)
+
+
+def _neurons(
+    x_TD: Tensor,
+    gate_PD: Tensor | None,
+    up_PD: Tensor,
+    down_DP: Tensor,
+    gate_bias_P: Tensor | None,
+    up_bias_P: Tensor | None,
+    *given: Any,
+) -> Tensor:
+    check_matrices(x_TD, gate_PD, up_PD, down_DP)
+    *router, top_k, activation = given
+    own = RouterTensors(*router)
+    call, low_bit = _calls(gate_PD, up_PD, down_DP, gate_bias_P, up_bias_P, own, activation)
+    return called("moesaic_neurons", Kept([], [], call, low_bit, up_PD.dtype), x_TD, None, top_k)
+
+
+_ROUTER = (
+    "Tensor? gate_codes, Tensor? gate_scale, Tensor? gate_offset, Tensor up_codes, Tensor up_scale, Tensor up_offset, "
+    "Tensor norm, Tensor? threshold, int bits, int group, int top_k, str activation"
+)
+NEURONS = operator("neurons", _ROUTER, _neurons)
+"""What :func:`operated` calls."""
 
 
 Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shapes and dtypes of buffers, by name."""
 
 
-def of_router(router: LowBitRouter, *, gated: bool, neurons: int, d_model: int) -> Expected:
+def of_router(router: RouterTensors | LowBitRouter, *, gated: bool, neurons: int, d_model: int) -> Expected:
     """What the kernel takes a router's tensors to be, by the names of its own fields."""
     row_bytes, groups = -(-d_model // 64) * 8 * router.bits, -(-d_model // router.group)
     expected: Expected = {"norm": ((neurons,), torch.float32)}
@@ -160,7 +222,7 @@ def of_router(router: LowBitRouter, *, gated: bool, neurons: int, d_model: int) 
     return expected
 
 
-def pointers(router: nn.Module, expected: Expected) -> dict[str, int]:
+def pointers(router: object, expected: Expected) -> dict[str, int]:
     """Where buffers of the FFN lie. Raises ValueError for one that is not as expected."""
     for name, (shape, dtype) in expected.items():
         tensor = getattr(router, name)

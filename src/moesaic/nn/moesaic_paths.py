@@ -89,12 +89,12 @@ BF16: Where = ("cpu", torch.bfloat16)
 
 # The compiled kernel on one thread of a Zen 4 CPU at 896 x 4864 against torch's dense FFN. With all rows it is faster
 # up to 96 tokens in bf16 and 128 in fp32. torch is four times slower in fp16. Without AVX-512 it is unmeasured. Where a
-# unit multiplies matrices of bf16 (AMX), torch's products are faster from 4 tokens on (Xeon of the fifth generation).
+# unit multiplies tiles of bf16 (AMX), the kernel uses it, and is ahead up to 128 tokens (Xeon of the fifth generation).
 WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 FEW_TOKENS = 65 if WIDE else 9
 FEW: Mapping[Where, Span] = {
     ("cpu", torch.float16): (1, None if WIDE else 9),
-    BF16: (1, 4 if MATRIX_UNIT else FEW_TOKENS),
+    BF16: (1, 129 if MATRIX_UNIT else FEW_TOKENS),
     ("cpu", None): (1, FEW_TOKENS),
 }
 # Passes between products take the more time, the faster these are. Experts' own tokens pay later then.
@@ -121,7 +121,7 @@ PATHS: tuple[Row, ...] = (
     Row(UnionEvery(), {ANY: (0, None)}),
     # Before the kernel: with all neurons, it is the dense network bit for bit.
     Row(NeuronsEvery("neurons"), {ANY: (0, None)}),
-    Row(NeuronRows(), FEW),
+    Row(NeuronRows(), {**FEW, BF16: (1, 17 if MATRIX_UNIT else FEW_TOKENS)}),  # its router has no use for tiles
     Row(NeuronsMasked("neurons"), {ANY: (0, None)}),
     Row(NestedRows(), {("cpu", None): (1, FEW_TOKENS)}),  # others decode all codes first
     Row(NeuronsEvery("nested"), {ANY: (0, None)}),

@@ -1,0 +1,54 @@
+"""The `moesaic` architecture: the kernel as operators of torch, for `torch.compile` (see `moesaic_path_rows.py`).
+
+Compiled programs cannot look into a foreign function. They call an operator and know the shape of its result. Without
+`torch.compile` the paths call the kernel themselves: torch takes longer to find an operator than to compute neurons.
+
+The same files may be loaded twice, as a package and from a checkpoint's folder. Of equal sources they share operators.
+
+Axes: T tokens, D model width, P packed neurons, F neurons, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .moesaic_kernel import SOURCE, WEIGHTS, kernel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .moesaic_ffn import MoEFeedForward
+
+NAMESPACE = f"moesaic_{hashlib.sha256(SOURCE.encode()).hexdigest()[:8]}"
+
+_MATRICES = "Tensor x_TD, Tensor? gate_PD, Tensor up_PD, Tensor down_DP, Tensor? gate_bias_P, Tensor? up_bias_P"
+
+
+def operator(name: str, arguments: str, function: Callable[..., Tensor]) -> Any:
+    """``function`` as an operator whose first arguments are those of :data:`_MATRICES`; y_TD is what it returns."""
+    if not hasattr(getattr(torch.ops, NAMESPACE), name):
+        schema = f"({_MATRICES}, {arguments}) -> Tensor"
+        made = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=schema)
+        made.register_fake(lambda x_TD, *_: torch.empty_like(x_TD, memory_format=torch.contiguous_format))
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def can_be_called(x_TD: Tensor, ffn: MoEFeedForward, lies: bool) -> bool:
+    """Whether an operator can stand for this FFN in what is being compiled. The kernel's own conditions come on top.
+
+    ``lies``: whether the weights lie side by side, as they do after a first token; they cannot be laid meanwhile.
+    """
+    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+        return False
+    layers = [layer for layer in (ffn.gate_proj, ffn.up_proj, ffn.down_proj) if layer is not None]
+    plain = all(type(layer) is nn.Linear and layer.weight.dtype == x_TD.dtype for layer in layers)
+    return plain and lies and _is_there(str(x_TD.dtype))
+
+
+@torch.compiler.assume_constant_result
+def _is_there(dtype: str) -> bool:
+    return kernel(next(known for known in WEIGHTS if str(known) == dtype)) is not None
