@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from moesaic.blueprint.layer import LayerPlan, Router, single_neurons
 from moesaic.materialise.apply import build_ffn
-from moesaic.nn import moesaic_kernel
+from moesaic.nn import moesaic_kernel, moesaic_nested
 from moesaic.nn.moesaic_kernel import FLAGS, kernel
 from moesaic.nn.moesaic_nested import Int8Projection, NestedFeedForward, NestedRouter
 from moesaic.nn.moesaic_neurons import NeuronFeedForward
-from moesaic.nn.moesaic_path_nested_rows import computed_nested
+from moesaic.nn.moesaic_path_nested_rows import computed_nested, decoded_by_kernel
 from moesaic.nn.moesaic_path_neuron_rows import Decisions, computed_neurons
 from moesaic.nn.reference import decoded
 from tests.ffns import random_ffn, random_inputs
@@ -332,3 +332,25 @@ def test_other_inputs_than_the_ffn_has_are_an_error() -> None:
     ffn.neurons = 81
     with pytest.raises(ValueError, match=r"^weights that are not of 81 neurons of width 64$"):
         computed_neurons(copy.deepcopy(ffn), torch.zeros(1, 64).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("d_model", [64, 70, 200])
+def test_codes_of_int8_become_the_same_weights_by_the_kernel_and_by_torch(
+    d_model: int, dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = -(-d_model // 64)
+    high_FB, rest_FB = (torch.randint(256, (300, 32 * groups * parts), dtype=torch.uint8) for parts in (1, 4))
+    low_FB, bytes_FP = rest_FB[:, 32 * groups : 64 * groups], rest_FB[:, 64 * groups :]
+    scale_FG = torch.randn(300, groups).bfloat16()
+    for high, low in ((high_FB, low_FB), (high_FB, None), (None, bytes_FP)):
+        found = decoded_by_kernel(high, low, scale_FG, d_model, dtype)
+        with monkeypatch.context() as patched:
+            patched.setattr(moesaic_nested, "decoded_by_kernel", lambda *_: None)
+            expected = moesaic_nested.decoded(high, low, scale_FG, d_model, dtype)
+        assert found is not None
+        assert torch.equal(found, expected), form
+    with pytest.raises(ValueError, match=r"^low codes of the shape"):
+        decoded_by_kernel(high_FB, bytes_FP, scale_FG, d_model, dtype)
+    with pytest.raises(ValueError, match=r"groups for a width"):
+        decoded_by_kernel(high_FB, low_FB, scale_FG, d_model + 128, dtype)

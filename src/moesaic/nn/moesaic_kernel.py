@@ -79,6 +79,15 @@ class Fused(ctypes.Structure):
     ]
 
 
+class Decode(ctypes.Structure):
+    """Codes that become weights; the C++ source says what the fields mean."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("high", "low", "scale", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "d_model", "low_stride", "single", "threads")),
+    ]
+
+
 class NoKernelError(Exception):
     """Why there is no kernel."""
 
@@ -97,6 +106,7 @@ def kernel(dtype: torch.dtype) -> ctypes.CDLL | None:
     for function in (library.moesaic_neurons, library.moesaic_nested):
         function.argtypes = [ctypes.POINTER(Call), ctypes.POINTER(LowBit)]
     library.moesaic_fused.argtypes = [ctypes.POINTER(Fused)]
+    library.moesaic_decode.argtypes = [ctypes.POINTER(Decode)]
     library.moesaic_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.moesaic_large_pages.restype = None
     return library

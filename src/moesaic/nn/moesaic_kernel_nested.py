@@ -96,6 +96,67 @@ static void nested(const Call &c, const LowBit &r, const Shape &s, const Input *
   }
 }
 
+// Codes to weights, of whole matrices: for many tokens, whose products are torch's.
+extern "C" {
+struct Decode {  // the same fields as Decode in moesaic_kernel.py
+  const uint8_t *high, *low;  // packed halves; without low, the middles of high; without high, low has whole bytes
+  const void *scale;          // bf16 [rows, groups of 64]
+  void *out;                  // [rows, D], float if `single`, else WEIGHT
+  int64_t rows, d_model, low_stride, single, threads;  // high has no gaps between its rows
+};
+}
+
+static inline void store(f32x16 v, float *to) { memcpy(to, &v, sizeof v); }
+static inline void store(f32x16 v, bf16 *to) {
+  const u32x16 u = (u32x16)v, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const u16x16 half = __builtin_convertvector(rounded, u16x16);
+  memcpy(to, &half, sizeof half);
+}
+static inline void store(f32x16 v, fp16 *to) {
+#ifdef __AVX512F__
+  const __m256i half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  memcpy(to, &half, sizeof half);
+#else
+  for (int i = 0; i < 16; i++) narrow(v[i], to + i);
+#endif
+}
+
+template <class W> static void decode(const Decode &c, int64_t begin, int64_t end) {
+  typedef uint8_t u8x16 __attribute__((vector_size(16)));
+  const int64_t groups = divided(c.d_model, 64);
+  for (int64_t p = begin; p < end; p++)
+    for (int64_t g = 0; g < groups; g++) {
+      const float scale = one((const bf16 *)c.scale + p * groups + g);
+      int8_t codes[64];
+      for (int half = 0; half < 2 && c.high; half++) {
+        u8x16 high, low = 136 - (u8x16){};  // in the middle: 8
+        memcpy(&high, c.high + (p * groups + g) * 32 + 16 * half, sizeof high);
+        if (c.low) memcpy(&low, c.low + p * c.low_stride + g * 32 + 16 * half, sizeof low);
+        const u8x16 first = ((high << 4) | (low & 15)) ^ 128, second = ((high & 240) | (low >> 4)) ^ 128;
+        memcpy(codes + 32 * half, &first, sizeof first), memcpy(codes + 32 * half + 16, &second, sizeof second);
+      }
+      if (!c.high) memcpy(codes, c.low + p * c.low_stride + g * 64, sizeof codes);
+      const int64_t left = c.d_model - 64 * g;
+      W *to = (W *)c.out + p * c.d_model + 64 * g, last[64];
+      UNROLL for (int v = 0; v < 4; v++) store(scale * widened(codes + 16 * v), (left < 64 ? last : to) + 16 * v);
+      if (left < 64) memcpy(to, last, left * sizeof(W));
+    }
+}
+
+extern "C" int moesaic_decode(const Decode *call) {
+  const Decode &c = *call;
+  const int64_t useful = c.rows / SHARE + 1;
+  const int threads = (int)(c.threads < 1 ? 1 : c.threads < useful ? c.threads : useful);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const Team own = team();
+    const int64_t begin = c.rows * own.me / own.size, end = c.rows * (own.me + 1) / own.size;
+    if (c.single) decode<float>(c, begin, end);
+    else decode<WEIGHT>(c, begin, end);
+  }
+  return OK;
+}
+
 extern "C" int moesaic_nested(const Call *call, const LowBit *router) {
   const Call &c = *call;
   const LowBit &r = *router;

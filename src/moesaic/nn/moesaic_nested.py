@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .moesaic_kept import kept
 from .moesaic_low_bit import BLOCK, LowBitRouter, unpack_codes
 from .moesaic_neurons import NeuronFeedForward
+from .moesaic_path_nested_rows import decoded_by_kernel
 from .moesaic_routing import KeptAsStored
 from .moesaic_slices import Matrices
 
@@ -36,11 +37,7 @@ class NestedRouter(LowBitRouter):
 
     def matrix(self, part: str) -> Tensor:
         codes_FB, scale_FG = (getattr(self, f"{part}_{name}") for name in ("codes", "scale"))
-
-        def middles(rows: slice) -> Tensor:
-            return unpack_codes(codes_FB[rows], 4).to(torch.int16) * 16 - 120
-
-        return _scaled(middles, scale_FG, self.group, self.d_model, torch.float32)
+        return decoded(codes_FB, None, scale_FG, self.d_model, torch.float32)
 
 
 class Rest(KeptAsStored):
@@ -110,15 +107,31 @@ class NestedFeedForward(NeuronFeedForward):
         parts = ("gate", "up") if router.gated else ("up",)
         made: dict[str, Tensor] = {}
         for place, part in enumerate(parts):
-            high_FB, low_FB = getattr(router, f"{part}_codes"), rest.codes[:, place * half : (place + 1) * half]
-
-            def whole(rows: slice, high_FB: Tensor = high_FB, low_FB: Tensor = low_FB) -> Tensor:
-                return _together(high_FB[rows], low_FB[rows])
-
-            made[part] = _scaled(whole, getattr(router, f"{part}_scale"), router.group, d_model, dtype)
-        down_FP = rest.codes[:, len(parts) * half :].view(torch.int8)
-        down_FD = _scaled(lambda rows: down_FP[rows], rest.scale, router.group, d_model, dtype)
+            low_FB = rest.codes[:, place * half : (place + 1) * half]
+            high_FB, scale_FG = (getattr(router, f"{part}_{name}") for name in ("codes", "scale"))
+            made[part] = decoded(high_FB, low_FB, scale_FG, d_model, dtype)
+        down_FD = decoded(None, rest.codes[:, len(parts) * half :], rest.scale, d_model, dtype)
         return made.get("gate"), made["up"], down_FD.t().contiguous()
+
+
+def decoded(
+    high_FB: Tensor | None, low_FB: Tensor | None, scale_FG: Tensor, d_model: int, dtype: torch.dtype
+) -> Tensor:
+    """The matrix [F, D] of packed halves, of high halves alone (with the middles of what they leave open), or of whole
+    bytes as ``low_FB`` [F, P]."""
+    by_kernel = decoded_by_kernel(high_FB, low_FB, scale_FG, d_model, dtype)
+    if by_kernel is not None:
+        return by_kernel
+
+    def integers(rows: slice) -> Tensor:
+        if high_FB is None:
+            assert low_FB is not None
+            return low_FB[rows].view(torch.int8)
+        if low_FB is None:
+            return unpack_codes(high_FB[rows], 4).to(torch.int16) * 16 - 120
+        return _together(high_FB[rows], low_FB[rows])
+
+    return _scaled(integers, scale_FG, d_model, dtype)
 
 
 def _together(high_FB: Tensor, low_FB: Tensor) -> Tensor:
@@ -128,15 +141,13 @@ def _together(high_FB: Tensor, low_FB: Tensor) -> Tensor:
     return (pairs ^ 128).flatten(1).view(torch.int8)
 
 
-def _scaled(
-    integers: Callable[[slice], Tensor], scale_FG: Tensor, group: int, d_model: int, dtype: torch.dtype
-) -> Tensor:
+def _scaled(integers: Callable[[slice], Tensor], scale_FG: Tensor, d_model: int, dtype: torch.dtype) -> Tensor:
     """Integers [F, P], read by rows, times their groups' scales: [F, D]. The product is exact in fp32, and rounded
     once in bf16, which holds both factors."""
     neurons, work = len(scale_FG), dtype if dtype == torch.bfloat16 else torch.float32
     out_FD = torch.empty(neurons, d_model, dtype=dtype, device=scale_FG.device)
     for start in range(0, neurons, ROWS):
         rows = slice(start, start + ROWS)
-        codes_FGM = integers(rows).to(work).unflatten(1, (-1, group))
+        codes_FGM = integers(rows).to(work).unflatten(1, (-1, BLOCK))
         out_FD[rows] = codes_FGM.mul_(scale_FG[rows].to(work)[:, :, None]).flatten(1)[:, :d_model]
     return out_FD

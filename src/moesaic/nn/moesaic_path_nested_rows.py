@@ -6,13 +6,14 @@ Axes: T tokens, D model width, F neurons, G groups.
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .moesaic_kernel import ACTIVATIONS, Call, LowBit, kernel
+from .moesaic_kernel import ACTIVATIONS, WEIGHTS, Call, Decode, LowBit, kernel
 from .moesaic_path_neuron_rows import Decisions, Kept, called, of_router, pointers
 from .moesaic_path_rows import Rows, can_compile
 
@@ -85,3 +86,32 @@ def _made(ffn: NestedFeedForward, dtype: torch.dtype) -> Kept:
     low_bit = LowBit(**places, rest=found["codes"], rest_scale=found["scale"], bits=router.bits, group=router.group)
     tensors = _tensors(ffn)
     return Kept(tensors, [tensor.data_ptr() for tensor in tensors], call, low_bit, dtype)
+
+
+def decoded_by_kernel(
+    high_FB: Tensor | None, low_FB: Tensor | None, scale_FG: Tensor, d_model: int, dtype: torch.dtype
+) -> Tensor | None:
+    """What `decoded` of `moesaic_nested.py` computes, bit for bit; None where the kernel does not."""
+    given = [tensor for tensor in (high_FB, low_FB, scale_FG) if tensor is not None]
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if tracing or dtype not in WEIGHTS or any(type(tensor) is not Tensor or not tensor.is_cpu for tensor in given):
+        return None
+    # Weights in fp32 can be had from the kernel of any dtype: no model needs a second one for them.
+    library = kernel(torch.bfloat16 if dtype == torch.float32 else dtype)
+    if library is None or scale_FG.dtype != torch.bfloat16:
+        return None
+    neurons, groups = scale_FG.shape
+    high_FB, scale_FG = None if high_FB is None else high_FB.contiguous(), scale_FG.contiguous()
+    low_FB = None if low_FB is None else low_FB if low_FB.stride(1) == 1 else low_FB.contiguous()
+    shapes = {"high": (high_FB, groups * 32), "low": (low_FB, groups * (32 if high_FB is not None else 64))}
+    for name, (codes, width) in shapes.items():
+        if codes is not None and (codes.shape != (neurons, width) or codes.dtype != torch.uint8):
+            raise ValueError(f"{name} codes of the shape {tuple(codes.shape)}, not {(neurons, width)}")
+    if -(-d_model // 64) != groups:
+        raise ValueError(f"{groups} groups for a width of {d_model}")
+    out_FD = torch.empty(neurons, d_model, dtype=dtype)
+    places = (None if tensor is None else tensor.data_ptr() for tensor in (high_FB, low_FB, scale_FG, out_FD))
+    stride = 0 if low_FB is None else low_FB.stride(0)
+    single = dtype == torch.float32
+    library.moesaic_decode(ctypes.byref(Decode(*places, neurons, d_model, stride, single, torch.get_num_threads())))
+    return out_FD
