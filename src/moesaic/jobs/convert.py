@@ -20,7 +20,7 @@ from moesaic.blueprint.layer import LayerPlan
 from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.loading import generation_fault
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.jobs import forecast
+from moesaic.jobs import forecast, pace
 from moesaic.jobs.card import finish
 from moesaic.jobs.decide import (
     Decisions,
@@ -148,6 +148,8 @@ def convert_request(
             return found
 
         finish(staged, results, check)
+        if job.given is None and team is ALONE and not staged.resumed:
+            pace.keep(request, results["conversion"]["seconds"])
     return Conversion(output, choice.name, blueprint_made, results)
 
 

@@ -3,12 +3,12 @@
 It reads config.json and, where there are weights, their headers, by the checks that `convert` begins with; of a GGUF
 the header.
 
-The figures for time and memory are forecasts from counted operations and bytes; ``docs/results`` holds measured ones.
+The figures for time and memory are forecasts from counted operations and bytes (pace.py, forecast.py);
+``docs/results`` holds measured ones.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +21,9 @@ from moesaic.checkpoint.reader import Headers, has_weights, missing_config, read
 from moesaic.checkpoint.source import check_file, described_folder
 from moesaic.checkpoint.text_model import text_config
 from moesaic.errors import InputError
-from moesaic.jobs import forecast
+from moesaic.jobs import forecast, pace
 from moesaic.jobs.request import (
     Outline,
-    active_neurons,
     check_options,
     check_split,
     check_stored,
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
     from moesaic.blueprint.shape import FFNShape
     from moesaic.gguf_input.model import GGUFModel
 
-GFLOPS_PER_CORE = 45.0
-"""Sustained fp32 matmul speed of one server core (AVX-512), in 1e9 operations per second; native bf16 doubles it."""
 _TOKENIZER_GROWTH = 2
 """Size of tokenizer.json over that of the GGUF's metadata which it is made from, as with SmolLM2's."""
 GPU_SIZES = (24, 80, 141)
@@ -181,10 +178,10 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
     shape, layout = outline.shape, config.own_layout
     sites = [site for site in anatomy.sites if site.path in outline.split.shapes]
     per_neuron = (3 if anatomy.gated else 2) * anatomy.d_model
-    total = sum(site.d_ff for site in anatomy.sites) * per_neuron
+    total = outline.ffn_parameters
     converted = sum(site.d_ff for site in sites) * per_neuron
-    fraction = min(1.0, shape.active / shape.d_ff)
-    operations = _operations(outline, total, fraction)
+    fraction = outline.active_fraction
+    time = pace.forecast(outline)
     return PlanReport(
         family=anatomy.family.name,
         model_type=str(anatomy.config.get("model_type")),
@@ -206,8 +203,8 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
         active_ffn_parameters=round(total - converted * (1 - fraction)),
         router_parameters=len(sites) * shape.router_parameters(anatomy.d_model, gated=anatomy.gated),
         router_bytes=len(sites) * shape.router_bytes(anatomy.d_model, gated=anatomy.gated),
-        operations=operations,
-        seconds=_seconds(operations, total),
+        operations=time.operations,
+        seconds=time.seconds,
         peak_bytes=memory.private,
         mapped_bytes=memory.mapped,
         device_bytes=memory.device,
@@ -223,55 +220,10 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
             *_size_remarks(memory, space),
             _room_remark(settings, memory),
             _device_remark(memory),
+            *([f"the time is corrected by how long {settings.method} took here before"] if time.corrected else []),
             *described.remarks(whole=settings.whole),
         ),
     )
-
-
-def _seconds(operations: float, ffn_parameters: int) -> float:
-    """At a nominal speed; with it what is read, packed and written, at about 1 GB/s."""
-    copying = 3 * 4 * ffn_parameters / 1e9
-    return round(operations / (GFLOPS_PER_CORE * 1e9 * (os.cpu_count() or 1)) + copying, 1)
-
-
-def _operations(outline: Outline, ffn_parameters: int, fraction: float) -> float:
-    """Two passes over the FFNs (statistics, then the converted forward) and one over attention.
-
-    Training is three passes over what is trained: of the teacher, forward and backward.
-    """
-    anatomy, calibration = outline.anatomy, outline.settings.calibration
-    attention = 4 * anatomy.d_model**2 * anatomy.num_layers
-    operations = 2 * calibration.tokens * (ffn_parameters * (1 + fraction) + attention) if outline.reads_text else 0
-    if (train := outline.config.training) is not None:
-        tokens = train.steps * train.batch * calibration.window
-        operations += 6 * tokens * (ffn_parameters + attention + _head(anatomy))
-    operations += _measuring(outline, ffn_parameters + attention)
-    shapes = outline.split.shapes.values()
-    own = (outline.config.operations(shape.d_ff, anatomy.d_model, calibration.tokens) for shape in shapes)
-    return operations + sum(own)
-
-
-def _head(anatomy: Anatomy) -> int:
-    return anatomy.d_model * int(anatomy.config.get("vocab_size") or 0)
-
-
-def _measuring(outline: Outline, parameters: int) -> float:
-    """Operations of the layers' sensitivity: half of the model and all of the head for each cut of each layer, on the
-    tokens that measure; two runs of the dense model, as other tokens choose the neurons. ``parameters``: of all layers.
-    """
-    settings, anatomy = outline.settings, outline.anatomy
-    if settings.allocation is None:
-        return 0
-    cuts = len(_fractions(outline)) * anatomy.num_layers
-    tokens = min(settings.allocation.tokens, settings.calibration.tokens // 2)
-    per_cut = parameters * (anatomy.num_layers + 1) / (2 * anatomy.num_layers) + _head(anatomy)
-    return 2 * tokens * (cuts * per_cut + 2 * parameters + _head(anatomy))
-
-
-def _fractions(outline: Outline) -> tuple[float, ...]:
-    assert outline.settings.allocation is not None
-    active = active_neurons(outline.config, outline.anatomy.d_ff)
-    return outline.settings.allocation.fractions_for(active / outline.anatomy.d_ff)
 
 
 def _allocation_remarks(outline: Outline) -> tuple[str, ...]:
@@ -283,7 +235,7 @@ def _allocation_remarks(outline: Outline) -> tuple[str, ...]:
         "any": "which layers stay dense",
         "widths": "how many neurons each layer uses",
     }[settings.allocation.mode_for(settings.target)]
-    at = " and ".join(f"{fraction:.1%}" for fraction in _fractions(outline))
+    at = " and ".join(f"{fraction:.1%}" for fraction in outline.cut_fractions)
     return (
         f"{what} is measured first, each layer cut alone to {at} of its neurons; the figures here are for equal "
         "layers, and the total active size is the same",

@@ -64,6 +64,23 @@ class Outline:
         decides = self.config.needs_calibration()
         return decides or any(value is not None for value in (settings.router, settings.allocation, settings.budget))
 
+    @property
+    def ffn_parameters(self) -> int:
+        """Weights of all FFNs of the dense model."""
+        return sum(site.d_ff for site in self.anatomy.sites) * (3 if self.anatomy.gated else 2) * self.anatomy.d_model
+
+    @property
+    def active_fraction(self) -> float:
+        """Of the neurons of a converted FFN, what one token uses."""
+        return min(1.0, self.shape.active / self.shape.d_ff)
+
+    @property
+    def cut_fractions(self) -> tuple[float, ...]:
+        """Of the neurons, what layers are cut to where their sensitivity is measured."""
+        assert self.settings.allocation is not None
+        active = active_neurons(self.config, self.anatomy.d_ff)
+        return self.settings.allocation.fractions_for(active / self.anatomy.d_ff)
+
 
 @dataclass(frozen=True)
 class Request(Outline):

@@ -28,9 +28,11 @@ from .moesaic_kernel_fused import FUSED  # noqa: F401
 from .moesaic_kernel_nested import NESTED  # noqa: F401
 from .moesaic_kernel_neurons import NEURONS  # noqa: F401
 from .moesaic_kernel_source import ROWS  # noqa: F401
+from .moesaic_kernel_tiles import TILES  # noqa: F401
 from .moesaic_low_bit import LowBitRouter  # noqa: F401
 from .moesaic_nested import NestedFeedForward  # noqa: F401
 from .moesaic_neurons import NeuronFeedForward
+from .moesaic_operators import NAMESPACE  # noqa: F401
 from .moesaic_path_fused import FusedMasked  # noqa: F401
 from .moesaic_path_nested_rows import NestedRows  # noqa: F401
 from .moesaic_path_neuron_rows import NeuronRows  # noqa: F401

@@ -108,11 +108,17 @@ def native_bfloat16_by_name(name: str) -> bool:
     """:func:`native_bfloat16` as far as it shows without torch: of the CPU by the system's list of its features."""
     if name.partition(":")[0] not in (AUTO, CPU):
         return not name.startswith("mps")
+    return not cpu_features().isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def cpu_features() -> frozenset[str]:
+    """The CPU's features as the system lists them; none where it does not. No torch here."""
     try:
-        features = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return False
-    return any(re.search(rf"\b{feature}\b", features) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
+        return frozenset()
+    listed = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(listed, ()))
 
 
 def device_memory(device: torch.device) -> tuple[int, int] | None:

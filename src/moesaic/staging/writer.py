@@ -64,6 +64,8 @@ class StagedOutput:
         self._state = self.root / "state.safetensors"
         self._finished: dict[str, dict[str, Any]] = {}
         self._rejected = False
+        self.resumed = False
+        """Whether an interrupted run has done a part of the work."""
 
     @staticmethod
     def check(out: str | Path, source: str | Path | None = None) -> None:
@@ -282,6 +284,7 @@ class StagedOutput:
         lines = [_parse(line) for line in text.split(b"\n")]
         good = [line for line in lines if line is not None and self._intact(line)]
         self._finished = {line["step"]: line for line in good}
+        self.resumed = bool(good) or any(self.training.iterdir())
         kept = "".join(f"{json.dumps(line)}\n" for line in good)
         if kept.encode() != text or not self._log.exists():
             durable.replace_text(self._log, kept)
