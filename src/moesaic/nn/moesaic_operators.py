@@ -25,15 +25,21 @@ if TYPE_CHECKING:
 
 NAMESPACE = f"moesaic_{hashlib.sha256(SOURCE.encode()).hexdigest()[:8]}"
 
+_LIBRARIES: list[torch.library.Library] = []
+"""Operators live as long as what has defined them."""
 _MATRICES = "Tensor x_TD, Tensor? gate_PD, Tensor up_PD, Tensor down_DP, Tensor? gate_bias_P, Tensor? up_bias_P"
 
 
 def operator(name: str, arguments: str, function: Callable[..., Tensor]) -> Any:
     """``function`` as an operator whose first arguments are those of :data:`_MATRICES`; y_TD is what it returns."""
     if not hasattr(getattr(torch.ops, NAMESPACE), name):
-        schema = f"({_MATRICES}, {arguments}) -> Tensor"
-        made = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=schema)
-        made.register_fake(lambda x_TD, *_: torch.empty_like(x_TD, memory_format=torch.contiguous_format))
+        # Not by `torch.library.custom_op`: what that puts around a function takes as long as the function.
+        library = torch.library.Library(NAMESPACE, "FRAGMENT")
+        library.define(f"{name}({_MATRICES}, {arguments}) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
+        library.impl(name, function, "CPU")
+        shape = torch.library.register_fake(f"{NAMESPACE}::{name}", lib=library)
+        shape(lambda x_TD, *_: torch.empty_like(x_TD, memory_format=torch.contiguous_format))
+        _LIBRARIES.append(library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 

@@ -191,11 +191,23 @@ def _neurons(
     up_bias_P: Tensor | None,
     *given: Any,
 ) -> Tensor:
-    check_matrices(x_TD, gate_PD, up_PD, down_DP)
+    matrices = gate_PD, up_PD, down_DP, gate_bias_P, up_bias_P
     *router, top_k, activation = given
-    own = RouterTensors(*router)
-    call, low_bit = _calls(gate_PD, up_PD, down_DP, gate_bias_P, up_bias_P, own, activation)
-    return called("moesaic_neurons", Kept([], [], call, low_bit, up_PD.dtype), x_TD, None, top_k)
+    places = tuple(part.data_ptr() if isinstance(part, Tensor) else part for part in (*matrices, *router))
+    # All that a call is made of: what was checked once is not checked again, and another tensor there makes no other.
+    key = *places, activation, up_PD.shape, up_PD.stride(), down_DP.stride(), up_PD.dtype
+    kept = _OPERATED.get(key)
+    if kept is None:
+        check_matrices(x_TD, gate_PD, up_PD, down_DP)
+        call, low_bit = _calls(*matrices, RouterTensors(*router), activation)
+        if len(_OPERATED) >= MOST_KEPT:
+            _OPERATED.clear()
+        kept = _OPERATED[key] = Kept([], [], call, low_bit, up_PD.dtype)
+    return called("moesaic_neurons", kept, x_TD, None, top_k)
+
+
+_OPERATED: dict[tuple[object, ...], Kept] = {}
+MOST_KEPT = 4096  # FFNs of models that are no longer there are forgotten at some time
 
 
 _ROUTER = (
