@@ -70,7 +70,7 @@ def test_weights_that_do_not_lie_yet_and_gradients_are_torchs(monkeypatch: pytes
     assert not own
     trained.sum().backward()
     with torch.inference_mode():
-        monkeypatch.setattr(moesaic_operators, "_is_there", lambda _: False)  # as where no compiler is
+        monkeypatch.setattr(moesaic_operators, "_is_there", lambda *_: False)  # as where no compiler is
         found, own = compiled(ffn, x_TD)
     assert not own
     assert relative_error(found, after) < 1e-5

@@ -239,10 +239,11 @@ def test_two_processes_that_compile_at_once_leave_one_whole_kernel(tmp_path: Pat
 @pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
 def test_the_source_is_accepted_with_all_instructions_of_this_cpu(dtype: torch.dtype, tmp_path: Path) -> None:
     """Where it is not, a kernel without them is made, which is slower and says nothing."""
-    source = tmp_path / "rows.cpp"
-    source.write_text(moesaic_kernel.SOURCE)
     options = [*moesaic_kernel.FLAGS, "-march=native", "-fopenmp", f"-DWEIGHT={WEIGHTS[dtype]}", "-fsyntax-only"]
-    subprocess.run([moesaic_kernel._compiler(), *options, str(source)], check=True)
+    for part, text in moesaic_kernel.PARTS.items():
+        source = tmp_path / f"{part}.cpp"
+        source.write_text(text)
+        subprocess.run([moesaic_kernel._compiler(), *options, str(source)], check=True)
 
 
 @pytest.mark.parametrize("tokens", [2, 15, 16, 33, 64, 100, 300])

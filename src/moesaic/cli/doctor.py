@@ -82,10 +82,10 @@ def kernel_state() -> str:
     """Where the runtime's compiled kernel lies, or why there is none. Compiles it if that has not been done yet."""
     import torch
 
-    from moesaic.nn.moesaic_kernel import NoKernelError, built
+    from moesaic.nn.moesaic_kernel import PARTS, NoKernelError, built
 
     try:
-        return f"compiled: {built(torch.bfloat16)}"
+        return f"compiled: {', '.join(str(built(torch.bfloat16, part)) for part in PARTS)}"
     except NoKernelError as error:
         return f"none, torch computes everything: {error}"
 

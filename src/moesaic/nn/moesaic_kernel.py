@@ -27,7 +27,10 @@ from .moesaic_kernel_neurons import NEURONS
 from .moesaic_kernel_source import ROWS
 from .moesaic_kernel_tiles import TILES
 
-SOURCE = ROWS + BLOCKS + TILES + NEURONS + NESTED + FUSED
+EXPERTS, SINGLE = "experts", "neurons"
+PARTS = {EXPERTS: ROWS + BLOCKS + TILES + FUSED, SINGLE: ROWS + NEURONS + NESTED}
+"""What is compiled together: a model needs one of them, and compiling takes seconds."""
+SOURCE = "".join(PARTS.values())
 
 WEIGHTS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ACTIVATIONS = {
@@ -88,42 +91,44 @@ class Decode(ctypes.Structure):
     ]
 
 
+_FUNCTIONS = {
+    EXPERTS: {"moesaic_rows": (Call,), "moesaic_blocks": (Call,), "moesaic_fused": (Fused,)},
+    SINGLE: {"moesaic_neurons": (Call, LowBit), "moesaic_nested": (Call, LowBit), "moesaic_decode": (Decode,)},
+}
+
+
 class NoKernelError(Exception):
     """Why there is no kernel."""
 
 
 @cache
-def kernel(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernel for weights of a dtype in ``WEIGHTS``, or None, with one warning, where it cannot be had."""
+def kernel(dtype: torch.dtype, part: str = EXPERTS) -> ctypes.CDLL | None:
+    """A part of the kernel for weights of a dtype in ``WEIGHTS``, or None, with one warning, where it cannot be had."""
     try:
-        library = ctypes.CDLL(str(built(dtype)))
+        library = ctypes.CDLL(str(built(dtype, part)))
     except (NoKernelError, OSError) as error:
         warning = f"few tokens are computed by torch, which is slower than the compiled kernel: {error}"
         logging.get_logger(__name__).warning_once(warning)
         return None
-    for function in (library.moesaic_rows, library.moesaic_blocks):
-        function.argtypes = [ctypes.POINTER(Call)]
-    for function in (library.moesaic_neurons, library.moesaic_nested):
-        function.argtypes = [ctypes.POINTER(Call), ctypes.POINTER(LowBit)]
-    library.moesaic_fused.argtypes = [ctypes.POINTER(Fused)]
-    library.moesaic_decode.argtypes = [ctypes.POINTER(Decode)]
+    for name, arguments in _FUNCTIONS[part].items():
+        getattr(library, name).argtypes = [ctypes.POINTER(argument) for argument in arguments]
     library.moesaic_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.moesaic_large_pages.restype = None
     return library
 
 
-def built(dtype: torch.dtype) -> Path:
-    """The kernel's file; compiled if it is not in the cache. Several processes may do so at the same time.
+def built(dtype: torch.dtype, part: str = EXPERTS) -> Path:
+    """The file of a part of the kernel; compiled if it is not in the cache. Several processes may do so at the same time.
 
     Raises:
         NoKernelError: no compiler, or none that accepts the source.
     """
     compiler = _compiler()
-    name = f"rows-{key_of(WEIGHTS[dtype], compiler, *FLAGS, *_openmp_runtime())}.so"
+    name = f"{part}-{key_of(WEIGHTS[dtype], compiler, *FLAGS, *_openmp_runtime())}.so"
     folder = cache_folder()
     if not (folder / name).exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            _compile(compiler, dtype, Path(scratch)).replace(folder / name)
+            _compile(compiler, PARTS[part], dtype, Path(scratch)).replace(folder / name)
     return folder / name
 
 
@@ -140,9 +145,9 @@ def _compiler() -> str:
     return found[0]
 
 
-def _compile(compiler: str, dtype: torch.dtype, scratch: Path) -> Path:
-    source, compiled, linked = scratch / "rows.cpp", scratch / "rows.o", scratch / "rows.so"
-    source.write_text(SOURCE)
+def _compile(compiler: str, text: str, dtype: torch.dtype, scratch: Path) -> Path:
+    source, compiled, linked = scratch / "kernel.cpp", scratch / "kernel.o", scratch / "kernel.so"
+    source.write_text(text)
     said = ""
     for own_cpu in ("-march=native", "-mcpu=native", None):
         for openmp in (("-fopenmp", _openmp_runtime() or ["-fopenmp"]), (None, [])):

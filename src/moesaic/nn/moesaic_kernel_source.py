@@ -1,7 +1,7 @@
 """The `moesaic` architecture: the C++ source of its CPU kernel (see `moesaic_kernel.py`).
 
 It is text in a Python file because transformers copies only such into a folder. There is no header of torch in it, so
-that it compiles in a second or two. `WEIGHT` is one of float, bf16, fp16. Vectors of 16 are GCC's and Clang's
+that it compiles in seconds. `WEIGHT` is one of float, bf16, fp16. Vectors of 16 are GCC's and Clang's
 extension: each compiler lowers them to what its CPU has.
 """
 

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .moesaic_kernel import ACTIVATIONS, WEIGHTS, Call, Decode, LowBit, kernel
+from .moesaic_kernel import ACTIVATIONS, SINGLE, WEIGHTS, Call, Decode, LowBit, kernel
 from .moesaic_path_neuron_rows import Decisions, Kept, called, of_router, pointers
 from .moesaic_path_rows import Rows, can_compile
 
@@ -34,7 +34,7 @@ class NestedRows(Rows):
     def supports(self, x_TD: Tensor, ffn: Any) -> bool:
         biases = [layer.bias for layer in (ffn.gate_proj, ffn.up_proj) if layer is not None]
         own = [(bias.dtype, bias.device) == (x_TD.dtype, x_TD.device) for bias in biases if bias is not None]
-        return all(own) and ffn.rest.codes.is_cpu and can_compile(x_TD, ffn) and kernel(x_TD.dtype) is not None
+        return all(own) and ffn.rest.codes.is_cpu and can_compile(x_TD, ffn) and kernel(x_TD.dtype, SINGLE) is not None
 
     def run(self, ffn: NestedFeedForward, x_TD: Tensor) -> Tensor:
         y_TD = computed_nested(ffn, x_TD)
@@ -97,7 +97,7 @@ def decoded_by_kernel(
     if tracing or dtype not in WEIGHTS or any(type(tensor) is not Tensor or not tensor.is_cpu for tensor in given):
         return None
     # Weights in fp32 can be had from the kernel of any dtype: no model needs a second one for them.
-    library = kernel(torch.bfloat16 if dtype == torch.float32 else dtype)
+    library = kernel(torch.bfloat16 if dtype == torch.float32 else dtype, SINGLE)
     if library is None or scale_FG.dtype != torch.bfloat16:
         return None
     neurons, groups = scale_FG.shape

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .moesaic_kernel import ACTIVATIONS, Call, LowBit, kernel
+from .moesaic_kernel import ACTIVATIONS, SINGLE, Call, LowBit, kernel
 from .moesaic_operators import operator
 from .moesaic_path_rows import ERRORS, Rows, check_matrices, computed, matrices_and_biases
 from .moesaic_side_by_side import lay, lies
@@ -27,6 +27,8 @@ class NeuronRows(Rows):
 
     Scores are those of the router within the rounding of sums, so that nearly equal ones may be chosen otherwise.
     """
+
+    part = SINGLE
 
     def __init__(self) -> None:
         super().__init__("neurons")
@@ -87,7 +89,7 @@ def called(name: str, kept: Kept, x_TD: Tensor, decisions: Decisions | None, top
     if decisions is not None:
         low_bit = LowBit.from_buffer_copy(low_bit)
         low_bit.scores, low_bit.taken = decisions.scores_TF.data_ptr(), decisions.taken_TF.data_ptr()
-    library = kernel(x_TD.dtype)
+    library = kernel(x_TD.dtype, SINGLE)
     failed = 2 if library is None else getattr(library, name)(ctypes.byref(call), ctypes.byref(low_bit))
     if failed:
         raise ValueError(ERRORS[failed])
