@@ -21,7 +21,7 @@ from moesaic.checkpoint.converted import has_int8
 from moesaic.materialise.apply import build_ffn
 from moesaic.nn.ffn import FFNWeights
 from moesaic.nn.moesaic_low_bit import best_scored
-from moesaic.nn.moesaic_neurons import NeuronFeedForward
+from moesaic.nn.moesaic_neurons import EXACT_FROM, NeuronFeedForward
 from moesaic.nn.reference import choose_neurons, reference_ffn
 from tests.ffns import random_ffn, random_inputs
 from tests.nn.plans import neuron_plan
@@ -108,6 +108,10 @@ def test_prompts_are_dense_and_single_tokens_masked_unless_all_is_to_be_masked(i
     assert torch.equal(ffn(x_BSD), dense_BSD)
     for s in range(6):
         torch.testing.assert_close(ffn(x_BSD[:, s : s + 1]), masked_BSD[:, s : s + 1])
+    many_B1D = random_inputs(EXACT_FROM, dtype=dtype)[:, None]
+    many_dense = reference_ffn(weights, plan, many_B1D[:, 0], all_experts_on=True)
+    assert torch.equal(ffn(many_B1D)[:, 0], many_dense)
+    assert not torch.equal(ffn(many_B1D[1:])[:, 0], many_dense[1:])
     assert torch.equal(ffn(x_BSD.flatten(0, 1)), masked_BSD.flatten(0, 1))  # nothing says what is one sequence
     assert torch.equal(ffn.train()(x_BSD), masked_BSD)
 

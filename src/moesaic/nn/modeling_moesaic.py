@@ -61,9 +61,9 @@ class MoesaicConfig(PreTrainedConfig):
         ffn_bypass: Siblings of a converted FFN that become the identity, as it does their work (OPT's `fc2`).
         attention_sites: Module path of each pruned attention -> its spec (see :class:`PrunedAttention`).
         ffn_activation: The FFNs' activation where the dense model's config does not name it (LFM2, Falcon-H1).
-        exact_prefill: FFNs whose every neuron is an expert compute a prompt by the dense network, and only the tokens
-            that are generated one by one by the chosen neurons. False: all tokens by the chosen ones, as perplexity is
-            to be measured.
+        exact_prefill: FFNs whose every neuron is an expert compute prompts and large batches by the dense network, and
+            only the tokens of few sequences, one by one, by the chosen neurons. False: all tokens by the chosen ones,
+            as perplexity is to be measured.
         whole_config: Config of the multimodal model around the dense one, where the folder holds all of it.
     """
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.nn.modeling_moesaic import activation_name
-from moesaic.nn.moesaic_neurons import NeuronFeedForward
+from moesaic.nn.moesaic_neurons import EXACT_FROM, NeuronFeedForward
 from moesaic.nn.moesaic_path_neurons import EVERY
 from moesaic.nn.moesaic_union import build_feed_forward
 from moesaic.serve.vllm_plugin import check
@@ -110,8 +110,10 @@ class ServedFFN(nn.Module):
 
 
 def mixed(ffn: NeuronFeedForward, x_TD: Tensor, prompt_T: Tensor) -> Tensor:
-    """y_TD: tokens of prompts by the dense network, others by the neurons that are chosen for them."""
-    if prompt_T.all():
+    """y_TD: tokens of prompts by the dense network, others by the neurons that are chosen for them. All by the dense
+    network where the others are many, as in transformers."""
+    others = int((~prompt_T).sum())
+    if others == 0 or others >= EXACT_FROM:
         return EVERY.run(ffn, x_TD)
     if not prompt_T.any():
         return ffn(x_TD)
