@@ -118,7 +118,7 @@ def kernel(dtype: torch.dtype, part: str = EXPERTS) -> ctypes.CDLL | None:
 
 
 def built(dtype: torch.dtype, part: str = EXPERTS) -> Path:
-    """The file of a part of the kernel; compiled if it is not in the cache. Several processes may do so at the same time.
+    """The file of a part of the kernel; compiled if it is not in the cache. Several processes may do so at once.
 
     Raises:
         NoKernelError: no compiler, or none that accepts the source.

@@ -18,7 +18,6 @@ from .moesaic_path_neurons import EVERY
 from .moesaic_paths import choose
 from .moesaic_slices import Matrices
 
-
 EXACT_FROM = 5
 """Sequences that generate together. Measured on a Xeon with AMX, 896 x 4864 and 576 x 1536 in bf16: 4 take as long as
 dense, 8 about twice as long."""
