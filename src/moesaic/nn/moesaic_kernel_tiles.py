@@ -49,6 +49,19 @@ static inline void turn(__m512i *v) {
   }
 }
 
+// Rows that memory should give, line after line as they lie there: 16 rows at a time would be as many places in it.
+struct Ahead {
+  const int32_t *rows;
+  int64_t count, d, row = 0, at = 0;
+  template <class F> void lines(int64_t number, F fetch) {
+    for (; number > 0 && row < count; number--) {
+      fetch(rows[row], at);
+      if ((at += 32) == d) at = 0, row++;
+    }
+  }
+};
+static inline void fetch_line(const bf16 *p) { __builtin_prefetch(p, 0, 2); }
+
 struct TilePart {
   const Call &c;
   const bf16 *x;   // [T, wide]
@@ -156,8 +169,8 @@ struct TilePart {
     const bf16 *gate = nullptr, *up = together(c.up, c.up_stride, rows + first, count, copies, &up_bytes);
     if (c.gate) gate = together(c.gate, c.gate_stride, rows + first, count, copies + own(16), &gate_bytes);
     // Memory gives the next neurons' gate and up meanwhile, each in a pass of its own if there are two.
-    const int32_t *next = rows + first + 16;
-    const int after = (int)(left - first - 16 < 0 ? 0 : left - first - 16 < 16 ? left - first - 16 : 16);
+    const int64_t after = left - first - 16 < 0 ? 0 : left - first - 16 < 16 ? left - first - 16 : 16;
+    Ahead gates = {rows + first + 16, c.gate ? after : 0, c.d_model}, ups = {rows + first + 16, after, c.d_model};
     const int up_in = n > 32 ? 32 : 0;
     MEMORY;
     for (int begin = 0; begin < n; begin += 32) {
@@ -166,10 +179,8 @@ struct TilePart {
       const bf16 *a = xs + own(begin), *b = xs + own(begin + 16);
       _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
       for (int64_t i = 0; i < c.d_model; i += 32) {
-        for (int j = 0; begin == 0 && c.gate && j < after; j++)
-          __builtin_prefetch(row(c.gate, c.gate_stride, next[j]) + i, 0, 2);
-        for (int j = 0; begin == up_in && j < after; j++)
-          __builtin_prefetch(row(c.up, c.up_stride, next[j]) + i, 0, 2);
+        if (begin == 0) gates.lines(16, [&](int64_t p, int64_t at) { fetch_line(row(c.gate, c.gate_stride, p) + at); });
+        if (begin == up_in) ups.lines(16, [&](int64_t p, int64_t at) { fetch_line(row(c.up, c.up_stride, p) + at); });
         _tile_loadd(5, up + i, up_bytes);
         _tile_loadd(6, a + 16 * i, 64);
         _tile_dpbf16ps(1, 5, 6);
@@ -206,6 +217,7 @@ struct TilePart {
   // Memory gives the rows of down of the next block, `after` of them, meanwhile.
   void down(const int32_t *rows, int count, int after) {
     alignas(64) __m512i packed[NEURONS / 2][2];
+    Ahead next = {rows + count, after, c.d_model};
     for (int64_t column = 0; column < c.d_model; column += 32) {
       for (int s = 0; s < NEURONS / 2; s++) {  // beyond the block's neurons, activations are 0
         const bf16 *pair[2];
@@ -213,7 +225,7 @@ struct TilePart {
           pair[k] = row(c.down, c.down_stride, rows[2 * s + k < count ? 2 * s + k : count - 1]) + column;
         Product<bf16>::pack(pair, packed[s]);
       }
-      for (int j = 0; j < after; j++) __builtin_prefetch(row(c.down, c.down_stride, rows[count + j]) + column, 0, 2);
+      next.lines(NEURONS, [&](int64_t p, int64_t at) { fetch_line(row(c.down, c.down_stride, p) + at); });
       MEMORY;
       _tile_loadd(4, packed[0], 128); _tile_loadd(5, packed[0] + 1, 128);
       _tile_loadd(6, packed[16], 128); _tile_loadd(7, packed[16] + 1, 128);
