@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,8 @@ from moesaic.evaluate.comparison import compare
 
 WINDOW = 1024
 """Tokens per window of the main table and of the plot."""
+ROWS_OF_MAP = 6
+"""Rows from which on a text has a place there."""
 BYTES = (0.25, 0.3, 0.35, 0.45, 0.55, 0.75)
 NEURONS = (0.25, 0.35, 0.5, 0.75)
 _PUBLISHED = "from the same-budget comparison; the first layers are dense"
@@ -50,7 +53,9 @@ def write_page(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]], m
     shape, name = Shape(anatomy.d_model, anatomy.d_ff, anatomy.gated), about["model"]
     own = own_grid(checkpoint, anatomy)
     points = [replace(p, group="grid") if p.row in own and not p.setting.noise else p for p in measured(records, shape)]
-    main = [p for p in points if p.setting.window == WINDOW and not p.setting.noise]
+    rows = Counter(p.setting for p in points)
+    usual = {s for s, count in rows.items() if s.window == WINDOW and not s.noise and count >= ROWS_OF_MAP}
+    main = [p for p in points if p.setting in usual]
     comparison = results / f"compare_{name}.json"
     if comparison.exists():
         windows = {p.setting: p.windows for p in main}
@@ -181,19 +186,17 @@ def _cell(point: Point | None, first: Point) -> str:
 
 
 def _settings(main: Sequence[Point], others: Sequence[Point]) -> list[str]:
+    """A line for each text, window and kind of weights; a column for each row of the map."""
     settings = list(dict.fromkeys(p.setting for p in others))
     base = [Setting(text, WINDOW) for text in dict.fromkeys(s.text for s in settings)]
-    columns = [*base, *settings]
-    lines = [f"| row | {' | '.join(_title(s) for s in columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for key in dict.fromkeys(p.row for p in others if p.group != "dense"):
-        here = {p.setting: p for p in (*main, *others) if p.row == key}
-        cells = [_ratio(here[s]) if s in here else "" for s in columns]
-        lines.append(f"| {BY_KEY[key].label} (`{key}`) | {' | '.join(cells)} |")
+    rows = list(dict.fromkeys(p.row for p in others if p.group != "dense"))
+    head = ["text", "tokens per window", "weights", *(f"{BY_KEY[key].label} (`{key}`)" for key in rows)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    found = {(p.row, p.setting): _ratio(p) for p in (*main, *others)}
+    for setting in dict.fromkeys((*base, *settings)):
+        cells = [setting.text, str(setting.window), "with noise" if setting.noise else "as they are"]
+        lines.append(f"| {' | '.join([*cells, *(found.get((key, setting), '') for key in rows)])} |")
     return lines
-
-
-def _title(setting: Setting) -> str:
-    return f"{setting.text}, {setting.window} tokens" + (", weights with noise" if setting.noise else "")
 
 
 def _variants(records: Sequence[Mapping[str, Any]]) -> list[str]:
