@@ -36,7 +36,7 @@ from moesaic.evaluate.comparison import compare
 WINDOW = 1024
 """Tokens per window of the main table and of the plot."""
 ROWS_OF_MAP = 6
-"""Rows from which on a text has a place there."""
+"""Rows from which on a text has a place there, if any text has so many."""
 BYTES = (0.25, 0.3, 0.35, 0.45, 0.55, 0.75)
 NEURONS = (0.25, 0.35, 0.5, 0.75)
 _PUBLISHED = "from the same-budget comparison; the first layers are dense"
@@ -54,7 +54,8 @@ def write_page(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]], m
     own = own_grid(checkpoint, anatomy)
     points = [replace(p, group="grid") if p.row in own and not p.setting.noise else p for p in measured(records, shape)]
     rows = Counter(p.setting for p in points)
-    usual = {s for s, count in rows.items() if s.window == WINDOW and not s.noise and count >= ROWS_OF_MAP}
+    rows = {s: count for s, count in rows.items() if s.window == WINDOW and not s.noise}
+    usual = {s for s, count in rows.items() if count >= min(ROWS_OF_MAP, max(rows.values()))}
     main = [p for p in points if p.setting in usual]
     comparison = results / f"compare_{name}.json"
     if comparison.exists():

@@ -201,7 +201,7 @@ def test_the_page_says_all_of_it(dense: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     text = (results / "map_tiny.md").read_text()
     assert "| neuron experts nested in int8, 50 % (`nested@50`) | 50.0% |" in text
-    assert "weights with noise" in text
+    assert "| WikiText-2 | 1024 | with noise |" in text
     assert "`low2@50` | 0.905" in text  # the variant beside its base
     assert "Where ours loses (WikiText-2)" in text
     assert len(json.loads((results / "map_tiny.json").read_text())["lines"]) == len(LINES)
