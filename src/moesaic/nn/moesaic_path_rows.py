@@ -19,7 +19,8 @@ from .moesaic_side_by_side import can_lie, lay, lies
 if TYPE_CHECKING:
     from .moesaic_ffn import MoEFeedForward
 
-BLOCKS_FROM = 2  # tokens; one alone is computed neuron by neuron
+BLOCKS_FROM = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 2}
+"""Tokens; fewer are computed neuron by neuron. 16 bits must be widened for each token then, fp32 need not."""
 
 ERRORS = {
     1: "the router chose an expert that does not exist",
@@ -136,7 +137,7 @@ def _rows(
     library = kernel(x_TD.dtype)
     if library is None:
         raise ValueError(ERRORS[2])
-    few = len(x_TD) < BLOCKS_FROM
+    few = len(x_TD) < BLOCKS_FROM[x_TD.dtype]
     failed = (library.moesaic_rows if few else library.moesaic_blocks)(ctypes.byref(call))
     if failed:
         raise ValueError(ERRORS[failed])
