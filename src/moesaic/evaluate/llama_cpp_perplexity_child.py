@@ -31,7 +31,7 @@ class _Parameters(ctypes.Structure):
     _fields_ = [("bytes", ctypes.c_char * 4096)]
 
 
-class _Batch(ctypes.Structure):
+class Batch(ctypes.Structure):
     """``llama_batch``."""
 
     _fields_ = [
@@ -57,7 +57,7 @@ SIGNATURES = {
     "llama_vocab_n_tokens": (_WHOLE, [_POINTER]),
     "llama_get_memory": (_POINTER, [_POINTER]),
     "llama_memory_clear": (None, [_POINTER, ctypes.c_bool]),
-    "llama_decode": (_WHOLE, [_POINTER, _Batch]),
+    "llama_decode": (_WHOLE, [_POINTER, Batch]),
     "llama_get_logits": (ctypes.POINTER(ctypes.c_float), [_POINTER]),
 }
 
@@ -83,7 +83,7 @@ def losses(llama: Any, context: Any, vocabulary: int, ids_W: np.ndarray) -> np.n
     llama.llama_memory_clear(llama.llama_get_memory(context), True)
     wanted = np.ones(len(ids_W), np.int8)
     ids_W = np.ascontiguousarray(ids_W)
-    batch = _Batch(len(ids_W), token=ids_W.ctypes.data, logits=wanted.ctypes.data)
+    batch = Batch(len(ids_W), token=ids_W.ctypes.data, logits=wanted.ctypes.data)
     if code := llama.llama_decode(context, batch):
         sys.exit(f"llama_decode gave {code}")
     logits_WV = np.ctypeslib.as_array(llama.llama_get_logits(context), (len(ids_W), vocabulary))[:-1]
