@@ -41,6 +41,7 @@ def dense_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made_folder(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of work with two conversions, as the stage ``prepare`` leaves it."""
     work = tmp_path_factory.mktemp("work")
+    (work / "tiny").mkdir()
     write(dense, plans_for(dense), work / "tiny" / "cmoe-50", "glm4_moe")
     moesaic.convert(dense, work / "tiny" / "neurons-50", method="neuron_experts", options={"active": 0.5})
     return work
