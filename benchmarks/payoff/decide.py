@@ -57,19 +57,27 @@ def guide(models: Mapping[str, Sequence[Found]]) -> str:
     lines = [INTRO.strip()]
     counts: dict[str, list[bool]] = {}
     for name, entries in models.items():
+        if not any(one.over_dense for one in entries):
+            lines += ["", f"## {name}", "", "No loss is measured yet, so nothing can be said."]
+            continue
         heads = ["", *(f"lose at most {100 * loss:g} %" for loss in LOSSES)]
         lines += ["", f"## {name}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         lines.append(_row("smallest file", lambda loss, own=entries: smallest(own, loss), _megabytes))
         for label, regime, own in _questions(entries):
             answers = [fastest(own, regime, loss) for loss in LOSSES]
-            counts.setdefault(f"{name}, {label.partition(',')[0]}", []).extend(
-                is_conversion(one.point) for one in answers if one is not None
-            )
+            if any(is_conversion(one.point) for one in complete(own, regime)):
+                counts.setdefault(f"{name}, {label.partition(',')[0]}", []).extend(
+                    is_conversion(one.point) for one in answers if one is not None
+                )
             lines.append(_row(label, lambda loss, own=own, at=regime: fastest(own, at, loss), _speed(regime, label)))
         if not any(one.paces for one in entries):
             lines += ["", "The speeds are not measured yet, so the rows of engines are missing."]
+        if unknown := [one.point.key for one in entries if one.over_dense is None]:
+            lines += ["", f"No answer here, as their loss is not measured yet: {', '.join(unknown)}."]
     lines += ["", "## In how many cells a conversion is the answer", ""]
-    lines += [f"* {key}: {sum(own)} of {len(own)}." for key, own in counts.items()] or ["Nothing is timed yet."]
+    lines += [f"* {key}: {sum(own)} of {len(own)}." for key, own in counts.items()] or [
+        "No conversion is both timed and judged yet."
+    ]
     return "\n".join(lines) + "\n" + OUTRO
 
 

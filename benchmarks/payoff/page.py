@@ -33,8 +33,8 @@ A converted model beside what is easier: the dense model in fewer bits, or prune
   largest. Prompts have 256 tokens, or 8 times 16. Only the last token of a prompt goes through the head.
 * **MB** are those of the file, or of the weights in the folder. **Held** is what the process holds more after decoding
   than before loading. Pages of a mapped file count once they were read.
-* **Static pruning** is refitted and has equal widths in all layers. Token clusters leave the first three layers dense.
-  Their copies have widths that 32 divides. Nothing is tuned.
+* **Static pruning** is refitted and has equal widths in all layers. Copies leave the first three layers dense and have
+  widths that 32 divides. Nothing is tuned. The end of the page has the commands.
 * **Neuron experts** compute prompts by the dense FFN. So their prompts are as good as the dense model's, and their
   perplexity is that of decoding.
 * **Both models come from 4-bit files**, and their weights still lie on that grid. That flatters 4-bit types.
@@ -44,7 +44,10 @@ A converted model beside what is easier: the dense model in fewer bits, or prune
 
 
 def write_page(places: Mapping[str, Place], points: Sequence[Point], report: Path, howto: Path) -> Path:
-    """Write REPORT.json, REPORT.md and a plot per regime that was measured, and ``howto``; returns the page."""
+    """Write REPORT.json, REPORT.md and a plot per regime that was measured, and ``howto``; returns the page.
+
+    REPORT.json holds the logs too, so that another machine can go on from them.
+    """
     models = {name: found_in(place.log, points) for name, place in places.items()}
     plots: dict[Kind, Path] = {}
     for kind in KINDS:
@@ -57,7 +60,8 @@ def write_page(places: Mapping[str, Place], points: Sequence[Point], report: Pat
         }
         if panels:
             plots[kind] = draw(panels, regime, report.with_name(f"{report.name}_{kind}.png"))
-    data = {name: [one.to_dict() for one in entries] for name, entries in models.items()}
+    data: dict[str, Any] = {name: [one.to_dict() for one in entries] for name, entries in models.items()}
+    data |= {f"{name}, log": list(place.log.lines) for name, place in places.items()}
     write_rows(report.with_suffix(".json"), data)
     page = report.with_suffix(".md")
     replace_text(page, markdown(models, plots, places, points))
@@ -149,6 +153,9 @@ def _says(models: Mapping[str, Sequence[Found]]) -> list[str]:
                 if not best:
                     continue
                 marked = [f"**{one.point.key}**" if is_conversion(one.point) else one.point.key for one in best]
+                if not any(is_conversion(one.point) for one in complete(own, regime)):
+                    lines.append(f"* {name}, {engine}, {regime.label}. No conversion is timed and judged yet.")
+                    continue
                 ours = [one for one in best if is_conversion(one.point)]
                 sure = [one.point.key for one in ours if clear(one, own, regime)]
                 lines.append(

@@ -193,11 +193,8 @@ def test_clear_of_intervals() -> None:
 def test_the_answer_is_the_fastest_of_those_that_lose_little_enough() -> None:
     dense = found("dense-f16", (1, 1, 1), BASE, BASE)
     stock = found("copies-50-q8_0", (2, 1.9, 2.1), shifted(0.1), BASE)  # loses 10.5 %
-    entries = [
-        dense,
-        stock,
-        replace(found("static-50-q8_0", (1.8, 1.7, 1.9), shifted(0.15), BASE), stored_megabytes=0.5),
-    ]
+    pruned = replace(found("static-50-q8_0", (1.8, 1.7, 1.9), shifted(0.15), BASE), stored_megabytes=0.5)
+    entries = [dense, stock, pruned]
     answers = [fastest(entries, DECODE, loss) for loss in (0.05, 0.11, 0.5)]
     assert answers == [dense, stock, stock]
     assert fastest([stock], DECODE, 0.05) is None
