@@ -109,7 +109,8 @@ def test_any_width_activation_and_number_of_threads_gives_the_sum_over_the_chose
                 y_TD = computed(ffn, x_TD, idx_TK, weight_TK)
                 assert torch.equal(y_TD, computed(ffn, x_TD, idx_TK, weight_TK))
             error = relative_error(y_TD.double(), by_rule(ffn, x_TD, weight_TP))
-            if tokens >= BLOCKS_FROM[dtype] and dtype == torch.bfloat16:  # CPUs that multiply bf16 in pairs round activations
+            # CPUs that multiply bf16 in pairs round activations.
+            if tokens >= BLOCKS_FROM[dtype] and dtype == torch.bfloat16:
                 error = min(error, relative_error(y_TD.double(), by_rule(ffn, x_TD, weight_TP, dtype)))
             assert error < BOUNDS[dtype], tokens
     finally:
