@@ -189,11 +189,11 @@ def costs() -> str:
 
 def _cost(model: str, case: str, folder: Path, tokens: int) -> str:
     import moesaic
-    from moesaic.jobs.plan import GFLOPS_PER_CORE
+    from moesaic.jobs.pace import PER_CORE
 
     settings = {**CASES[case], "target": "moesaic", "calibration": {"tokens": tokens, "compute_dtype": "bfloat16"}}
     told = moesaic.plan(folder, settings)
-    hours = (told.operations / (2e9 * GFLOPS_PER_CORE) + 12 * told.ffn_parameters / 1e9) / 3600
+    hours = (told.operations / (2e9 * PER_CORE["float32"]) + 12 * told.ffn_parameters / 1e9) / 3600
     cells = [model, case, "-" if case == "mlpmoe" else f"{tokens:,}", f"{told.operations:.1e}"]
     cells += [f"{size / 1e9:.1f}" for size in (told.mapped_bytes, told.peak_bytes, told.device_bytes)]
     return f"| {' | '.join([*cells, f'{told.output_bytes / 1e9:.0f}', f'{hours:.1f}'])} |"
