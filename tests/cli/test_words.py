@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 
 import moesaic
 from moesaic.cli.console import ConsoleProgress
+from moesaic.cli.pulse import Pulse
 from tests.cli.conftest import Run
 from tests.tiny_models import build_tiny
 
@@ -81,3 +85,50 @@ def test_an_eta_waits_for_steps_after_the_first(
     assert ["left" in line for line in lines] == [False, False, True, True]
     minutes, _, rest = lines[-1].split(", ")[1].split(" ")[0].partition(":")
     assert 60 * int(minutes) + int(rest) == pytest.approx(26 * 21, rel=0.05)
+
+
+def test_the_list_of_commands_is_not_cut_off(run: Run) -> None:
+    code, printed, _ = run("--help")
+    assert code == 0
+    assert "..." not in printed
+
+
+def test_a_plan_says_what_neuron_experts_are_and_what_to_do_next(tiny: Callable[[str], Path], run: Run) -> None:
+    _, printed, _ = run("plan", tiny("llama"), "--active", "0.5")
+    assert "neurons is an expert; a token uses" in printed
+    assert printed.splitlines()[-1].split()[:3] == ["next", "moesaic", "convert"]
+    _, printed, _ = run("plan", tiny("llama"), "--method", "random", "--layout", "S0A2E4")
+    assert "shared expert" not in printed
+
+
+def test_a_comparison_says_what_was_not_measured(tiny: Callable[[str], Path], tmp_path: Path, run: Run) -> None:
+    made = moesaic.convert(tiny("llama"), tmp_path / "out", **NEURONS)
+    _, _, err = run("compare", made.output, made.output)
+    assert f"{made.output} was not measured: moesaic eval {made.output} --baseline MODEL" in err
+
+
+def test_a_terminal_shows_life_while_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr("moesaic.cli.pulse._SILENCE", 0.01)
+    pulse = Pulse()
+    pulse.watch("verifying")
+    deadline = time.monotonic() + 10
+    while "verifying  (" not in screen.getvalue() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    pulse.hush()
+    shown = screen.getvalue()
+    assert shown.endswith("\r\x1b[2K"), "wiped before anything else is printed"
+    time.sleep(0.1)
+    assert screen.getvalue() == shown, "and silent after"
+
+
+def test_no_sign_of_life_in_a_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesaic.cli.pulse._SILENCE", 0.01)
+    Pulse().watch("verifying")
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""

@@ -37,7 +37,10 @@ def run(
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Measure prefill, decode and memory of OUT beside the dense model, in turn and in one run."""
+    """Measure speed and memory of OUT beside the dense model.
+
+    Prefill and decode, in turn and in one run.
+    """
     if (gguf is None) != (baseline_gguf is None):
         raise InputError("llama.cpp compares two files", "give both --gguf and --baseline-gguf")
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
@@ -45,11 +48,11 @@ def run(
     for file in (gguf, baseline_gguf):
         if file is not None and not file.is_file():
             raise InputError(f"{file} does not exist", "moesaic export STOCK FILE --to gguf writes one")
+    opt.check_models(folder, baseline)
+    quiet_libraries(quiet)
     import torch
 
     from moesaic.checkpoint.source import resolve_model
-
-    quiet_libraries()
     from moesaic.jobs.bench import BenchSettings, bench
 
     given = BenchSettings(prompt, steps, rounds, tuple(batch or (1, 8)), threads or torch.get_num_threads(), dtype)

@@ -9,9 +9,17 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from moesaic.cli.pulse import PULSE
+from moesaic.train.launch import is_worker
 
-def quiet_libraries() -> None:
-    """No bars, advice or warnings of libraries between our lines. Imports transformers: for verbs that need it."""
+
+def quiet_libraries(quiet: bool = False) -> None:
+    """No bars, advice or warnings of libraries between our lines. Imports transformers: for verbs that need it.
+
+    That takes seconds, so it is said on a terminal, unless ``quiet``.
+    """
+    if not quiet and not is_worker():
+        PULSE.watch("loading torch and transformers")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -22,11 +30,13 @@ def quiet_libraries() -> None:
 
 def say(text: str = "") -> None:
     """One line of prose on stderr."""
+    PULSE.hush()
     print(text, file=sys.stderr, flush=True)
 
 
 def emit(text: str) -> None:
     """One line of result on stdout."""
+    PULSE.hush()
     print(text, flush=True)
 
 
@@ -69,6 +79,14 @@ def duration(seconds: float) -> str:
     return f"{minutes}:{rest:02d}"
 
 
+def rough(seconds: float) -> str:
+    """A forecast for people: ``40 s``, ``3 min``, ``2.5 hours``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+WORKING = "working"
 _STEPS_BEFORE_ETA = 3
 """The first step warms up: kernels are compiled, weights read. So an ETA needs two more."""
 
@@ -79,7 +97,7 @@ class ConsoleProgress:
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
         self._terminal = sys.stderr.isatty()
-        self._label, self._total, self._done = "", 0, 0
+        self._label, self._total, self._done, self._shown = "", 0, 0, ""
         self._started = self._first = self._last = 0.0
 
     def start(self, label: str, total: int) -> None:
@@ -88,6 +106,7 @@ class ConsoleProgress:
         self._started = self._first = self._last = time.monotonic()
         if total and not self._quiet:
             self._show(f"{label}  0/{total}", end="")
+            PULSE.watch(f"{label}  0/{total}")
 
     def advance(self, detail: str = "") -> None:
         """One step is done."""
@@ -102,7 +121,9 @@ class ConsoleProgress:
         text = f"{self._label}  {self._done}/{self._total}  {duration(now - self._started)} spent"
         if (left := self._left(now)) is not None:
             text = f"{text}, {duration(left)} left"
-        self._show(f"{text}  {detail}".rstrip(), end="\n" if last_step else "")
+        text = f"{text}  {detail}".rstrip()
+        self._show(text, end="\n" if last_step else "")
+        PULSE.watch(WORKING if last_step else text)
 
     def _left(self, now: float) -> float | None:
         """Seconds to go, from the mean of the steps after the first; None while too few of those are known."""
@@ -111,6 +132,8 @@ class ConsoleProgress:
         return (now - self._first) / (self._done - 1) * (self._total - self._done)
 
     def _show(self, text: str, end: str) -> None:
+        PULSE.hush()
+        self._shown = text
         if self._terminal:
             print(f"\r\x1b[2K{text}", end=end, file=sys.stderr, flush=True)
         else:
@@ -120,5 +143,6 @@ class ConsoleProgress:
         """A remark on a line of its own."""
         if not self._quiet:
             if self._terminal and self._done < self._total:
-                say()
+                self._show(self._shown, end="\n")
             say(text)
+            PULSE.watch(WORKING)

@@ -94,10 +94,10 @@ def run(
     from moesaic.train.launch import is_worker
 
     if model.endswith(".gguf"):
-        quiet_libraries()  # transformers dequantises it
+        quiet_libraries(quiet)  # transformers dequantises it
     # A slip is answered before torch is imported.
     request = check_request(model, settings, out, blueprint=blueprint)
-    quiet_libraries()
+    quiet_libraries(quiet)
     from moesaic.jobs.convert import convert_request
 
     done = convert_request(request, out, restart=restart, progress=ConsoleProgress(quiet))

@@ -47,7 +47,9 @@ def run(
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Train small students of one FFN, dense and sparse, on its real inputs and on a Gaussian twin, and compare.
+    """Train small students of one FFN, dense and sparse.
+
+    They are trained on its real inputs and on a Gaussian twin, and compared.
 
     The sparse ones have many experts of one neuron and a shared network (arXiv 2512.18452). Interrupted, the same
     command resumes.
@@ -70,7 +72,7 @@ def run(
     settings = build(DistillConfig, values, "distill")
     workers = processes if processes is not None else os.cpu_count() or 1
     check_distill(model, layer, settings, out, workers, restart)  # a slip is answered before torch is imported
-    quiet_libraries()
+    quiet_libraries(quiet)
     from moesaic.jobs.distill import distill
 
     progress = ConsoleProgress(quiet)

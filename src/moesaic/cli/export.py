@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moesaic.cli import options as opt
-from moesaic.cli.console import ConsoleProgress, emit, emit_json, native_line, quiet_libraries
+from moesaic.cli.console import ConsoleProgress, emit, emit_json, native_line, quiet_libraries, say
 from moesaic.errors import InputError
 from moesaic.gguf import DTYPES
 
@@ -38,7 +39,10 @@ def run(
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write OUT as a stock architecture, or such a folder as a GGUF, and compare the logits of both."""
+    """Write OUT as a stock architecture, or as a GGUF.
+
+    A GGUF is made of a folder in a stock architecture. The logits of both are compared.
+    """
     settings = opt.pairs(options)
     if to == GGUF and (settings or restart):
         raise InputError("--set and --restart are for folders", "leave them out with --to gguf")
@@ -50,7 +54,8 @@ def run(
 
         architecture_of(Checkpoint(folder).config)  # no hint towards what is refused
         raise InputError(f"{out} has the ending of a GGUF, and --to {to} writes a folder", "add --to gguf")
-    quiet_libraries()
+    opt.check_models(folder)
+    quiet_libraries(quiet)
     progress = ConsoleProgress(quiet)
     if to == GGUF:
         _gguf(folder, out, dtype or "f16", tokenizer_gguf, progress, as_json)
@@ -64,6 +69,7 @@ def run(
     emit(f"{done.output}: {done.target}")
     if "native_parity" in done.results:
         emit(native_line(done.results["native_parity"]))
+    say(f"next: moesaic export {shlex.quote(str(done.output))} model.gguf --to gguf, or see docs/serving.md")
 
 
 def _gguf(
@@ -90,3 +96,4 @@ def _gguf(
     if done.perplexity is not None:
         before, after = done.perplexity
         emit(f"{after.name}: {before.value:.2f} in transformers, {after.value:.2f} as {done.dtype} in llama.cpp")
+    say(f"next: llama-cli -m {shlex.quote(str(done.output))}")

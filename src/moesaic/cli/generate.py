@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moesaic.cli import options as opt
-from moesaic.cli.console import emit, emit_json, quiet_libraries, say
+from moesaic.cli.console import WORKING, emit, emit_json, quiet_libraries, say
+from moesaic.cli.pulse import PULSE
 
 if TYPE_CHECKING:
     from moesaic.jobs.generate import Reply, Speaker
@@ -20,6 +21,7 @@ Tokens = Annotated[int, typer.Option("--tokens", help="Most tokens of an answer.
 Temperature = Annotated[
     float, typer.Option("--temperature", help="0: always the likeliest token. Else tokens are drawn.", min=0)
 ]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the drawing of tokens.")]
 Plain = Annotated[bool, typer.Option("--plain", help="Continue the text as it is, without the chat template.")]
 
 
@@ -35,7 +37,7 @@ def generate(
     baseline: Beside = None,
     tokens: Tokens = 128,
     temperature: Temperature = 0.0,
-    seed: opt.Seed = None,
+    seed: Seed = 0,
     plain: Plain = False,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -47,7 +49,8 @@ def generate(
             emit(f"{name}:")
         hear = None if as_json else _print
         said = [{"role": "user", "content": prompt}]
-        replies[name] = speaker.reply(said, tokens=tokens, temperature=temperature, seed=seed or 0, hear=hear)
+        PULSE.watch(WORKING)
+        replies[name] = speaker.reply(said, tokens=tokens, temperature=temperature, seed=seed, hear=hear)
         if not as_json:
             emit("")
             _speed(name, replies[name])
@@ -60,7 +63,7 @@ def chat(
     baseline: Beside = None,
     tokens: Tokens = 256,
     temperature: Temperature = 0.0,
-    seed: opt.Seed = None,
+    seed: Seed = 0,
     plain: Plain = False,
 ) -> None:
     """Talk to a model: a line is a question. /new forgets what was said, /quit or the end of input ends."""
@@ -75,20 +78,24 @@ def chat(
                 if len(speakers) > 1:
                     emit(f"{name}:")
                 said[name].append({"role": "user", "content": line})
-                reply = speaker.reply(said[name], tokens=tokens, temperature=temperature, seed=seed or 0, hear=_print)
+                PULSE.watch(WORKING)
+                reply = speaker.reply(said[name], tokens=tokens, temperature=temperature, seed=seed, hear=_print)
                 said[name].append({"role": "assistant", "content": reply.text})
                 emit("")
                 _speed(name, reply)
 
 
 def _load(model: str, baseline: str | None, *, plain: bool) -> dict[str, Speaker]:
+    opt.check_models(model, baseline)
     quiet_libraries()
     from moesaic.jobs.generate import Speaker
 
-    say("loading")
-    speakers = {"model": Speaker(model, plain=plain)}
-    if baseline is not None:
-        speakers["dense"] = Speaker(baseline, plain=plain)
+    speakers = {}
+    for name, folder in {"model": model, "dense": baseline}.items():
+        if folder is not None:
+            say(f"loading {folder}")
+            PULSE.watch(WORKING)
+            speakers[name] = Speaker(folder, plain=plain)
     if not plain and not speakers["model"].chats:
         say("the folder has no chat template: it continues the text")
     return speakers
@@ -103,6 +110,7 @@ def _ask() -> str | None:
 
 
 def _print(text: str) -> None:
+    PULSE.hush()
     print(text, end="", flush=True)
 
 

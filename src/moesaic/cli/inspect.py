@@ -26,7 +26,7 @@ def run(
     diff: Annotated[Path | None, typer.Option("--diff", help="Another output: show how the blueprints differ.")] = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Show method, layout and experts of every converted FFN, and what has been measured."""
+    """Show what every FFN of OUT has become, and what was measured."""
     from moesaic.checkpoint.converted import current_results, provenance, read_blueprint
     from moesaic.checkpoint.reader import Checkpoint
 

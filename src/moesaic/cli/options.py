@@ -249,3 +249,18 @@ def _layers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise InputError(f"cannot read --dense-layers {text!r}", "write e.g. --dense-layers 0,1,-1, or auto") from error
+
+
+def check_models(*models: str | Path | None) -> None:
+    """Refuse a folder that holds no model, before torch is imported. GGUFs and hub ids are left to who reads them."""
+    from moesaic.checkpoint.reader import Checkpoint
+    from moesaic.checkpoint.source import resolve_model
+
+    for model in models:
+        path = None if model is None else Path(model).expanduser()
+        if (
+            path is not None
+            and not path.is_file()
+            and (path.is_dir() or "/" not in str(model)[1:] or path.is_absolute())
+        ):
+            Checkpoint(resolve_model(str(model)))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+from typing import TYPE_CHECKING
+
 import typer
 
 from moesaic.cli import options as opt
-from moesaic.cli.console import duration, emit, emit_json
+from moesaic.cli.console import emit, emit_json, rough
+
+if TYPE_CHECKING:
+    from moesaic.jobs.plan import PlanReport
 
 
 def attach(app: typer.Typer) -> None:
@@ -35,7 +41,7 @@ def run(
     memory: opt.Memory = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Show shapes, parameters, memory and time of a conversion, before it runs."""
+    """Show what a conversion would make and take, before it runs."""
     settings = opt.make_settings(
         config=config,
         preset=preset,
@@ -69,13 +75,21 @@ def run(
     if settings.chosen:
         emit(f"chosen      {settings.chosen}")
     if report.experts:
-        width = f"{report.expert_width} in the mean over tokens" if report.varied_widths else str(report.expert_width)
-        routed = f"{report.experts} routed experts of {width}, top-{report.top_k}"
-        emit(f"each FFN    shared expert of {report.shared_width} + {routed}")
+        emit(f"each FFN    {_experts(report)}")
     layers = f"{report.converted_layers} of {report.layers} layers"
     emit(f"active      {report.active_ffn_fraction:.1%} of the FFN in {layers}")
     active, routers = report.active_ffn_parameters / 1e6, report.router_parameters / 1e6
     emit(f"parameters  FFN {report.ffn_parameters / 1e6:.1f} M, active {active:.1f} M, routers {routers:.2f} M")
-    emit(f"forecast    about {duration(report.seconds)} min, peak memory about {report.peak_bytes / 1e9:.1f} GB")
+    emit(f"forecast    about {rough(report.seconds)}, peak memory about {report.peak_bytes / 1e9:.1f} GB")
     for remark in report.remarks:
         emit(f"note        {remark}")
+    emit(f"next        moesaic convert {shlex.quote(model)} OUT, with the same options")
+
+
+def _experts(report: PlanReport) -> str:
+    """What an FFN becomes, in words."""
+    if report.experts == report.d_ff and not report.shared_width:
+        return f"each of its {report.experts} neurons is an expert; a token uses {report.top_k}"
+    width = f"{report.expert_width} in the mean over tokens" if report.varied_widths else str(report.expert_width)
+    routed = f"{report.experts} routed experts of {width} neurons; a token uses {report.top_k}"
+    return f"a shared expert of {report.shared_width} neurons, and {routed}" if report.shared_width else routed

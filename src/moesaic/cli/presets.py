@@ -18,7 +18,10 @@ def attach(app: typer.Typer) -> None:
 def run(
     name: Annotated[str | None, typer.Argument(help="A preset, for its settings.")] = None, as_json: opt.AsJson = False
 ) -> None:
-    """List the presets, or the settings of one of them: `moesaic convert MODEL OUT --preset NAME` takes it."""
+    """List the presets, or show the settings of one of them.
+
+    `moesaic convert MODEL OUT --preset NAME` takes it.
+    """
     from moesaic.jobs.recipes import recipe, recipe_names, summary
 
     if name is None:

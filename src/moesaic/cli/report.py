@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from moesaic.cli import options as opt
-from moesaic.cli.console import ConsoleProgress, emit, quiet_libraries
+from moesaic.cli.console import ConsoleProgress, emit, quiet_libraries, say
+
+_OPEN = "open it in a browser; it needs no network"
 
 
 def attach(app: typer.Typer) -> None:
@@ -32,17 +34,23 @@ def run(
     ] = None,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write what is known of a converted model as one HTML page that needs no network. Prints where it is."""
-    quiet_libraries()
+    """Write one HTML page of what is known of a converted model.
+
+    It needs no network. Of several models, the page compares them.
+    """
+    opt.check_models(*folders, baseline)
+    quiet_libraries(quiet)
     from moesaic.jobs.compare import compare_outputs
     from moesaic.jobs.report import report
 
     progress = ConsoleProgress(quiet)
     if len(folders) == 1:
         emit(str(report(folders[0], baseline=baseline, sample=sample, again=again, to=to, progress=progress)))
+        say(_OPEN)
         return
     for folder in folders:
         report(folder, baseline=baseline, sample=sample, again=again, progress=progress)
     page = Path("moesaic-report.html") if to is None else to
     compare_outputs(folders, page)
     emit(str(page))
+    say(_OPEN)

@@ -23,7 +23,7 @@ def run(
     ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """List the target architectures and their engines; with a folder, whether each holds it, and if not, why."""
+    """List the target architectures, and which of them hold a model."""
     from moesaic.targets import TARGETS
 
     if folder is None:

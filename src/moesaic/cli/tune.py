@@ -51,7 +51,9 @@ def run(
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Train OUT a little, towards the dense model or on text, and write OUT2 in the same architecture.
+    """Train OUT a little, to win back part of what was lost.
+
+    It is trained towards the dense model or on text, and OUT2 has the same architecture.
 
     Interrupted, the same command resumes. `accelerate launch -m moesaic tune ...` trains in several processes.
     """
@@ -70,7 +72,7 @@ def run(
     from moesaic.train.launch import is_worker
 
     check_tune(folder, settings, out, baseline, teacher_cache)  # a slip is answered before torch is imported
-    quiet_libraries()
+    quiet_libraries(quiet)
     from moesaic.jobs.tune import tune
 
     progress = ConsoleProgress(quiet)

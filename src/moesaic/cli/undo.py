@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moesaic.cli import options as opt
-from moesaic.cli.console import emit
+from moesaic.cli.console import emit, quiet_libraries
 
 
 def attach(app: typer.Typer) -> None:
@@ -17,7 +17,12 @@ def attach(app: typer.Typer) -> None:
 
 
 def run(folder: opt.Folder, dense: Annotated[Path, typer.Argument(metavar="DENSE", help="Folder to create.")]) -> None:
-    """Rebuild the dense checkpoint, tensor for tensor, from a conversion that lost nothing."""
+    """Give the dense checkpoint back, tensor for tensor.
+
+    OUT must be a conversion that lost nothing.
+    """
+    opt.check_models(folder)
+    quiet_libraries()
     from moesaic.jobs.undo import undo
 
     undo(folder, dense)

@@ -45,7 +45,11 @@ def run(
     device: opt.DeviceName = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Check hashes, shapes, finiteness and, with --baseline, parity. Exit code 3 when anything is wrong."""
+    """Check that OUT is whole and, with --baseline, what it computes.
+
+    Hashes, shapes, values and parity. Exit code 3 when anything is wrong.
+    """
+    opt.check_models(folder, baseline)
     quiet_libraries()
     from moesaic.errors import InputError
     from moesaic.evaluate.vllm import find_python

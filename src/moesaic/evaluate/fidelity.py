@@ -71,8 +71,9 @@ class _Tally:
         energy_TE = expert_energy(self.ffn, x_TD)
         chosen_TE = _chosen(self.ffn, x_TD)
         count_T1 = chosen_TE.sum(dim=1, keepdim=True)
-        rank_TE = energy_TE.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        oracle_TE = (rank_TE < count_T1).float()
+        order_TE = energy_TE.argsort(dim=1, descending=True, stable=True)
+        first_TE = (torch.arange(order_TE.shape[1], device=order_TE.device) < count_T1).float()
+        oracle_TE = torch.empty_like(first_TE).scatter_(1, order_TE, first_TE)
         # Per-token shares: a few tokens own most of a layer's energy and would otherwise be all that is measured.
         share_TE = energy_TE / energy_TE.sum(dim=1, keepdim=True).clamp(min=1e-30)
         self.tokens += len(x_TD)

@@ -51,6 +51,9 @@ _SLACK = 1.2
 INT8 = "int8"
 """Label of a model of int8 weights with all its neurons on."""
 _FIDELITY_WINDOWS = 2
+_SLOWER = {False: (1.2, 3.0), True: (3.1, 8.0)}
+"""Time of a window, and of the measuring of routers on it, over that of the dense model: with experts of many neurons,
+and of one each. Measured of SmolLM2-135M in bf16 on one core."""
 _QUICK = (1024, 16)
 """Tokens per window, and windows: two to three minutes for a model of 0.5 B parameters on two cores."""
 _FULL = 2048
@@ -124,6 +127,7 @@ def evaluate_model(
         run.key = {**run.key, "device": place.type}
     run.models = 1 + (dense_folder is not None) + has_int8(checkpoint.config) + (len(CONTROLS) if controls else 0)
     run.fresh, run.progress = fresh, progress or Silent()
+    run.later = _later(run, blueprint, fidelity=fidelity) if dense_folder is not None else None
     run.tokenizer = load_tokenizer(folder) if proxy else None
     results: dict[str, Any] = {"protocol": run.name, "dtype": str(precision).removeprefix("torch.")}
     results |= {} if place.type == CPU else {"device": describe(place)}
@@ -177,6 +181,15 @@ def _begin(
     return EvaluationRun(name, ids_NW, key, 1, Silent())
 
 
+def _later(run: EvaluationRun, blueprint: Blueprint | None, *, fidelity: bool) -> float:
+    """What comes after the dense model, about, in windows of its speed: :data:`_SLOWER` for a converted model."""
+    count = len(run.ids_NW)
+    if blueprint is None:
+        return (run.models - 1) * count
+    window, routers = _SLOWER[any(plan.router.kind == "low_bit" for plan in blueprint.sites.values())]
+    return window * (run.models - 1) * count + routers * _FIDELITY_WINDOWS * fidelity
+
+
 def _of_folder(
     checkpoint: Checkpoint, dtype: torch.dtype, place: torch.device, *, all_on: bool = False
 ) -> tuple[dict[str, Any], Callable[[], tuple[Any, dict[str, Any]]]]:
@@ -197,6 +210,7 @@ def _beside(
     """Measures the loaded model's routers; with a blueprint, also reads the sample of its page where it has none."""
 
     def measure_routers(model: Any) -> None:
+        run.progress.note(f"routers, beside the best choice: {_FIDELITY_WINDOWS} windows")
         if sites := router_fidelity(model, run.ids_NW[:_FIDELITY_WINDOWS]):
             results["fidelity"] = {"summary": summarise(sites), "sites": [site.to_dict() for site in sites]}
         if blueprint is not None and SAMPLE_KEY not in current_results(checkpoint):

@@ -57,6 +57,7 @@ class EvaluationRun:
         ids_NW: The windows.
         key: What every model's figures depend on beside the model (:mod:`moesaic.evaluate.window_store`).
         models: Number of models to come, this one included; counts down.
+        later: What comes after the dense model, in windows of its speed; None: like this model.
         tokenizer: Set when proxy perplexity is wanted.
     """
 
@@ -66,6 +67,7 @@ class EvaluationRun:
     models: int
     progress: Progress
     fresh: bool = False
+    later: float | None = None
     tokenizer: Any = None
     measured: dict[str, Perplexity] = field(default_factory=dict)
     proxies: dict[str, ProxyPerplexity] = field(default_factory=dict)
@@ -102,6 +104,7 @@ class EvaluationRun:
             if also is not None:
                 also(model)
             del model
+            self.later = None
             gc.collect()
         else:
             self._add_up(label, store)
@@ -119,14 +122,19 @@ class EvaluationRun:
         started = time.monotonic()
         self._window(model, store, missing[0])
         seconds = time.monotonic() - started
-        left = seconds * (len(missing) - 1 + (self.models - 1) * count)
-        if left > 1:
-            others = "" if self.models == 1 else f", {self.models} models"
-            self.progress.note(f"{seconds:.1f} s a window; about {left / 60:.1f} minutes left in all{others}")
+        self.progress.note(self._left(seconds, len(missing) - 1))
         self.progress.start(label, len(missing) - 1)
         for number in missing[1:]:
             self._window(model, store, number)
             self.progress.advance()
+
+    def _left(self, seconds: float, here: int) -> str:
+        """How long it will take: this model's windows, and what comes after it."""
+        text = f"{seconds:.1f} s a window; about {seconds * here:.0f} s left for it"
+        if self.models > 1:
+            others = (self.models - 1) * len(self.ids_NW) if self.later is None else self.later
+            text += f", {seconds * (here + others) / 60:.1f} minutes for all {self.models} models"
+        return text
 
     def _window(self, model: Any, store: WindowStore, number: int) -> None:
         with counting(model) as used:
