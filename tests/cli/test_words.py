@@ -90,7 +90,7 @@ def test_an_eta_waits_for_steps_after_the_first(
 def test_the_list_of_commands_is_not_cut_off(run: Run) -> None:
     code, printed, _ = run("--help")
     assert code == 0
-    assert "..." not in printed
+    assert "..." not in printed.partition("Commands:")[2]
 
 
 def test_a_plan_says_what_neuron_experts_are_and_what_to_do_next(tiny: Callable[[str], Path], run: Run) -> None:
