@@ -90,7 +90,7 @@ def _load(model: str, baseline: str | None, *, plain: bool) -> dict[str, Speaker
     quiet_libraries()
     from moesaic.jobs.generate import Speaker
 
-    speakers = {}
+    speakers: dict[str, Speaker] = {}
     for name, folder in {"model": model, "dense": baseline}.items():
         if folder is not None:
             say(f"loading {folder}")
