@@ -252,15 +252,10 @@ def _layers(text: str) -> list[int]:
 
 
 def check_models(*models: str | Path | None) -> None:
-    """Refuse a folder that holds no model, before torch is imported. GGUFs and hub ids are left to who reads them."""
+    """Refuse a folder that holds no model, before torch is imported. Of names that are no paths, only folders count:
+    GGUFs and hub ids are left to who reads them."""
     from moesaic.checkpoint.reader import Checkpoint
-    from moesaic.checkpoint.source import resolve_model
 
     for model in models:
-        path = None if model is None else Path(model).expanduser()
-        if (
-            path is not None
-            and not path.is_file()
-            and (path.is_dir() or "/" not in str(model)[1:] or path.is_absolute())
-        ):
-            Checkpoint(resolve_model(str(model)))
+        if isinstance(model, Path) or (model is not None and Path(model).is_dir()):
+            Checkpoint(Path(model).expanduser())

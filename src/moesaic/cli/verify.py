@@ -49,7 +49,6 @@ def run(
 
     Hashes, shapes, values and parity. Exit code 3 when anything is wrong.
     """
-    opt.check_models(folder, baseline)
     quiet_libraries()
     from moesaic.errors import InputError
     from moesaic.evaluate.vllm import find_python
