@@ -101,7 +101,7 @@ def run(
         progress=ConsoleProgress(quiet),
     )
     emit_json(results) if as_json else emit(render(results))
-    if "moesaic" in checkpoint.config and not as_json:
+    if "moesaic" in checkpoint.config and not (as_json or quiet):
         beside = [] if baseline is None else ["--baseline", baseline]
         say(f"next: {shlex.join(['moesaic', 'report', model, *beside])}")
 

@@ -46,11 +46,13 @@ def run(
     progress = ConsoleProgress(quiet)
     if len(folders) == 1:
         emit(str(report(folders[0], baseline=baseline, sample=sample, again=again, to=to, progress=progress)))
-        say(_OPEN)
+        if not quiet:
+            say(_OPEN)
         return
     for folder in folders:
         report(folder, baseline=baseline, sample=sample, again=again, progress=progress)
     page = Path("moesaic-report.html") if to is None else to
     compare_outputs(folders, page)
     emit(str(page))
-    say(_OPEN)
+    if not quiet:
+        say(_OPEN)
