@@ -138,14 +138,16 @@ def read(log: Path) -> list[dict[str, Any]]:
 
 def page(rows: list[dict[str, Any]]) -> str:
     """docs/results/scale.md."""
-    head = "model, layers x width x neurons|case|tokens|memory asked for|peak, GB|forecast, GB|off|minutes|forecast|off"
-    lines = [f"| {' | '.join(head.split('|'))} |", "|---|---|---|---|---|---|---|---|---|---|"]
+    head = "model, layers x width x neurons|case|tokens|memory asked for|peak, GB|forecast, GB|off"
+    columns = f"{head}|minutes|of processors|forecast|off".split("|")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         shape = f"{row['model']}, {row['layers']} x {row['d_model']} x {row['d_ff']}"
         found, told = row["peak_bytes"], row["forecast_bytes"]
         took, thought = row["seconds"] / 60, row["forecast_seconds"] / 60
         cells = [shape, row["case"], row["tokens"], row["memory"] or "-", f"{found / 1e9:.2f}", f"{told / 1e9:.2f}"]
-        cells += [_off(told, found), f"{took:.1f}", f"{thought:.1f}", _off(thought, took)]
+        cells += [_off(told, found), f"{took:.1f}", f"{row['cpu_seconds'] / 60:.1f}"]
+        cells += [f"{thought:.1f}", _off(thought, took)]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     where = sorted({f"{row['machine']}, {row['threads']} threads" for row in rows})
     return "\n".join(
@@ -154,7 +156,8 @@ def page(rows: list[dict[str, Any]]) -> str:
             "",
             f"{'; '.join(where)}. Written by `python -m benchmarks.scale page`. Each case ran once, in a process of",
             "its own. Memory is anonymous memory at its peak, without pages of files. `off` is forecast over measured,",
-            "less 1.",
+            "less 1. Minutes of processors are those of all cores; where they are far below the minutes times the",
+            "threads, disks or other work were waited for.",
             "",
             *lines,
             "",
