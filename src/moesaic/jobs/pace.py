@@ -13,7 +13,6 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from moesaic.durable import replace_text
 from moesaic.options.device import cpu_features, native_bfloat16_by_name
 from moesaic.paths import cache_folder
 
@@ -54,6 +53,8 @@ def forecast(outline: Outline) -> Forecast:
 def keep(outline: Outline, seconds: float) -> None:
     """Write down how long a conversion took that ran from its beginning to its end. A cache that cannot be written is
     no fault."""
+    from moesaic.durable import replace_text  # brings torch, which a plan does without
+
     counted = _counted(outline, count_operations(outline))
     if seconds < FEWEST_SECONDS or not math.isfinite(seconds / counted):
         return
