@@ -53,7 +53,7 @@ def test_plan_imports_nothing_heavy(tiny: Callable[[str], Path]) -> None:
     done = run("plan", str(tiny("llama")), "--layout", "S3A3E8")
     assert done.returncode == 0, done.stderr
     assert "HEAVY []" in done.stdout
-    assert "5 routed experts of 5, top-3" in done.stdout
+    assert "5 routed experts of 5 neurons; a token uses 3" in done.stdout
 
 
 @pytest.mark.parametrize(
