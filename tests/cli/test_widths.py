@@ -28,7 +28,7 @@ def test_plan_inspect_and_card(
     options = {"split": "union", "experts": 4, "active": 0.5}
     values = [f"--set={name}={value}" for name, value in options.items()]
     planned = said(["plan", str(dense), "--method", "token_clusters", *values], monkeypatch, capsys)
-    assert "4 routed experts of 18 in the mean over tokens, top-1" in planned
+    assert "4 routed experts of 18 neurons in the mean over tokens; a token uses 1" in planned
     calibration = {"tokens": 512, "window": 64}
     made = moesaic.convert(dense, out, method="token_clusters", options=options, calibration=calibration)
     rows = json.loads(said(["inspect", str(out), "--json"], monkeypatch, capsys))["sites"]
@@ -46,7 +46,7 @@ def test_plan_says_what_an_alignment_costs(
     planned = said(
         ["plan", dense, "--method", "token_clusters", "--align", "8", "--set=experts=4"], monkeypatch, capsys
     )
-    assert "routed experts of 16, top-1" in planned
+    assert "routed experts of 16 neurons; a token uses 1" in planned
     padded = said(["plan", dense, "--router", "oracle", "--align", "256"], monkeypatch, capsys)
     assert "pads each expert by" in padded
     assert "width 32 is no multiple of 256" in padded

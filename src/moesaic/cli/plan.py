@@ -90,6 +90,6 @@ def _experts(report: PlanReport) -> str:
     """What an FFN becomes, in words."""
     if report.experts == report.d_ff and not report.shared_width:
         return f"each of its {report.experts} neurons is an expert; a token uses {report.top_k}"
-    width = f"{report.expert_width} in the mean over tokens" if report.varied_widths else str(report.expert_width)
-    routed = f"{report.experts} routed experts of {width} neurons; a token uses {report.top_k}"
+    width = f"{report.expert_width} neurons" + (" in the mean over tokens" if report.varied_widths else "")
+    routed = f"{report.experts} routed experts of {width}; a token uses {report.top_k}"
     return f"a shared expert of {report.shared_width} neurons, and {routed}" if report.shared_width else routed
