@@ -56,8 +56,36 @@ def _stopped(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def test_other_work_that_slowed_one_conversion_down_does_not_count(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    dense = tiny("llama")
+    moesaic.convert(dense, tmp_path / "out", method="random", options=OPTIONS)
+    file = cache_folder() / "pace.json"
+    known = json.loads(file.read_text())
+    (kind,) = known[pace._machine()]
+    assert kind == "random on auto"
+    usual = plan(dense).seconds
+    known[pace._machine()][kind] *= 2
+    known[pace._machine()][kind].append(1e6)
+    file.write_text(json.dumps(known))
+    assert plan(dense).seconds == usual
+
+
+def test_a_cache_that_cannot_be_written_costs_no_conversion(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    (cache_folder() / "pace.json").mkdir(parents=True)
+    moesaic.convert(tiny("llama"), tmp_path / "out", method="random", options=OPTIONS)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
-    "text", ["", "[1]", "{", '{"a": 1}', '{"MACHINE": {"random": "fast"}}', '{"MACHINE": {"random": -1}}']
+    "text",
+    [
+        "",
+        "[1]",
+        "{",
+        '{"a": 1}',
+        '{"MACHINE": {"random on auto": 0.5}}',
+        '{"MACHINE": {"random on auto": ["fast", -1.0]}}',
+    ],
 )
 def test_a_damaged_file_is_as_none(text: str, tiny: Callable[[str], Path]) -> None:
     dense = tiny("llama")
@@ -71,5 +99,5 @@ def test_other_machines_keep_their_own(tiny: Callable[[str], Path]) -> None:
     dense = tiny("llama")
     before = plan(dense)
     cache_folder().mkdir(parents=True, exist_ok=True)
-    (cache_folder() / "pace.json").write_text(json.dumps({"another CPU, 64 cores": {"random": 0.1}}))
+    (cache_folder() / "pace.json").write_text(json.dumps({"another CPU, 64 cores": {"random on auto": [0.1]}}))
     assert plan(dense) == before

@@ -1,7 +1,8 @@
 """How long a conversion takes: counted operations and bytes at a nominal speed, then corrected by the machine itself.
 
-A conversion of some size writes into the cache folder how long it took, over what this file had counted. The next
-forecast of the same method is multiplied by that. No torch here.
+A conversion of some size writes into the cache folder how long it took, over what this file had counted. Forecasts of
+the same method on the same kind of device are multiplied by the median of the last ones: other work may have slowed one
+down. No torch here.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import math
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from moesaic.errors import ResourceError
 from moesaic.options.device import cpu_features, native_bfloat16_by_name
 from moesaic.paths import cache_folder
 
@@ -32,6 +35,8 @@ COPIES = 3
 BYTES_PER_SECOND = 1e9
 FEWEST_SECONDS = 20.0
 """Shorter conversions say nothing about longer ones."""
+REMEMBERED = 5
+"""Conversions of a method that count."""
 _FILE = "pace.json"
 
 
@@ -46,7 +51,7 @@ class Forecast(NamedTuple):
 def forecast(outline: Outline) -> Forecast:
     """Of a conversion."""
     operations = count_operations(outline)
-    seconds, times = _counted(outline, operations), _correction(outline.settings.method)
+    seconds, times = _counted(outline, operations), _correction(outline)
     return Forecast(operations, round(seconds * (1 if times is None else times), 1), times is not None)
 
 
@@ -58,12 +63,12 @@ def keep(outline: Outline, seconds: float) -> None:
     counted = _counted(outline, count_operations(outline))
     if seconds < FEWEST_SECONDS or not math.isfinite(seconds / counted):
         return
-    known = _read()
-    known.setdefault(_machine(), {})[outline.settings.method] = round(seconds / counted, 4)
+    known, machine, what = _read(), _machine(), _kind(outline)
+    known[machine] = known.get(machine, {}) | {what: [*_ratios(outline), round(seconds / counted, 4)][-REMEMBERED:]}
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         replace_text(_path(), f"{json.dumps(known, indent=1)}\n")
-    except OSError:
+    except (OSError, ResourceError):
         return
 
 
@@ -78,12 +83,23 @@ def _counted(outline: Outline, operations: float) -> float:
     return START + FFN_SECONDS * len(outline.split.shapes) + operations / speed + copied
 
 
-def _correction(method: str) -> float | None:
-    times = _read().get(_machine(), {}).get(method)
-    return times if isinstance(times, (int, float)) and 0 < times < math.inf else None
+def _correction(outline: Outline) -> float | None:
+    ratios = _ratios(outline)
+    return median(ratios) if ratios else None
 
 
-def _read() -> dict[str, dict[str, float]]:
+def _ratios(outline: Outline) -> list[float]:
+    kept = _read().get(_machine(), {}).get(_kind(outline))
+    return (
+        [times for times in kept if isinstance(times, float) and 0 < times < math.inf] if isinstance(kept, list) else []
+    )
+
+
+def _kind(outline: Outline) -> str:
+    return f"{outline.settings.method} on {outline.settings.device.partition(':')[0]}"
+
+
+def _read() -> dict[str, dict[str, Any]]:
     try:
         known = json.loads(_path().read_text(encoding="utf-8"))
     except (OSError, ValueError):
