@@ -32,6 +32,12 @@ PARTS = {EXPERTS: ROWS + BLOCKS + TILES + FUSED, SINGLE: ROWS + NEURONS + NESTED
 """What is compiled together: a model needs one of them, and compiling takes seconds."""
 SOURCE = "".join(PARTS.values())
 
+
+def part_of(layout: str) -> str:
+    """The part that computes experts stored so; see `moesaic_paths.py`."""
+    return SINGLE if layout in ("neurons", "nested") else EXPERTS
+
+
 WEIGHTS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ACTIVATIONS = {
     "silu": 0,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .moesaic_kernel import EXPERTS, SINGLE, SOURCE, WEIGHTS, kernel
+from .moesaic_kernel import SOURCE, WEIGHTS, kernel, part_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,8 +52,7 @@ def can_be_called(x_TD: Tensor, ffn: MoEFeedForward, lies: bool) -> bool:
         return False
     layers = [layer for layer in (ffn.gate_proj, ffn.up_proj, ffn.down_proj) if layer is not None]
     plain = all(type(layer) is nn.Linear and layer.weight.dtype == x_TD.dtype for layer in layers)
-    part = SINGLE if ffn.layout == "neurons" else EXPERTS
-    return plain and lies and _is_there(str(x_TD.dtype), part)
+    return plain and lies and _is_there(str(x_TD.dtype), part_of(ffn.layout))
 
 
 @torch.compiler.assume_constant_result

@@ -28,8 +28,6 @@ class NeuronRows(Rows):
     Scores are those of the router within the rounding of sums, so that nearly equal ones may be chosen otherwise.
     """
 
-    part = SINGLE
-
     def __init__(self) -> None:
         super().__init__("neurons")
 

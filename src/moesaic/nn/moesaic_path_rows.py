@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .moesaic_kernel import ACTIVATIONS, EXPERTS, WEIGHTS, Call, kernel
+from .moesaic_kernel import ACTIVATIONS, WEIGHTS, Call, kernel, part_of
 from .moesaic_operators import can_be_called, operator
 from .moesaic_side_by_side import can_lie, lay, lies
 
@@ -38,7 +38,6 @@ class Rows:
     """
 
     name = "rows"
-    part = EXPERTS  # of the kernel
 
     def __init__(self, layout: str) -> None:
         self.layout = layout
@@ -47,7 +46,7 @@ class Rows:
         if torch.compiler.is_compiling():
             return knows(x_TD, ffn) and can_be_called(x_TD, ffn, lies(ffn))
         known = can_compile(x_TD, ffn) and can_lie(ffn, x_TD.dtype, x_TD.device)
-        return known and kernel(x_TD.dtype, self.part) is not None
+        return known and kernel(x_TD.dtype, part_of(self.layout)) is not None
 
     def run(self, ffn: Any, x_TD: Tensor) -> Tensor:
         idx_TK, weight_TK = ffn.choice(x_TD) if ffn.routed else (None, None)

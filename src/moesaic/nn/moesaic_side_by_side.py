@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .moesaic_kernel import EXPERTS, SINGLE, kernel
+from .moesaic_kernel import kernel, part_of
 
 if TYPE_CHECKING:
     from .moesaic_ffn import MoEFeedForward
@@ -104,8 +104,7 @@ def lay(ffn: MoEFeedForward) -> None:
         own = layers(ffn)
         up = ffn.up_proj.weight
         side_PND = torch.empty(ffn.neurons, len(own), up.shape[1], dtype=up.dtype, device=up.device)
-        part = SINGLE if ffn.layout == "neurons" else EXPERTS
-        if up.is_cpu and (library := kernel(up.dtype, part)) is not None:
+        if up.is_cpu and (library := kernel(up.dtype, part_of(ffn.layout))) is not None:
             library.moesaic_large_pages(side_PND.data_ptr(), side_PND.nbytes)
         for place, layer in enumerate(own):
             rows_PD = side_PND[:, place]
