@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from moesaic.nn import moesaic_operators, moesaic_path_rows
 from moesaic.nn.moesaic_ffn import MoEFeedForward
+from moesaic.nn.moesaic_nested import NestedFeedForward
 from moesaic.nn.moesaic_operators import NAMESPACE
+from moesaic.nn.moesaic_path_nested_rows import NESTED
+from moesaic.nn.moesaic_path_nested_rows import _tensors as nested_tensors
 from moesaic.nn.moesaic_path_neuron_rows import NEURONS
 from moesaic.nn.moesaic_path_rows import ROWS
 from tests.ffns import relative_error
@@ -32,7 +35,19 @@ FFNS: dict[str, Callable[[], MoEFeedForward]] = {
     "neurons": lambda: test_neuron_kernel.ffn_of(D),
     "neurons, 3 bits, no gate": lambda: test_neuron_kernel.ffn_of(D, bits=3, gated=False, biases=True),
     "neurons, threshold": lambda: test_neuron_kernel.ffn_of(D, threshold=0.1),
+    "rows, neurons": lambda: unrouted(test_neuron_kernel.ffn_of(D)),
+    "nested": lambda: test_neuron_kernel.ffn_of(D, int8=True),
+    "nested, no gate, biases": lambda: test_neuron_kernel.ffn_of(D, int8=True, gated=False, biases=True),
+    "nested, threshold": lambda: test_neuron_kernel.ffn_of(D, int8=True, threshold=0.1),
+    "nested, unrouted": lambda: unrouted(test_neuron_kernel.ffn_of(D, int8=True)),
 }
+OPERATORS = {"packed": ROWS, "union": ROWS, "rows": ROWS, "neurons": NEURONS, "nested": NESTED}
+
+
+def unrouted(ffn: MoEFeedForward) -> MoEFeedForward:
+    ffn.all_experts_on = True
+    ffn.asked = ("rows",)
+    return ffn
 
 
 def compiled(ffn: nn.Module, x_TD: Tensor) -> tuple[Tensor, list[Any]]:
@@ -51,11 +66,11 @@ def compiled(ffn: nn.Module, x_TD: Tensor) -> tuple[Tensor, list[Any]]:
 @pytest.mark.parametrize("name", FFNS)
 def test_a_compiled_ffn_calls_the_kernel_and_gives_the_same_bits(name: str, tokens: int) -> None:
     ffn = FFNS[name]()
-    x_TD = torch.randn(tokens, D).to(ffn.up_proj.weight.dtype)
+    x_TD = torch.randn(tokens, D).to(torch.float32 if name == "union, no gate" else torch.bfloat16)
     with torch.inference_mode():
         expected = ffn(x_TD)  # lays the weights
         found, own = compiled(ffn, x_TD)
-    assert own == [NEURONS if name.startswith("neurons") else ROWS]
+    assert own == [OPERATORS[name.split(",")[0]]]
     assert torch.equal(found, expected)
 
 
@@ -134,3 +149,22 @@ def test_the_same_files_may_be_loaded_twice() -> None:
     finally:
         del sys.modules[name]
     assert again.ROWS is ROWS
+
+
+def test_int8_matrices_that_do_not_fit_are_an_error() -> None:
+    ffn = test_neuron_kernel.ffn_of(D, int8=True)
+    assert isinstance(ffn, NestedFeedForward)
+    x_TD = torch.randn(2, D).bfloat16()
+    given = [*nested_tensors(ffn), ffn.neurons, D, ffn.top_k, ffn.activation]
+    torch.library.opcheck(NESTED, (x_TD, *given))
+    for place, value, message in (
+        (2, torch.zeros(1, 32, dtype=torch.uint8), "up_codes"),
+        (6, torch.zeros(ffn.neurons, 31, dtype=torch.uint8), "codes"),
+        (9, torch.zeros(ffn.neurons), "a bias"),
+        (11, 32, "inputs of width 64"),
+        (12, ffn.neurons + 1, "number of neurons"),
+    ):
+        wrong = list(given)
+        wrong[place] = value
+        with pytest.raises(ValueError, match=message):
+            NESTED(x_TD, *wrong)

@@ -76,7 +76,12 @@ class MoEFeedForward(KeptInFloat32):
     @property
     def routed(self) -> bool:
         """Whether a router decides what counts; else all experts do, with weight 1."""
-        return not (self.static or self.all_experts_on)
+        return not (self.static or self.all_experts_on or self._takes_all())
+
+    def _takes_all(self) -> bool:
+        """Whether a token always chooses all experts with weight 1. A method: `torch.compile` of torch 2.13 takes a
+        property of a property's `super()` to be true."""
+        return False
 
     def share(self) -> float:
         """Of the routed neurons, those that an expert has in the mean."""

@@ -51,10 +51,8 @@ class NeuronFeedForward(MoEFeedForward):
         """Whether tokens have as many neurons as reach a score, and not all the same number."""
         return self.low_bit.threshold is not None
 
-    @property
-    def routed(self) -> bool:
-        """Whether some neurons may be left out."""
-        return super().routed and (self.top_k < self.experts or self.by_threshold)
+    def _takes_all(self) -> bool:
+        return self.top_k >= self.experts and not self.by_threshold
 
     def scores(self, x_TD: Tensor) -> Tensor:
         """What neurons are chosen by, e_TF in fp32."""

@@ -27,15 +27,15 @@ NAMESPACE = f"moesaic_{hashlib.sha256(SOURCE.encode()).hexdigest()[:8]}"
 
 _LIBRARIES: list[torch.library.Library] = []
 """Operators live as long as what has defined them."""
-_MATRICES = "Tensor x_TD, Tensor? gate_PD, Tensor up_PD, Tensor down_DP, Tensor? gate_bias_P, Tensor? up_bias_P"
+MATRICES = "Tensor? gate_PD, Tensor up_PD, Tensor down_DP, Tensor? gate_bias_P, Tensor? up_bias_P"
 
 
 def operator(name: str, arguments: str, function: Callable[..., Tensor]) -> Any:
-    """``function`` as an operator whose first arguments are those of :data:`_MATRICES`; y_TD is what it returns."""
+    """``function`` as an operator of x_TD and of ``arguments``, in torch's schema language; y_TD is what it returns."""
     if not hasattr(getattr(torch.ops, NAMESPACE), name):
         # Not by `torch.library.custom_op`: what that puts around a function takes as long as the function.
         library = torch.library.Library(NAMESPACE, "FRAGMENT")
-        library.define(f"{name}({_MATRICES}, {arguments}) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
+        library.define(f"{name}(Tensor x_TD, {arguments}) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
         library.impl(name, function, "CPU")
         shape = torch.library.register_fake(f"{NAMESPACE}::{name}", lib=library)
         shape(lambda x_TD, *_: torch.empty_like(x_TD, memory_format=torch.contiguous_format))
@@ -48,11 +48,15 @@ def can_be_called(x_TD: Tensor, ffn: MoEFeedForward, lies: bool) -> bool:
 
     ``lies``: whether the weights lie side by side, as they do after a first token; they cannot be laid meanwhile.
     """
-    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
-        return False
     layers = [layer for layer in (ffn.gate_proj, ffn.up_proj, ffn.down_proj) if layer is not None]
     plain = all(type(layer) is nn.Linear and layer.weight.dtype == x_TD.dtype for layer in layers)
-    return plain and lies and _is_there(str(x_TD.dtype), part_of(ffn.layout))
+    return plain and lies and compiles(x_TD.dtype, part_of(ffn.layout))
+
+
+def compiles(dtype: torch.dtype, part: str) -> bool:
+    """Whether operators can be called in what is being compiled: not in exported programs, nor without the kernel."""
+    inside = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    return inside and _is_there(str(dtype), part)
 
 
 @torch.compiler.assume_constant_result

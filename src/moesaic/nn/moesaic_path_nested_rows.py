@@ -7,15 +7,16 @@ Axes: T tokens, D model width, F neurons, G groups.
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .moesaic_kernel import ACTIVATIONS, SINGLE, WEIGHTS, Call, Decode, LowBit, kernel
-from .moesaic_path_neuron_rows import Decisions, Kept, called, of_router, pointers
-from .moesaic_path_rows import Rows, can_compile
+from .moesaic_operators import compiles, operator
+from .moesaic_path_neuron_rows import Decisions, Kept, called, kept_for, of_router, pointers
+from .moesaic_path_rows import ERRORS, Rows, can_compile, knows
 
 if TYPE_CHECKING:
     from .moesaic_nested import NestedFeedForward
@@ -34,12 +35,43 @@ class NestedRows(Rows):
     def supports(self, x_TD: Tensor, ffn: Any) -> bool:
         biases = [layer.bias for layer in (ffn.gate_proj, ffn.up_proj) if layer is not None]
         own = [(bias.dtype, bias.device) == (x_TD.dtype, x_TD.device) for bias in biases if bias is not None]
-        return all(own) and ffn.rest.codes.is_cpu and can_compile(x_TD, ffn) and kernel(x_TD.dtype, SINGLE) is not None
+        if not (all(own) and ffn.rest.codes.is_cpu):
+            return False
+        if torch.compiler.is_compiling():
+            return knows(x_TD, ffn) and compiles(x_TD.dtype, SINGLE)
+        return can_compile(x_TD, ffn) and kernel(x_TD.dtype, SINGLE) is not None
 
     def run(self, ffn: NestedFeedForward, x_TD: Tensor) -> Tensor:
-        y_TD = computed_nested(ffn, x_TD)
+        y_TD = operated(ffn, x_TD) if torch.compiler.is_compiling() else computed_nested(ffn, x_TD)
         bias_D = ffn.down_proj.bias
         return y_TD if bias_D is None else y_TD + bias_D
+
+
+class NestedTensors(NamedTuple):
+    """All that the kernel reads of an FFN. What has a gate has all of its tensors."""
+
+    gate_codes: Tensor | None
+    gate_scale: Tensor | None
+    up_codes: Tensor
+    up_scale: Tensor
+    norm: Tensor
+    threshold: Tensor | None
+    codes: Tensor
+    scale: Tensor
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+
+    @property
+    def bits(self) -> int:
+        return 4
+
+    @property
+    def group(self) -> int:
+        return 64
+
+    @property
+    def of_group(self) -> tuple[str, ...]:
+        return ("scale",)
 
 
 _KEPT: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
@@ -51,41 +83,70 @@ def computed_nested(ffn: NestedFeedForward, x_TD: Tensor, decisions: Decisions |
     Raises:
         ValueError: sizes, dtypes or a number of experts that do not fit each other; nothing is read then.
     """
+    tensors = _tensors(ffn)
+    there = [tensor for tensor in tensors if tensor is not None]
     kept = _KEPT.get(ffn)
-    if kept is None or kept.dtype != x_TD.dtype or [tensor.data_ptr() for tensor in _tensors(ffn)] != kept.places:
-        kept = _KEPT[ffn] = _made(ffn, x_TD.dtype)
-    if not ffn.routed:  # a threshold would choose
-        low_bit = LowBit.from_buffer_copy(kept.low_bit)
-        low_bit.threshold = None
-        kept = kept._replace(low_bit=low_bit)
+    if kept is None or kept.dtype != x_TD.dtype or [tensor.data_ptr() for tensor in there] != kept.places:
+        if (ffn.low_bit.bits, ffn.low_bit.group) != (tensors.bits, tensors.group):
+            raise ValueError(ERRORS[4])
+        call, low_bit = _calls(tensors, ffn.neurons, ffn.up_proj.in_features, ffn.activation)
+        kept = _KEPT[ffn] = Kept(there, [tensor.data_ptr() for tensor in there], call, low_bit, x_TD.dtype)
     return called("moesaic_nested", kept, x_TD, decisions, ffn.top_k if ffn.routed else ffn.neurons)
 
 
-def _tensors(ffn: NestedFeedForward) -> list[Tensor]:
-    """All that the kernel reads."""
-    biases = [layer.bias for layer in (ffn.gate_proj, ffn.up_proj) if layer is not None and layer.bias is not None]
-    return [*ffn.low_bit.buffers(), *ffn.rest.buffers(), *biases]
+def _tensors(ffn: NestedFeedForward) -> NestedTensors:
+    router, gate = ffn.low_bit, ffn.gate_proj
+    of_gate = (None, None) if gate is None else (router.gate_codes, router.gate_scale)
+    threshold = router.threshold if ffn.routed else None  # it would choose
+    own = *of_gate, router.up_codes, router.up_scale, router.norm, threshold, ffn.rest.codes, ffn.rest.scale
+    return NestedTensors(*own, None if gate is None else gate.bias, ffn.up_proj.bias)
 
 
-def _made(ffn: NestedFeedForward, dtype: torch.dtype) -> Kept:
-    neurons, d_model, router = ffn.neurons, ffn.up_proj.in_features, ffn.low_bit
-    groups, gated = -(-d_model // 64), ffn.gate_proj is not None
-    places = pointers(router, of_router(router, gated=gated, neurons=neurons, d_model=d_model))
+def _calls(tensors: NestedTensors, neurons: int, d_model: int, activation: str) -> tuple[Call, LowBit]:
+    """What all calls with these tensors have in common. Raises ValueError for shapes that do not fit each other."""
+    groups, gated = -(-d_model // 64), tensors.gate_codes is not None
+    places = pointers(tensors, of_router(tensors, gated=gated, neurons=neurons, d_model=d_model))
     row = (4 if gated else 3) * 32 * groups
     rest = {"codes": ((neurons, row), torch.uint8), "scale": ((neurons, groups), torch.bfloat16)}
-    found = pointers(ffn.rest, rest)
-    gate_bias = None if ffn.gate_proj is None else ffn.gate_proj.bias
+    found = pointers(tensors, rest)
     call = Call(
         gate=places.get("gate_codes"),  # says that there is one
-        gate_bias=None if gate_bias is None else gate_bias.data_ptr(),
-        up_bias=None if ffn.up_proj.bias is None else ffn.up_proj.bias.data_ptr(),
+        gate_bias=None if tensors.gate_bias is None else tensors.gate_bias.data_ptr(),
+        up_bias=None if tensors.up_bias is None else tensors.up_bias.data_ptr(),
         d_model=d_model,
         neurons=neurons,
-        activation=ACTIVATIONS[ffn.activation],
+        activation=ACTIVATIONS[activation],
     )
-    low_bit = LowBit(**places, rest=found["codes"], rest_scale=found["scale"], bits=router.bits, group=router.group)
-    tensors = _tensors(ffn)
-    return Kept(tensors, [tensor.data_ptr() for tensor in tensors], call, low_bit, dtype)
+    own = LowBit(**places, rest=found["codes"], rest_scale=found["scale"], bits=tensors.bits, group=tensors.group)
+    return call, own
+
+
+def operated(ffn: NestedFeedForward, x_TD: Tensor) -> Tensor:
+    """:func:`computed_nested` as an operator."""
+    top_k = ffn.top_k if ffn.routed else ffn.neurons
+    return NESTED(x_TD, *_tensors(ffn), ffn.neurons, ffn.up_proj.in_features, top_k, ffn.activation)
+
+
+def _nested(x_TD: Tensor, *given: Any) -> Tensor:
+    *own, neurons, d_model, top_k, activation = given
+    tensors = NestedTensors(*own)
+    # All that a call is made of: what was checked once is not checked again.
+    shapes = [None if part is None else (part.data_ptr(), part.shape, part.stride(), part.dtype) for part in tensors]
+    key = "nested", *shapes, neurons, d_model, activation, x_TD.dtype
+
+    def made() -> tuple[Call, LowBit]:
+        for bias in (tensors.gate_bias, tensors.up_bias):
+            if bias is not None and (bias.shape, bias.dtype) != ((neurons,), x_TD.dtype):
+                raise ValueError(f"a bias of the shape {tuple(bias.shape)} in {bias.dtype}")
+        return _calls(tensors, neurons, d_model, activation)
+
+    return called("moesaic_nested", kept_for(key, made, x_TD.dtype), x_TD, None, top_k)
+
+
+_CODES = "Tensor? gate_codes, Tensor? gate_scale, Tensor up_codes, Tensor up_scale, Tensor norm, Tensor? threshold"
+_REST = "Tensor codes, Tensor scale, Tensor? gate_bias, Tensor? up_bias"
+NESTED = operator("nested", f"{_CODES}, {_REST}, int neurons, int d_model, int top_k, str activation", _nested)
+"""What :func:`operated` calls."""
 
 
 def decoded_by_kernel(

@@ -6,14 +6,15 @@ Axes: T tokens, D model width, F neurons, B bytes of a row of codes, G groups.
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .moesaic_kernel import ACTIVATIONS, SINGLE, Call, LowBit, kernel
-from .moesaic_operators import operator
+from .moesaic_operators import MATRICES, operator
 from .moesaic_path_rows import ERRORS, Rows, check_matrices, computed, matrices_and_biases
 from .moesaic_side_by_side import lay, lies
 
@@ -196,33 +197,55 @@ def _neurons(
     places = tuple(part.data_ptr() if isinstance(part, Tensor) else part for part in (*matrices, *router))
     # All that a call is made of: what was checked once is not checked again, and another tensor there makes no other.
     key = *places, activation, up_PD.shape, up_PD.stride(), down_DP.stride(), up_PD.dtype
-    kept = _OPERATED.get(key)
-    if kept is None:
+
+    def made() -> tuple[Call, LowBit]:
         check_matrices(x_TD, gate_PD, up_PD, down_DP)
-        call, low_bit = _calls(*matrices, RouterTensors(*router), activation)
-        if len(_OPERATED) >= MOST_KEPT:
-            _OPERATED.clear()
-        kept = _OPERATED[key] = Kept([], [], call, low_bit, up_PD.dtype)
-    return called("moesaic_neurons", kept, x_TD, None, top_k)
+        return _calls(*matrices, RouterTensors(*router), activation)
+
+    return called("moesaic_neurons", kept_for(key, made, up_PD.dtype), x_TD, None, top_k)
 
 
 _OPERATED: dict[tuple[object, ...], Kept] = {}
 MOST_KEPT = 4096  # FFNs of models that are no longer there are forgotten at some time
 
 
+def kept_for(key: tuple[object, ...], made: Callable[[], tuple[Call, LowBit]], dtype: torch.dtype) -> Kept:
+    """What an operator's calls with these tensors have in common; ``made`` at the first of them."""
+    kept = _OPERATED.get(key)
+    if kept is None:
+        call, low_bit = made()
+        if len(_OPERATED) >= MOST_KEPT:
+            _OPERATED.clear()
+        kept = _OPERATED[key] = Kept([], [], call, low_bit, dtype)
+    return kept
+
+
 _ROUTER = (
     "Tensor? gate_codes, Tensor? gate_scale, Tensor? gate_offset, Tensor up_codes, Tensor up_scale, Tensor up_offset, "
     "Tensor norm, Tensor? threshold, int bits, int group, int top_k, str activation"
 )
-NEURONS = operator("neurons", _ROUTER, _neurons)
+NEURONS = operator("neurons", f"{MATRICES}, {_ROUTER}", _neurons)
 """What :func:`operated` calls."""
+
+
+class Codes(Protocol):
+    """A router's format. Its tensors are attributes by the names of :func:`of_router`."""
+
+    @property
+    def bits(self) -> int: ...
+    @property
+    def group(self) -> int: ...
+    @property
+    def of_group(self) -> tuple[str, ...]: ...
+    @property
+    def threshold(self) -> Tensor | None: ...
 
 
 Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shapes and dtypes of buffers, by name."""
 
 
-def of_router(router: RouterTensors | LowBitRouter, *, gated: bool, neurons: int, d_model: int) -> Expected:
+def of_router(router: Codes, *, gated: bool, neurons: int, d_model: int) -> Expected:
     """What the kernel takes a router's tensors to be, by the names of its own fields."""
     row_bytes, groups = -(-d_model // 64) * 8 * router.bits, -(-d_model // router.group)
     expected: Expected = {"norm": ((neurons,), torch.float32)}

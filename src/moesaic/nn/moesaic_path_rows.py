@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .moesaic_kernel import ACTIVATIONS, WEIGHTS, Call, kernel, part_of
-from .moesaic_operators import can_be_called, operator
+from .moesaic_operators import MATRICES, can_be_called, operator
 from .moesaic_side_by_side import can_lie, lay, lies
 
 if TYPE_CHECKING:
@@ -166,5 +166,5 @@ def check_matrices(x_TD: Tensor, gate_PD: Tensor | None, up_PD: Tensor, down_DP:
 
 
 _CHOICE = "Tensor? idx_TK, Tensor? weight_TK, Tensor? member_EU, int shared, int experts, int width, str activation"
-ROWS = operator("rows", _CHOICE, _checked_rows)
+ROWS = operator("rows", f"{MATRICES}, {_CHOICE}", _checked_rows)
 """What :func:`computed` computes, as an operator: for weights that lie side by side."""
