@@ -309,7 +309,7 @@ def test_a_number_of_neurons_that_there_is_not_is_an_error(top_k: int) -> None:
     ("change", "message"),
     [
         ({"router.up_codes": torch.zeros(80, 31, dtype=torch.uint8)}, r"^the router's up_codes is \(80, 31\)"),
-        ({"router.group": 32}, r"^the router's gate_scale is \(80, 1\) in torch.bfloat16, not \(80, 2\)"),
+        ({"router.group": 32}, r"^the router of int8 weights has 4 bits and groups of 64, not 4 and 32$"),
         ({"rest.codes": torch.zeros(80, 127, dtype=torch.uint8)}, r"^the router's codes is \(80, 127\)"),
         ({"rest.scale": torch.zeros(80, 1)}, r"^the router's scale is \(80, 1\) in torch.float32, not"),
         ({"top_k": 0}, r"^the number of neurons to choose is not between 1 and all$"),

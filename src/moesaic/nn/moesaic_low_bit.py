@@ -74,6 +74,10 @@ class LowBitRouter(KeptAsStored):
         neurons = spec["experts"]
         row, groups = -(-d_model // BLOCK) * BLOCK * self.bits // 8, -(-d_model // self.group)
         self.gated = spec["gated"]
+        self.gate_codes: Tensor
+        self.gate_scale: Tensor
+        self.up_codes: Tensor
+        self.up_scale: Tensor
         for part in ("up", "gate") if self.gated else ("up",):
             self.register_buffer(f"{part}_codes", torch.zeros(neurons, row, dtype=torch.uint8))
             for name in self.of_group:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .moesaic_kernel import ACTIVATIONS, SINGLE, WEIGHTS, Call, Decode, LowBit, kernel
 from .moesaic_operators import compiles, operator
 from .moesaic_path_neuron_rows import Decisions, Kept, called, kept_for, of_router, pointers
-from .moesaic_path_rows import ERRORS, Rows, can_compile, knows
+from .moesaic_path_rows import Rows, can_compile, knows
 
 if TYPE_CHECKING:
     from .moesaic_nested import NestedFeedForward
@@ -88,7 +88,10 @@ def computed_nested(ffn: NestedFeedForward, x_TD: Tensor, decisions: Decisions |
     kept = _KEPT.get(ffn)
     if kept is None or kept.dtype != x_TD.dtype or [tensor.data_ptr() for tensor in there] != kept.places:
         if (ffn.low_bit.bits, ffn.low_bit.group) != (tensors.bits, tensors.group):
-            raise ValueError(ERRORS[4])
+            raise ValueError(
+                f"the router of int8 weights has {tensors.bits} bits and groups of {tensors.group}, "
+                f"not {ffn.low_bit.bits} and {ffn.low_bit.group}"
+            )
         call, low_bit = _calls(tensors, ffn.neurons, ffn.up_proj.in_features, ffn.activation)
         kept = _KEPT[ffn] = Kept(there, [tensor.data_ptr() for tensor in there], call, low_bit, x_TD.dtype)
     return called("moesaic_nested", kept, x_TD, decisions, ffn.top_k if ffn.routed else ffn.neurons)
@@ -98,8 +101,9 @@ def _tensors(ffn: NestedFeedForward) -> NestedTensors:
     router, gate = ffn.low_bit, ffn.gate_proj
     of_gate = (None, None) if gate is None else (router.gate_codes, router.gate_scale)
     threshold = router.threshold if ffn.routed else None  # it would choose
-    own = *of_gate, router.up_codes, router.up_scale, router.norm, threshold, ffn.rest.codes, ffn.rest.scale
-    return NestedTensors(*own, None if gate is None else gate.bias, ffn.up_proj.bias)
+    of_up = router.up_codes, router.up_scale
+    biases = None if gate is None else gate.bias, ffn.up_proj.bias
+    return NestedTensors(*of_gate, *of_up, router.norm, threshold, ffn.rest.codes, ffn.rest.scale, *biases)
 
 
 def _calls(tensors: NestedTensors, neurons: int, d_model: int, activation: str) -> tuple[Call, LowBit]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +21,7 @@ from .moesaic_side_by_side import lay, lies
 if TYPE_CHECKING:
     from .moesaic_low_bit import LowBitRouter
     from .moesaic_neurons import NeuronFeedForward
+    from .moesaic_path_nested_rows import NestedTensors
 
 
 class NeuronRows(Rows):
@@ -228,24 +229,13 @@ NEURONS = operator("neurons", f"{MATRICES}, {_ROUTER}", _neurons)
 """What :func:`operated` calls."""
 
 
-class Codes(Protocol):
-    """A router's format. Its tensors are attributes by the names of :func:`of_router`."""
-
-    @property
-    def bits(self) -> int: ...
-    @property
-    def group(self) -> int: ...
-    @property
-    def of_group(self) -> tuple[str, ...]: ...
-    @property
-    def threshold(self) -> Tensor | None: ...
-
-
 Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shapes and dtypes of buffers, by name."""
 
 
-def of_router(router: Codes, *, gated: bool, neurons: int, d_model: int) -> Expected:
+def of_router(
+    router: RouterTensors | LowBitRouter | NestedTensors, *, gated: bool, neurons: int, d_model: int
+) -> Expected:
     """What the kernel takes a router's tensors to be, by the names of its own fields."""
     row_bytes, groups = -(-d_model // 64) * 8 * router.bits, -(-d_model // router.group)
     expected: Expected = {"norm": ((neurons,), torch.float32)}
