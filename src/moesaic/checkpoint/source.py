@@ -6,12 +6,13 @@ import difflib
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from moesaic.checkpoint.side_files import SIDE_FOLDERS, SIDE_PATTERNS
 from moesaic.errors import CheckpointError, InputError
 from moesaic.gguf_input.header import MAGIC
 
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
 WANTED = ["*.safetensors", "*.json", "*.py", "README.md", *SIDE_PATTERNS]
 # Other formats of the same weights, which some repositories keep beside them.
 UNWANTED = ["*/*", "consolidated*.safetensors"]
@@ -24,8 +25,9 @@ def resolve_model(model: str) -> Path:
     """The local folder of ``model``; fetches or dequantises it where needed.
 
     Args:
-        model: A folder, a ``.gguf`` file, or a hub id such as ``Qwen/Qwen2.5-0.5B``. An existing path goes first. A
-            GGUF, or any part of a split one, is dequantised into :func:`moesaic.paths.cache_folder`, once per content.
+        model: A folder, a ``.gguf`` file, or a hub id such as ``Qwen/Qwen2.5-0.5B``, at a branch, tag or commit as
+            ``Qwen/Qwen2.5-0.5B@main``. An existing path goes first. A GGUF, or any part of a split one, is dequantised
+            into :func:`moesaic.paths.cache_folder`, once per content.
 
     Raises:
         InputError: there is no such path, or the hub has no such model or cannot be reached.
@@ -104,21 +106,36 @@ def described_folder(model: str) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    of = _of_hub(model)
     try:
-        return Path(snapshot_download(model, allow_patterns=WANTED, ignore_patterns=UNWANTED, local_files_only=True))
+        return Path(snapshot_download(**of, allow_patterns=WANTED, ignore_patterns=UNWANTED, local_files_only=True))
     except (LocalEntryNotFoundError, OSError):
-        return _fetched(model, lambda: Path(hf_hub_download(model, "config.json")).parent)
+        return _fetched(model, lambda: Path(hf_hub_download(**of, filename="config.json")).parent)
+
+
+def _of_hub(model: str) -> dict[str, Any]:
+    """A hub id as the hub's functions take it."""
+    found = _HUB_ID.fullmatch(model)
+    assert found is not None
+    return {"repo_id": found["name"], "revision": found["revision"]}
 
 
 def _fetched(model: str, fetch: Callable[[], Path]) -> Path:
     """What ``fetch`` gives, with the hub's errors as ours."""
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     local = "give a local folder or a .gguf file"
     try:
         return fetch()
     except GatedRepoError as error:
         raise InputError(f"access to {model} must be granted first", "accept its terms, then: hf auth login") from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"the hub has {model.partition('@')[0]}, but no such revision: {model}", local) from error
     except RepositoryNotFoundError as error:
         message = f"there is no folder {model!r} and the hub has no public model of that name"
         raise InputError(message, "if it is private: hf auth login") from error
@@ -133,8 +150,9 @@ def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     def fetch() -> Path:
-        found = Path(snapshot_download(model, allow_patterns=WANTED, ignore_patterns=UNWANTED))
-        snapshot_download(model, revision=found.name, allow_patterns=WANTED_FOLDERS)
+        of = _of_hub(model)
+        found = Path(snapshot_download(**of, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        snapshot_download(**of | {"revision": found.name}, allow_patterns=WANTED_FOLDERS)
         return found
 
     folder = _fetched(model, fetch)

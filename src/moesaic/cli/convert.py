@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moesaic.cli import options as opt
-from moesaic.cli.console import ConsoleProgress, emit, emit_json, native_line, quiet_libraries
-from moesaic.errors import InputError
+from moesaic.cli.console import ConsoleProgress, emit, emit_json, native_line, quiet_libraries, say
+from moesaic.errors import InputError, MoesaicError
 
 if TYPE_CHECKING:
     from moesaic.jobs.convert import Conversion
@@ -56,6 +56,10 @@ def run(
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away an unfinished run of another conversion.")
     ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Send the result there too; see `moesaic push`."),
+    ] = None,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -97,12 +101,18 @@ def run(
         quiet_libraries(quiet)  # transformers dequantises it
     # A slip is answered before torch is imported.
     request = check_request(model, settings, out, blueprint=blueprint)
+    if push_to_hub is not None:
+        from moesaic.jobs.push import check_push
+
+        check_push(push_to_hub)
     quiet_libraries(quiet)
     from moesaic.jobs.convert import convert_request
 
     done = convert_request(request, out, restart=restart, progress=ConsoleProgress(quiet))
     if is_worker():
         return
+    if push_to_hub is not None:
+        _push(done.output, push_to_hub, quiet)
     if as_json:
         emit_json({"output": str(done.output)} | done.results)
         return
@@ -113,6 +123,19 @@ def run(
         emit(line)
     emit(_undo(done))
     emit(f"next: {shlex.join(['moesaic', 'eval', str(done.output), '--baseline', model])}")
+
+
+def _push(out: Path, repository: str, quiet: bool) -> None:
+    """Send what was written; it stays complete where that fails."""
+    from moesaic.jobs.push import push
+
+    try:
+        address = push(out, repository, progress=ConsoleProgress(quiet))
+    except MoesaicError as error:
+        again = shlex.join(["moesaic", "push", str(out), repository])
+        raise type(error)(f"{out} is complete, but was not sent: {error.message}", f"then: {again}") from error
+    if not quiet:
+        say(address)
 
 
 def _undo(done: Conversion) -> str:

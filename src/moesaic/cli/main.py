@@ -24,6 +24,7 @@ from moesaic.cli import (
     methods,
     plan,
     presets,
+    push,
     report,
     targets,
     tune,
@@ -42,8 +43,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_VERBS = (demo, plan, convert, eval, bench, generate, report, compare, inspect, export, tune, distill, verify, undo)
-for _verb in (*_VERBS, methods, presets, targets, doctor):
+_VERBS = (demo, plan, convert, eval, bench, generate, report, compare, inspect, export, push, tune, distill, verify)
+for _verb in (*_VERBS, undo, methods, presets, targets, doctor):
     _verb.attach(app)
 
 

@@ -1,0 +1,124 @@
+"""A finished model onto the hub, as `huggingface_hub` sends it: large files in parts, known ones not again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.errors import InputError, ResourceError
+from moesaic.progress import Progress, Silent
+from moesaic.staging.manifest import MANIFEST_NAME, check_manifest
+
+_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_LOGIN = "make a token that may write, then: hf auth login"
+
+
+def check_push(repository: str) -> None:
+    """Refuse early what :func:`push` would refuse: a name, a missing or wrong token, a hub out of reach.
+
+    Raises:
+        InputError: and which of them it is.
+        ResourceError: the hub does not answer.
+    """
+    if not _REPOSITORY.fullmatch(repository) or ".." in repository or "--" in repository:
+        raise InputError(f"{repository!r} is no name of a repository on the hub", "give OWNER/NAME")
+    from huggingface_hub import HfApi
+
+    with _errors(repository):
+        HfApi().whoami()
+
+
+def push(
+    folder: str | Path,
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """Send a converted model, or a GGUF of it, to the hub; the address of its page.
+
+    The repository is made where there is none. Files of the same name are replaced in one commit, others stay. The
+    token is the one of ``hf auth login``, or ``HF_TOKEN``.
+
+    Args:
+        folder: A folder with config.json and safetensors, or a ``.gguf`` file.
+        repository: ``owner/name``; without an owner it is the token's.
+        private: Make a new repository private. One that is there stays as it is.
+        revision: Branch to commit to; made where there is none. Default: main.
+        progress: Receives the phase.
+
+    Raises:
+        InputError: no such model, no token, no right to write there.
+        VerificationError: files of the folder are not those that were written.
+        ResourceError: the hub does not answer. What it has already is not sent again.
+    """
+    path, progress = Path(folder).expanduser(), progress or Silent()
+    files = _files(path)
+    check_push(repository)
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    hub = HfApi(library_name="moesaic")
+    size = sum(file.stat().st_size for file in files.values())
+    progress.start(f"sending {len(files)} files, {size / 1e6:,.0f} MB", 1)
+    with _errors(repository):
+        made = hub.create_repo(repository, private=private, exist_ok=True)
+        if revision is not None:
+            hub.create_branch(made.repo_id, branch=revision, exist_ok=True)
+        parts = [CommitOperationAdd(name, file) for name, file in files.items()]
+        done = hub.create_commit(made.repo_id, parts, commit_message=_message(path), revision=revision)
+    progress.advance()
+    return str(done.repo_url) if revision is None else f"{done.repo_url}/tree/{revision}"
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """What is sent, by its name there. Raises InputError."""
+    if path.is_file() and path.suffix == ".gguf":
+        return {path.name: path}
+    checkpoint = Checkpoint(path)
+    if (checkpoint.folder / MANIFEST_NAME).is_file():
+        check_manifest(checkpoint.folder)
+    found = (file for file in sorted(checkpoint.folder.rglob("*")) if file.is_file())
+    names = {file.relative_to(checkpoint.folder).as_posix(): file for file in found}
+    return {name: file for name, file in names.items() if not any(part[0] == "." for part in name.split("/"))}
+
+
+def _message(path: Path) -> str:
+    return f"{path.name}, written by moesaic"
+
+
+@contextmanager
+def _errors(repository: str) -> Iterator[None]:
+    """The hub's errors as ours."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    answers: dict[int, Callable[[str], InputError]] = {
+        401: lambda why: InputError(f"the hub does not know the token: {why}", _LOGIN),
+        403: lambda why: InputError(f"the token may not write to {repository}: {why}", _LOGIN),
+    }
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise InputError("there is no token of the hub on this machine", _LOGIN) from error
+    except OfflineModeIsEnabled as error:
+        raise InputError("the hub is switched off by HF_HUB_OFFLINE", "unset it") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        if known := answers.get(status):
+            raise known(_why(error)) from error
+        raise ResourceError(f"the hub refused {repository}: {_why(error)}", "run the same command again") from error
+    except OSError as error:
+        raise ResourceError(f"the hub cannot be reached: {_why(error)}", "run the same command again") from error
+    except Exception as error:  # whatever the network stack raises
+        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "huggingface_hub"):
+            raise
+        raise ResourceError(f"the hub cannot be reached: {_why(error)}", "run the same command again") from error
+
+
+def _why(error: Any) -> str:
+    said = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    return str(said).splitlines()[0]
