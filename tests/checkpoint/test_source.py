@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.checkpoint.origin import Licence, read_origin
 from moesaic.checkpoint.reader import Checkpoint
-from moesaic.checkpoint.source import resolve_model
+from moesaic.checkpoint.source import described_folder, resolve_model
 from moesaic.errors import CheckpointError, InputError, MoesaicError, ResourceError, UnsupportedModelError
 
 gguf = pytest.importorskip("gguf", reason="the extra moesaic[gguf] is not installed")
@@ -209,6 +209,44 @@ def test_a_hub_model_without_safetensors_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(InputError, match="owner/model has no safetensors"):
         resolve_model("owner/model")
+
+
+def test_an_output_beside_does_not_hide_the_model_of_the_hub_that_it_was_made_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "distilgpt2-moe").mkdir()
+    (tmp_path / "owner" / "model_moe").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for given in ("distilgpt2", "owner/model"):
+        for resolve in (resolve_model, described_folder):
+            with pytest.raises(InputError, match="the hub cannot be reached"):
+                resolve(given)
+
+
+@pytest.mark.parametrize("given", ["~nobody-here/m", "x" * 5000])
+def test_what_cannot_be_a_path_is_one_line_without_weights_too(given: str) -> None:
+    with pytest.raises(InputError, match="cannot read") as caught:
+        described_folder(given)
+    assert caught.value.hint
+
+
+def test_a_revision_is_taken_as_it_is_named(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = tmp_path / "hub" / "models--owner--model"
+    for name, commit in (("v1", "1" * 40), ("main", "2" * 40)):
+        snapshot = repo / "snapshots" / commit
+        snapshot.parent.mkdir(parents=True, exist_ok=True)
+        snapshot.symlink_to(tiny("llama" if name == "v1" else "qwen2"))
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / name).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    for given, family in (("owner/model@v1", "llama"), ("owner/model", "qwen2"), (f"owner/model@{'1' * 40}", "llama")):
+        for resolve in (resolve_model, described_folder):
+            assert resolve(given).resolve() == tiny(family).resolve()
+    with pytest.raises(InputError, match="owner/model@v2"):
+        resolve_model("owner/model@v2")
 
 
 def test_hub_id_in_the_local_cache(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

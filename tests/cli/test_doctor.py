@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from moesaic.cli.doctor import examine
 from moesaic.cli.main import app
-from moesaic.evaluate import path_costs
+from moesaic.evaluate import path_times
 from moesaic.nn import moesaic_kernel
-from moesaic.nn.moesaic_costs import TOKENS, Costs, measured
+from moesaic.nn.moesaic_measured import LAYOUTS, TOKENS, measured
 
 
 @pytest.fixture(autouse=True)
@@ -36,17 +36,17 @@ def test_without_a_compiler_the_lines_name_the_paths_of_torch(monkeypatch: pytes
 
 
 def test_the_lines_name_the_kernel_and_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(path_costs, "SECONDS", 0.0)
-    monkeypatch.setattr(path_costs, "WIDTHS", (32, 64))
+    monkeypatch.setattr(path_times, "SECONDS", 0.0)
+    monkeypatch.setattr(path_times, "WIDTHS", (32, 64))
     before = examine()
     assert before["kernel"].startswith("compiled: ")
     assert before["one token"] == "path rows"
-    assert "doctor --tune" in before["path costs"]
-    made = path_costs.measure(torch.float32)
-    assert isinstance(made, Costs)
-    assert len(made.torch) == len(made.rows) == len(TOKENS)
-    monkeypatch.setattr(path_costs, "measure", lambda dtype: made)
+    assert "doctor --tune" in before["paths"]
+    made = path_times.measure(torch.float32)
+    assert {layout: len(names) for layout, names in made.items()} == dict.fromkeys(LAYOUTS, len(TOKENS))
+    assert {name for names in made.values() for name in names} <= {"rows", "fused", "fused_sorted", "masked", "sorted"}
+    monkeypatch.setattr(path_times, "measure", lambda dtype: made)
     monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
     lines = CliRunner().invoke(app, ["doctor", "--tune"]).output.splitlines()
     threads = torch.get_num_threads()
-    assert f"path costs     measured for bfloat16, float16, float32 on {threads} threads" in lines
+    assert f"paths          measured for bfloat16, float16, float32 on {threads} threads" in lines

@@ -51,7 +51,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             if self._known():
-                self._say(200, {"name": "me", "type": "user"} if "whoami" in self.path else {})
+                found = "whoami" in self.path
+                self._say(200 if found else 404, {"name": "me", "type": "user"} if found else {"error": "not found"})
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"] or 0))
@@ -60,7 +61,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             *_, kind, revision = self.path.split("?")[0].split("/")
             if "repos/create" in self.path:
                 if hub.refused:
-                    return self._say(hub.refused, {"error": "You have no rights here"})
+                    answer = {"error": "You have no rights here", "url": f"{hub.address}/me/made"}
+                    return self._say(hub.refused, answer)
                 hub.created.append(json.loads(body))
                 owner = hub.created[-1].get("organization") or "me"
                 return self._say(200, {"url": f"{hub.address}/{owner}/{hub.created[-1]['name']}"})
@@ -131,7 +133,7 @@ def test_a_folder_or_a_file_is_sent_to_a_branch(tiny: Callable[[str], Path], hub
     assert printed.strip() == f"{hub.address}/me/made/tree/q8"
     assert hub.commits == [("q8", {"own.gguf": b"GGUF and more"})]
     assert hub.branches == ["q8"]
-    assert hub.created[0]["private"] is True
+    assert hub.created[0]["visibility"] == "private"
     (tiny("llama") / ".hidden").write_text("mine")
     try:
         code, _, err = moesaic("push", tiny("llama"), "me/made", **own)
@@ -171,7 +173,8 @@ def test_a_conversion_that_could_not_be_sent_is_refused_before_it_begins(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     own = {"HF_HOME": str(tmp_path / "hub")}
-    for name, message in (("me/made", "there is no token"), ("a b", "'a b' is no name of a repository")):
+    names = {"me/made": "there is no token", "me/made-": "is no name of", "me/m.git": "is no name of"}
+    for name, message in names.items():
         code, _, err = moesaic("convert", tiny("llama"), tmp_path / "out", "--push-to-hub", name, **own)
         assert code == 1
         assert message in err
@@ -187,3 +190,17 @@ def test_other_files_than_were_written_are_not_sent(tiny: Callable[[str], Path],
     code, _, err = moesaic("push", out, "me/made", **own)
     assert code == 3, err
     assert not hub.commits
+
+
+def test_a_folder_that_transformers_saved_over_a_conversion_is_sent(
+    tiny: Callable[[str], Path], hub: Hub, tmp_path: Path
+) -> None:
+    from moesaic.nn.modeling_moesaic import MoesaicForCausalLM
+
+    out = tmp_path / "out"
+    own = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hub")}
+    assert moesaic("convert", tiny("llama"), out, "--method", "mlpmoe", "--quiet")[0] == 0
+    MoesaicForCausalLM.from_pretrained(out, dtype="auto").save_pretrained(out)
+    code, _, err = moesaic("push", out, "me/made", **own)
+    assert code == 0, err
+    assert hub.commits[0][1] == files_of(out)

@@ -19,6 +19,7 @@ from moesaic.blueprint.layer import LayerPlan
 from moesaic.materialise.apply import build_ffn
 from moesaic.materialise.pack import pack
 from moesaic.nn.moesaic_ffn import MoEFeedForward
+from moesaic.nn.moesaic_side_by_side import lies
 from tests.ffns import random_ffn, random_inputs, relative_error
 from tests.nn.folders import convert_by_hand
 from tests.nn.plans import as_union, plan_of, random_members, random_plan
@@ -115,6 +116,33 @@ def test_lora_of_peft_counts_trains_switches_off_and_merges(model: Any) -> None:
     assert type(merged.model.layers[0].mlp.up_proj) is nn.Linear
     with torch.no_grad():
         assert relative_error(merged(ids).logits, logits) < 1e-5
+
+
+def test_merged_adapters_can_be_switched_off(model: Any) -> None:
+    ids = torch.arange(2, 22)[None]
+    with torch.no_grad():
+        dense = model(ids).logits
+        tuned = lora(model)
+        tuned.merge_adapter()
+        with tuned.disable_adapter():
+            assert relative_error(tuned(ids).logits, dense) < 1e-5
+
+
+def test_adapters_by_sequence_are_refused(model: Any) -> None:
+    tuned = lora(model)
+    tuned.add_adapter("other", LoraConfig(r=2, target_modules=list(PROJECTIONS), init_lora_weights=False))
+    with pytest.raises(TypeError, match="adapter_names"):
+        tuned(torch.arange(2, 22).reshape(2, 10), adapter_names=["default", "other"])
+
+
+def test_weights_that_the_kernel_has_run_are_saved_as_matrices_though_wrapped_since(model: Any) -> None:
+    with torch.no_grad():
+        model(torch.arange(2, 3)[None])
+    assert lies(model.model.layers[0].mlp)
+    state = lora(model).state_dict()
+    matrices = [state[f"base_model.model.model.layers.0.mlp.{name}.base_layer.weight"] for name in PROJECTIONS]
+    assert all(matrix.is_contiguous() for matrix in matrices)
+    assert len({matrix.untyped_storage().data_ptr() for matrix in matrices}) == 3
 
 
 def test_lora_on_the_experts_alone_is_not_ignored(model: Any) -> None:

@@ -10,6 +10,8 @@ import os
 import platform
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -181,6 +183,70 @@ def test_training_goes_on_where_the_kernel_has_run() -> None:
     for name, own in ffn.named_parameters():  # products of views may add in another order
         assert relative_error(own.detach().double(), fresh.get_parameter(name).detach().double()) < 1e-2, name
     assert relative_error(run_once(ffn, x_TD).double(), run_once(fresh, x_TD).double()) < 1e-2
+
+
+@pytest.mark.parametrize("by_train", [False, True])
+def test_optimisers_that_know_no_strides_train_what_the_kernel_has_run(by_train: bool) -> None:
+    ffn = ffn_of(64, torch.float32).requires_grad_(True)
+    fresh, x_TD = copy.deepcopy(ffn), torch.randn(2, 64)
+    for module in (ffn, fresh):
+        optimiser = torch.optim.AdamW(module.parameters(), lr=1e-2, fused=True)
+        for _ in range(2):
+            if module is ffn:
+                run_once(ffn, x_TD)
+                assert lies(ffn)
+            if by_train:  # as a compiled model is told
+                module.train()
+                assert not lies(module)
+            module(x_TD).square().sum().backward()
+            optimiser.step()
+    for name, own in ffn.named_parameters():
+        assert relative_error(own.detach(), fresh.get_parameter(name).detach()) < 1e-4, name
+
+
+def test_one_thread_may_take_the_weights_apart_while_another_computes() -> None:
+    from tests.nn.test_neuron_kernel import ffn_of as neurons_of
+
+    for ffn in (ffn_of(64), neurons_of(64)):
+        x_TD, found = torch.randn(1, 64).bfloat16(), []
+        expected, ffn.asked = run_once(ffn, x_TD), ("rows",)
+        end = time.monotonic() + 1
+
+        def compute(ffn: MoEFeedForward, x_TD: Tensor, found: list[Tensor], end: float) -> None:
+            with torch.inference_mode():
+                while time.monotonic() < end:
+                    found.append(ffn(x_TD))
+
+        threads = [threading.Thread(target=compute, args=(ffn, x_TD, found, end)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        while time.monotonic() < end:
+            ffn.state_dict()
+        for thread in threads:
+            thread.join()
+        assert found
+        assert all(torch.equal(y_TD, expected) for y_TD in found)
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 70])
+@pytest.mark.parametrize("union", [False, True])
+def test_what_no_token_chose_may_be_infinite(union: bool, tokens: int) -> None:
+    ffn, x_TD = ffn_of(64, torch.float16, union=union), torch.rand(1, 64).half().expand(tokens, -1).contiguous()
+    assert ffn.gate_proj is not None
+    with torch.inference_mode():
+        chosen = ffn.route(x_TD)[0][0]
+        owners = ffn.membership if isinstance(ffn, UnionFeedForward) else torch.eye(6).repeat_interleave(100, dim=1)
+        unused = torch.cat([torch.zeros(60, dtype=torch.bool), owners[chosen].sum(0) == 0])
+        before = {}
+        for path in ("masked", "sorted", "rows", "fused", "fused_sorted"):
+            with use_path(ffn, path):
+                before[path] = ffn(x_TD)
+        for layer in (ffn.gate_proj, ffn.up_proj):
+            layer.weight[unused] = 60000
+        assert not ffn.up_proj(x_TD).isfinite().all()
+        for path, expected in before.items():
+            with use_path(ffn, path):
+                assert torch.equal(ffn(x_TD), expected), path
 
 
 def test_shared_and_wrapped_weights_stay_as_they_are() -> None:

@@ -46,7 +46,7 @@ def resolve_model(model: str) -> Path:
     except RuntimeError as error:  # "~nobody"
         raise InputError(f"cannot read {model!r}: {error}", _UNREADABLE) from error
     near = _near(path)
-    if not near and _names_hub(model):
+    if _is_of_hub(model, near):
         return _download(model)
     raise InputError(
         f"there is no model at {model!r}", f"did you mean {near}?" if near else "give a folder, a .gguf or a hub id"
@@ -55,6 +55,12 @@ def resolve_model(model: str) -> Path:
 
 def _names_hub(model: str) -> bool:
     return bool(_HUB_ID.fullmatch(model)) and not model.lower().endswith((".gguf", ".safetensors"))
+
+
+def _is_of_hub(model: str, near: str) -> bool:
+    """Whether to ask the hub: not for a misspelt folder. ``model-moe`` beside ``model`` is none, but made from it."""
+    made_from_it = tuple(f"{Path(model).name}{sign}" for sign in "-_.")
+    return _names_hub(model) and (not near or Path(near).name.startswith(made_from_it))
 
 
 def _near(path: Path) -> str:
@@ -95,14 +101,14 @@ def described_folder(model: str) -> Path:
 
     Raises InputError: the hub has no such model, or cannot be reached.
     """
-    path = Path(model).expanduser()
-    if (
-        path.exists()
-        or _near(path)
-        or not _HUB_ID.fullmatch(model)
-        or model.lower().endswith((".gguf", ".safetensors"))
-    ):
-        return path
+    try:
+        path = Path(model).expanduser()
+        if path.exists() or not _is_of_hub(model, _near(path)):
+            return path
+    except OSError as error:
+        raise InputError(f"cannot read {model!r}: {error.strerror}", _UNREADABLE) from error
+    except RuntimeError as error:  # "~nobody"
+        raise InputError(f"cannot read {model!r}: {error}", _UNREADABLE) from error
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

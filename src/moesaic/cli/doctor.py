@@ -25,7 +25,7 @@ def attach(app: typer.Typer) -> None:
 
 
 Tune = Annotated[
-    bool, typer.Option("--tune", help="Measure first what each way of computing experts costs here; seconds.")
+    bool, typer.Option("--tune", help="Measure first which way of computing experts is the fastest here; a minute.")
 ]
 
 
@@ -65,7 +65,7 @@ def examine() -> dict[str, Any]:
         "kernel": kernel_state(),
         "one token": path_of(1),
         "many tokens": path_of(MANY),
-        "path costs": cost_state(),
+        "paths": measured_state(),
         "device": describe(find_device(AUTO)),
         "memory": f"{memory / 2**30:.0f} GiB",
         "free disk": f"{shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB here",
@@ -101,7 +101,7 @@ def path_of(tokens: int) -> str:
     """By what the runtime computes so many tokens on this CPU in bf16, of a small FFN of eight experts."""
     import torch
 
-    from moesaic.evaluate.path_costs import small_ffn
+    from moesaic.evaluate.path_times import small_ffn
     from moesaic.nn.moesaic_paths import choose
 
     ffn = small_ffn(torch.bfloat16)
@@ -109,11 +109,11 @@ def path_of(tokens: int) -> str:
         return f"path {choose(torch.zeros(tokens, ffn.up_proj.in_features, dtype=torch.bfloat16), ffn).name}"
 
 
-def cost_state() -> str:
-    """Whether paths are chosen by costs that were measured on this machine."""
+def measured_state() -> str:
+    """Whether paths are chosen by what was measured on this machine."""
     import torch
 
-    from moesaic.nn.moesaic_costs import measured
+    from moesaic.nn.moesaic_measured import measured
 
     threads = torch.get_num_threads()
     known = [name for name in _TUNED if measured(getattr(torch, name), threads) is not None]
@@ -126,12 +126,12 @@ _TUNED = ("bfloat16", "float16", "float32")
 
 
 def measure_paths() -> None:
-    """Measure and keep the costs of all paths. Raises InputError without a kernel or a cache folder."""
+    """Measure all paths, keep which are fastest. Raises InputError without a kernel or a cache folder."""
     import torch
 
-    from moesaic.evaluate.path_costs import measure
-    from moesaic.nn.moesaic_costs import keep
+    from moesaic.evaluate.path_times import measure
     from moesaic.nn.moesaic_kernel import NoKernelError, built
+    from moesaic.nn.moesaic_measured import keep
 
     for name in _TUNED:
         dtype = getattr(torch, name)

@@ -130,7 +130,7 @@ def evaluate_model(
     run.later = _later(run, blueprint, fidelity=fidelity) if dense_folder is not None else None
     run.tokenizer = load_tokenizer(folder) if proxy else None
     results: dict[str, Any] = {"protocol": run.name, "dtype": str(precision).removeprefix("torch.")}
-    results |= {} if place.type == CPU else {"device": describe(place)}
+    results["device"] = None if place.type == CPU else describe(place)  # of another run, it is written over
 
     def keep() -> None:
         results["perplexity"] = run.table()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moesaic.checkpoint.converted import as_written
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError, ResourceError
 from moesaic.progress import Progress, Silent
-from moesaic.staging.manifest import MANIFEST_NAME, check_manifest
+from moesaic.staging.manifest import check_manifest
 
-_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _LOGIN = "make a token that may write, then: hf auth login"
 
 
@@ -24,10 +23,14 @@ def check_push(repository: str) -> None:
         InputError: and which of them it is.
         ResourceError: the hub does not answer.
     """
-    if not _REPOSITORY.fullmatch(repository) or ".." in repository or "--" in repository:
-        raise InputError(f"{repository!r} is no name of a repository on the hub", "give OWNER/NAME")
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise InputError(f"{repository!r} is no name of a repository on the hub", "give OWNER/NAME") from error
     with _errors(repository):
         HfApi().whoami()
 
@@ -65,11 +68,11 @@ def push(
     hub = HfApi(library_name="moesaic")
     size = sum(file.stat().st_size for file in files.values())
     progress.start(f"sending {len(files)} files, {size / 1e6:,.0f} MB", 1)
+    parts = [CommitOperationAdd(name, file) for name, file in files.items()]
     with _errors(repository):
         made = hub.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:
             hub.create_branch(made.repo_id, branch=revision, exist_ok=True)
-        parts = [CommitOperationAdd(name, file) for name, file in files.items()]
         done = hub.create_commit(made.repo_id, parts, commit_message=_message(path), revision=revision)
     progress.advance()
     return str(done.repo_url) if revision is None else f"{done.repo_url}/tree/{revision}"
@@ -80,7 +83,7 @@ def _files(path: Path) -> dict[str, Path]:
     if path.is_file() and path.suffix == ".gguf":
         return {path.name: path}
     checkpoint = Checkpoint(path)
-    if (checkpoint.folder / MANIFEST_NAME).is_file():
+    if as_written(checkpoint.folder):
         check_manifest(checkpoint.folder)
     found = (file for file in sorted(checkpoint.folder.rglob("*")) if file.is_file())
     names = {file.relative_to(checkpoint.folder).as_posix(): file for file in found}
@@ -114,7 +117,7 @@ def _errors(repository: str) -> Iterator[None]:
     except OSError as error:
         raise ResourceError(f"the hub cannot be reached: {_why(error)}", "run the same command again") from error
     except Exception as error:  # whatever the network stack raises
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "huggingface_hub"):
+        if not type(error).__module__.startswith(("httpx", "httpcore", "huggingface_hub")):
             raise
         raise ResourceError(f"the hub cannot be reached: {_why(error)}", "run the same command again") from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from transformers.modeling_utils import PreTrainedModel
 # All files of the architecture, used here or not: transformers up to 5.6 copies only those that this one names.
 from .moesaic_activation import Scaled  # noqa: F401
 from .moesaic_attention import swap_attention
-from .moesaic_costs import Costs  # noqa: F401
 from .moesaic_ffn import MoEFeedForward, MoesaicExperts, use_path
 from .moesaic_kept import FEW  # noqa: F401
 from .moesaic_kernel import kernel  # noqa: F401
@@ -30,6 +30,7 @@ from .moesaic_kernel_neurons import NEURONS  # noqa: F401
 from .moesaic_kernel_source import ROWS  # noqa: F401
 from .moesaic_kernel_tiles import TILES  # noqa: F401
 from .moesaic_low_bit import LowBitRouter  # noqa: F401
+from .moesaic_measured import measured  # noqa: F401
 from .moesaic_nested import NestedFeedForward  # noqa: F401
 from .moesaic_neurons import NeuronFeedForward
 from .moesaic_operators import NAMESPACE  # noqa: F401
@@ -284,6 +285,9 @@ class MoesaicForImageTextToText(PreTrainedModel):
         return _converted(config)._from_config(config.whole_config, **kwargs)
 
 
+_OF_HUB = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
+
+
 def _converted(config: MoesaicConfig) -> Any:
     """The multimodal model's own class, with converted FFNs in its text model.
 
@@ -307,11 +311,14 @@ def _converted(config: MoesaicConfig) -> Any:
             self.exact_prefill(config.exact_prefill)
             self.post_init()
 
-        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
             """See transformers. config.json is that of the conversion, by which the folder is loaded."""
+            of_hub = {name: kwargs.pop(name) for name in _OF_HUB if name in kwargs}
             super().save_pretrained(save_directory, *args, **kwargs)
             config.dtype = self.dtype
             config.save_pretrained(save_directory)
+            if push_to_hub:  # writes anew, and sends what is written here
+                self.push_to_hub(**{"repo_id": Path(save_directory).name} | of_hub)
 
     # transformers finds by name and module how old files of this class spell their tensors.
     Converted.__name__, Converted.__qualname__ = dense.__name__, dense.__qualname__

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .moesaic_activation import build_activation
 from .moesaic_paths import PATHS, Row, choose
 from .moesaic_routing import KeptInFloat32, Router
-from .moesaic_side_by_side import take_apart
+from .moesaic_side_by_side import ready_to_train, take_apart
 from .moesaic_slices import Matrices, down, effective_weight, hidden
 
 
@@ -82,10 +82,6 @@ class MoEFeedForward(KeptInFloat32):
         """Whether a token always chooses all experts with weight 1. A method: `torch.compile` of torch 2.13 takes a
         property of a property's `super()` to be true."""
         return False
-
-    def share(self) -> float:
-        """Of the routed neurons, those that an expert has in the mean."""
-        return 1 / max(self.experts, 1)
 
     def decisive(self) -> dict[str, Tensor]:
         """See :class:`KeptInFloat32`."""
@@ -155,6 +151,12 @@ class MoEFeedForward(KeptInFloat32):
         gate_PD, gate_bias_P = (None, None) if gate is None else (effective_weight(gate), gate.bias)
         return Matrices(gate_PD, gate_bias_P, effective_weight(up), up.bias, effective_weight(down))
 
+    def train(self, mode: bool = True) -> Self:
+        """See torch. Weights that lie side by side do so no longer."""
+        if mode:
+            take_apart(self)
+        return super().train(mode)
+
     def forward(self, x: Tensor) -> Tensor:
         """y of the shape of x, [..., D]."""
         # Offloaded weights (``device_map``) come with accelerate's hooks of the layers' own forwards, not called here.
@@ -162,6 +164,7 @@ class MoEFeedForward(KeptInFloat32):
         offloaded = [layer for layer in layers if hasattr(layer, "_hf_hook")]
         for layer in offloaded:
             layer._hf_hook.pre_forward(layer)
+        ready_to_train(self)
         y = self._forward(x)
         for layer in offloaded:
             layer._hf_hook.post_forward(layer, None)

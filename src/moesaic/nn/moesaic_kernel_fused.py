@@ -83,6 +83,9 @@ static inline f32x16 active(const Fused &c, f32x16 gate, f32x16 up) {
   return c.gate ? activate(gate, c.activation) * up : activate(up, c.activation);
 }
 
+// What is not wanted may be infinite.
+static inline f32x16 times(f32x16 h, f32x16 weight) { return weight == 0 ? (f32x16){} : h * weight; }
+
 // Weights of up to 16 neurons from p on, for token t; products by tokens.
 template <class W> static inline f32x16 weights(const Fused &c, int64_t t, int64_t p, int64_t count) {
   const W *own = (const W *)c.weight + t * c.stride;
@@ -124,8 +127,8 @@ template <class W> static void by_tokens(const Fused &c, int64_t t, int64_t begi
     if (c.gate_bias) gate += some((const W *)c.gate_bias + p, count);
     if (c.up_bias) up += some((const W *)c.up_bias + p, count);
     f32x16 h = active(c, gate, up);
-    if (c.weight && end > c.plain) h *= weights<W>(c, t, p, count < 16 ? count : 16);
-    if (c.chosen && p + 16 > c.plain) h *= weights_of_members(c, t, p, count);
+    if (c.weight && end > c.plain) h = times(h, weights<W>(c, t, p, count < 16 ? count : 16));
+    if (c.chosen && p + 16 > c.plain) h = times(h, weights_of_members(c, t, p, count));
     put(h, (W *)c.h + line + p, count);
   }
 }
@@ -143,7 +146,7 @@ template <class W> static void by_neurons(const Fused &c, int64_t begin, int64_t
         if (c.up_bias) up += one((const W *)c.up_bias + p);
         h[i] = active(c, gate, up);
         if (c.weight && p >= c.plain)
-          h[i] *= some((const W *)c.weight + (p - c.plain) / c.width * c.stride + t, tokens);
+          h[i] = times(h[i], some((const W *)c.weight + (p - c.plain) / c.width * c.stride + t, tokens));
       }
       turn(h);
       UNROLLED for (int i = 0; i < 16; i++)

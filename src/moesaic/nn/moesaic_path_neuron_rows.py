@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from .moesaic_kernel import ACTIVATIONS, SINGLE, Call, LowBit, kernel
 from .moesaic_operators import MATRICES, operator
-from .moesaic_path_rows import ERRORS, Rows, check_matrices, computed, matrices_and_biases
-from .moesaic_side_by_side import lay, lies
+from .moesaic_path_rows import ERRORS, Rows, check_matrices, computed, laid, matrices_and_biases
 
 if TYPE_CHECKING:
     from .moesaic_low_bit import LowBitRouter
@@ -37,8 +36,6 @@ class NeuronRows(Rows):
         if ffn.routed:
             y_TD = operated(ffn, x_TD) if torch.compiler.is_compiling() else computed_neurons(ffn, x_TD)
         else:
-            if not lies(ffn):
-                lay(ffn)
             y_TD = computed(ffn, x_TD, None, None)
         bias_D = ffn.down_proj.bias
         return y_TD if bias_D is None else y_TD + bias_D
@@ -70,7 +67,13 @@ def computed_neurons(ffn: NeuronFeedForward, x_TD: Tensor, decisions: Decisions 
     Raises:
         ValueError: sizes, bits, dtypes or a number of experts that do not fit each other; nothing is read then.
     """
-    return called("moesaic_neurons", _kept(ffn), x_TD, decisions, ffn.top_k)
+    while True:
+        kept = _kept(ffn)
+        held = matrices_and_biases(ffn)  # until the end: another thread may take the weights apart meanwhile
+        places = [None if matrix is None else matrix.data_ptr() for matrix in held[:3]]
+        if places == [kept.call.gate, kept.call.up, kept.call.down]:
+            return called("moesaic_neurons", kept, x_TD, decisions, ffn.top_k)
+        _KEPT.pop(ffn, None)
 
 
 def called(name: str, kept: Kept, x_TD: Tensor, decisions: Decisions | None, top_k: int) -> Tensor:
@@ -99,8 +102,6 @@ def called(name: str, kept: Kept, x_TD: Tensor, decisions: Decisions | None, top
 def _kept(ffn: NeuronFeedForward) -> Kept:
     kept = _KEPT.get(ffn)
     if kept is None or [tensor.data_ptr() for tensor in _tensors(ffn)] != kept.places:
-        if not lies(ffn):
-            lay(ffn)
         kept = _KEPT[ffn] = _made(ffn)
     return kept
 
@@ -118,7 +119,7 @@ def _tensors(ffn: NeuronFeedForward) -> list[Tensor]:
 
 
 def _made(ffn: NeuronFeedForward) -> Kept:
-    matrices = matrices_and_biases(ffn)
+    matrices = laid(ffn)
     if matrices[1].shape != (ffn.neurons, ffn.up_proj.in_features):
         raise ValueError(f"weights that are not of {ffn.neurons} neurons of width {ffn.up_proj.in_features}")
     call, low_bit = _calls(*matrices, ffn.low_bit, ffn.activation)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .moesaic_kernel import ACTIVATIONS, WEIGHTS, Call, kernel, part_of
 from .moesaic_operators import MATRICES, can_be_called, operator
-from .moesaic_side_by_side import can_lie, lay, lies
+from .moesaic_side_by_side import can_lie, lay, lie, lies
 
 if TYPE_CHECKING:
     from .moesaic_ffn import MoEFeedForward
@@ -50,8 +50,6 @@ class Rows:
 
     def run(self, ffn: Any, x_TD: Tensor) -> Tensor:
         idx_TK, weight_TK = ffn.choice(x_TD) if ffn.routed else (None, None)
-        if not lies(ffn):
-            lay(ffn)
         return computed(ffn, x_TD, idx_TK, weight_TK)
 
 
@@ -69,17 +67,26 @@ def knows(x_TD: Tensor, ffn: MoEFeedForward) -> bool:
 
 
 def computed(ffn: Any, x_TD: Tensor, idx_TK: Tensor | None, weight_TK: Tensor | None) -> Tensor:
-    """y_TD of the shared neurons and those of the chosen experts, all experts for None.
+    """y_TD of the shared neurons and those of the chosen experts, all experts for None. Weights are laid side by side.
 
     Raises:
         ValueError: sizes or experts that the FFN does not have; nothing is read then.
     """
     # References are held until the end, whatever another thread does to the layers.
-    own = matrices_and_biases(ffn)
+    own = matrices_and_biases(ffn) if torch.compiler.is_compiling() else laid(ffn)
     member = ffn.membership if ffn.layout == "union" else None
     sizes = ffn.shared, ffn.experts, ffn.width, ffn.activation
     function: Callable[..., Tensor] = ROWS if torch.compiler.is_compiling() else _rows
     return function(x_TD, *own, idx_TK, weight_TK, member, *sizes)
+
+
+def laid(ffn: MoEFeedForward) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """:func:`matrices_and_biases` that lie side by side. Another thread may take them apart at any time."""
+    while True:
+        own = matrices_and_biases(ffn)
+        if lie(*own[:3]):
+            return own
+        lay(ffn)
 
 
 def matrices_and_biases(ffn: MoEFeedForward) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:

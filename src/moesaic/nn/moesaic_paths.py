@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .moesaic_costs import ESTIMATES, LAYOUTS, Size, cheapest, measured
+from .moesaic_measured import LAYOUTS, at, measured
 from .moesaic_path_fused import FusedMasked, FusedSorted
 from .moesaic_path_nested_rows import NestedRows
 from .moesaic_path_neuron_rows import NeuronRows
@@ -142,7 +142,7 @@ PORTABLE = tuple(row for row in PATHS if not isinstance(row.path, COMPILED))
 def choose(x_TD: Tensor, ffn: MoEFeedForward) -> Path:
     """The path for an input: the first of ``ffn.asked`` that supports it, or the fastest known.
 
-    The fastest is what the costs that were measured on this machine say, else what the table says.
+    The fastest is what was measured on this machine, else what the table says.
 
     Raises:
         ValueError: none of the paths that were asked for supports it.
@@ -153,7 +153,7 @@ def choose(x_TD: Tensor, ffn: MoEFeedForward) -> Path:
             if span is None or not row.path.supports(x_TD, ffn):
                 continue
             if span[0] <= x_TD.shape[0] and (span[1] is None or x_TD.shape[0] < span[1]):
-                return _cheapest(x_TD, ffn) or row.path if row.path.name in ESTIMATES else row.path
+                return _measured(x_TD, ffn) or row.path
     able = [row.path for row in ffn.table if row.path.layout == ffn.layout and row.path.supports(x_TD, ffn)]
     for name in ffn.asked:
         for path in able:
@@ -165,18 +165,15 @@ def choose(x_TD: Tensor, ffn: MoEFeedForward) -> Path:
     raise ValueError(f"{wanted} cannot compute {kind}; these can: {', '.join(path.name for path in able) or 'none'}")
 
 
-def _cheapest(x_TD: Tensor, ffn: MoEFeedForward) -> Path | None:
-    """The path of the smallest estimate; None where nothing was measured, or where the table must decide."""
-    if torch.compiler.is_compiling() or ffn.table is not PATHS or ffn.layout not in LAYOUTS:
+def _measured(x_TD: Tensor, ffn: MoEFeedForward) -> Path | None:
+    """The path that was the fastest on this machine; None where that was not measured, or the table must decide."""
+    if torch.compiler.is_compiling() or ffn.table is not PATHS or ffn.layout not in LAYOUTS or not ffn.routed:
         return None
     if x_TD.device.type != "cpu" or len(x_TD) == 0:
         return None
-    costs = measured(x_TD.dtype, torch.get_num_threads())
-    if costs is None:
+    fastest = measured(x_TD.dtype, torch.get_num_threads())
+    if fastest is None:
         return None
-    rows = [row for row in PATHS if row.path.layout == ffn.layout and row.path.name in ESTIMATES]
-    paths = {row.path.name: row.path for row in rows if row.path.supports(x_TD, ffn)}
-    weights = (2 if ffn.gate_proj is None else 3) * x_TD.shape[1]
-    sizes = ffn.neurons, ffn.shared, ffn.experts, ffn.width, ffn.top_k
-    size = Size(ffn.layout, ffn.routed, *sizes, weights, ffn.share())
-    return paths[cheapest(size, costs, len(x_TD), tuple(paths))]
+    name = fastest[ffn.layout][at(len(x_TD))]
+    paths = (row.path for row in PATHS if row.path.layout == ffn.layout and row.path.name == name)
+    return next((path for path in paths if path.supports(x_TD, ffn)), None)

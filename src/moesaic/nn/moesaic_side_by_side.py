@@ -2,7 +2,8 @@
 
 What a token reads of a neuron, its rows of gate and up and its column of down, then lies side by side in one tensor
 [P, 3, D] ([P, 2, D] without a gate). The parameters become views of that tensor: nothing is held twice, loading and
-training change it in place, and all other paths compute with it. A state dict is made of ordinary matrices again.
+moving change it in place, and all other paths compute with it. A state dict is made of ordinary matrices again, and so
+is what is trained: optimisers may walk over a parameter's memory without a look at its strides (`fused=True` on a CPU).
 
 Axes: P packed neurons, D model width.
 """
@@ -91,7 +92,13 @@ def _can_lie(ffn: MoEFeedForward, dtype: torch.dtype, device: torch.device) -> b
 
 def lies(ffn: MoEFeedForward) -> bool:
     """Whether what a neuron has in each matrix lies in one piece, so that the kernel can read it."""
-    return all(_in_pieces(layer.weight, 1) for layer in layers(ffn)[:-1]) and _in_pieces(ffn.down_proj.weight, 0)
+    gate = None if ffn.gate_proj is None else ffn.gate_proj.weight
+    return lie(gate, ffn.up_proj.weight, ffn.down_proj.weight)
+
+
+def lie(gate_PD: Tensor | None, up_PD: Tensor, down_DP: Tensor) -> bool:
+    """:func:`lies` of the matrices."""
+    return (gate_PD is None or _in_pieces(gate_PD, 1)) and _in_pieces(up_PD, 1) and _in_pieces(down_DP, 0)
 
 
 def _in_pieces(weight: Tensor, dim: int) -> bool:
@@ -101,6 +108,8 @@ def _in_pieces(weight: Tensor, dim: int) -> bool:
 def lay(ffn: MoEFeedForward) -> None:
     """Lay the weights side by side. One matrix after the other is given up, so that memory grows by one FFN at most."""
     with _LOCK, torch.inference_mode(False), torch.no_grad():
+        if lies(ffn):  # another thread was faster
+            return
         own = layers(ffn)
         up = ffn.up_proj.weight
         side_PND = torch.empty(ffn.neurons, len(own), up.shape[1], dtype=up.dtype, device=up.device)
@@ -113,8 +122,17 @@ def lay(ffn: MoEFeedForward) -> None:
 
 
 def take_apart(ffn: MoEFeedForward) -> None:
-    """Undo :func:`lay`: every matrix has contiguous memory of its own again."""
+    """Undo :func:`lay`: every matrix has contiguous memory of its own again, whatever it was wrapped in since."""
     with _LOCK, torch.inference_mode(False), torch.no_grad():
-        for layer in layers(ffn):
-            if type(layer) is nn.Linear and not layer.weight.is_contiguous():
-                layer.weight.data = layer.weight.data.contiguous()
+        for name, tensor in ffn.named_parameters():
+            if "proj" in name and not tensor.is_contiguous():
+                tensor.data = tensor.data.contiguous()
+
+
+def ready_to_train(ffn: MoEFeedForward) -> None:
+    """:func:`take_apart` before a pass with gradients of the weights."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    weight = ffn.up_proj._parameters.get("weight")
+    if weight is not None and weight.requires_grad and not weight.is_contiguous():
+        take_apart(ffn)

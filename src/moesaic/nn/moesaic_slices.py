@@ -90,6 +90,10 @@ def effective_weight(linear: nn.Module) -> Tensor:
     if not hasattr(wrapped, "lora_A") or not isinstance(wrapped.base_layer, nn.Linear):
         raise TypeError(f"the experts' matrices are sliced: {type(linear).__name__} in place of nn.Linear is not known")
     weight = wrapped.base_layer.weight
+    if wrapped._forward_pre_hooks:
+        raise TypeError("the experts' matrices are sliced: adapters cannot be chosen by sequence (adapter_names)")
+    if wrapped.disable_adapters and wrapped.merged:
+        wrapped.unmerge()  # as its own forward does
     if wrapped.disable_adapters or wrapped.merged:
         return weight
     for adapter in wrapped.active_adapters:
@@ -134,11 +138,13 @@ def _weighed(h_TM: Tensor, weights: Weights | Members, start: int) -> Tensor:
     plain, weight_TN = slice_of(weights, start, stop)
     if plain == stop - start:
         return h_TM
-    own_TNW = h_TM[:, plain:].unflatten(1, (-1, weights.width))
-    if not torch.is_grad_enabled():
-        own_TNW *= weight_TN[:, :, None]
+    own_TNW, weight_TN1 = h_TM[:, plain:].unflatten(1, (-1, weights.width)), weight_TN[:, :, None]
+    if h_TM.dtype == torch.float16:  # what a token did not choose may be infinite
+        own_TNW = own_TNW.masked_fill(weight_TN1 == 0, 0)
+    elif not torch.is_grad_enabled():
+        own_TNW *= weight_TN1
         return h_TM
-    return torch.cat([h_TM[:, :plain], (own_TNW * weight_TN[:, :, None]).flatten(1)], dim=1)
+    return torch.cat([h_TM[:, :plain], (own_TNW * weight_TN1).flatten(1)], dim=1)
 
 
 def down(matrices: Matrices, h_TM: Tensor, start: int, stop: int, matmul: Matmul = F.linear) -> Tensor:

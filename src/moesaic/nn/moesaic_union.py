@@ -41,7 +41,6 @@ class UnionFeedForward(MoEFeedForward):
         union = spec["neurons"] - spec["shared"]
         self.register_buffer("membership", torch.zeros(self.experts, union, dtype=torch.bool))
         self._places: tuple[Tensor, list[Tensor], list[list[Run]]] | None = None
-        self._share: tuple[list[Tensor], float] | None = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -54,12 +53,6 @@ class UnionFeedForward(MoEFeedForward):
                 rows = [row_U.nonzero().flatten() + self.shared for row_U in self.membership]
             self._places = self.membership, rows, [_runs_of(row_M) for row_M in rows]
         return self._places[1:]
-
-    def share(self) -> float:
-        rows, _ = self.places()
-        if self._share is None or self._share[0] is not rows:
-            self._share = rows, sum(map(len, rows)) / max(self.membership.numel(), 1)
-        return self._share[1]
 
     def expert_rows(self, matrices: Matrices, e: int, x_TD: Tensor) -> Tensor:
         all_rows, all_runs = self.places()
