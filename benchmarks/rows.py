@@ -9,6 +9,12 @@ from typing import Any
 from moesaic.durable import replace_text
 
 
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """All lines of a .jsonl file, none where there is none; a last line that a crash cut short is left out."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
 def write_rows(file: Path, data: Any) -> None:
     """Write ``data`` as :func:`rows_text`, all of it or nothing; the folder is made where it is missing."""
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@
 
 WORK/rows.jsonl gets a line for every row and text as soon as it is measured. What is there is not measured again, so
 that an interrupted run goes on. Another calibration text needs another WORK. --page writes docs/results/map_MODEL.json,
-.md and .png from all lines, and from compare_MODEL.json beside them.
+.md and .png from all lines, from those of `benchmarks.map.tasks`, and from compare_MODEL.json beside them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from benchmarks.compare.leak import shared_runs
+from benchmarks.map import tasks
 from benchmarks.map.measure import TEXTS, Bench, Setting
 from benchmarks.map.page import write_page
 from benchmarks.map.rows import BY_KEY, ROWS, Row
+from benchmarks.rows import read_lines
 
 from moesaic.anatomy import read_anatomy
 from moesaic.calibration.config import CalibrationConfig, check_sources
@@ -56,7 +58,8 @@ def _main(arguments: argparse.Namespace) -> None:
             raise InputError(f"{arguments.work} holds no measured rows", "measure first: leave out --page")
         about = json.loads(protocol.read_text(encoding="utf-8")) | {"machine": machine()}
         about["model"] = arguments.name or about["model"]
-        say(str(write_page(about, records(file), arguments.model, arguments.results)))
+        answers = read_lines(arguments.work / tasks.FILE)
+        say(str(write_page(about, read_lines(file), arguments.model, arguments.results, answers)))
         return
     rows = [BY_KEY[key] for key in arguments.rows or BY_KEY]
     gated = read_anatomy(Checkpoint(arguments.model).config).gated
@@ -67,7 +70,7 @@ def _main(arguments: argparse.Namespace) -> None:
     check_sources(config)
     protocol = _protocol(arguments.work, arguments.name or arguments.model.name, config)
     setting = Setting(arguments.window, _windows(arguments), arguments.noise)
-    done = {key_of(record) for record in records(file)}
+    done = {key_of(record) for record in read_lines(file)}
     missing = {
         row.key: [text for text in arguments.texts if key_of(_asked(row, text, setting)) not in done] for row in rows
     }
@@ -83,7 +86,7 @@ def _main(arguments: argparse.Namespace) -> None:
                 )
         arguments.work.mkdir(parents=True, exist_ok=True)
         replace_text(arguments.work / "protocol.json", f"{json.dumps(protocol)}\n")
-        replace_text(file, "".join(f"{json.dumps(record)}\n" for record in records(file)))
+        replace_text(file, "".join(f"{json.dumps(record)}\n" for record in read_lines(file)))
         _measure(bench, setting, [(row, missing[row.key]) for row in wanted], file)
 
 
@@ -94,12 +97,6 @@ def _measure(bench: Bench, setting: Setting, wanted: Sequence[tuple[Row, Sequenc
             append_line(file, json.dumps(record))
             value, seconds = record["perplexity"]["value"], record["seconds"]
             say(f"{number}/{len(wanted)}  {row.key} on {record['text']}: perplexity {value:.3f}, {seconds} s")
-
-
-def records(file: Path) -> list[dict[str, Any]]:
-    """All lines of the file, none where there is none; a last line that a crash cut short is left out."""
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def key_of(record: dict[str, Any]) -> tuple[str, str, int, int, bool]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.map import tasks
 from benchmarks.map.cost import Shape
 from benchmarks.map.plot import draw
 from benchmarks.map.points import (
@@ -46,7 +47,13 @@ _LARGEST = 10
 """Ratios beyond it are shown without an interval."""
 
 
-def write_page(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]], model: Path, results: Path) -> Path:
+def write_page(
+    about: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    model: Path,
+    results: Path,
+    answers: Sequence[Mapping[str, Any]] = (),
+) -> Path:
     """Write map_NAME.json, .md and .png, NAME being ``about["model"]``; returns the page."""
     checkpoint = Checkpoint(model)
     anatomy = read_anatomy(checkpoint.config)
@@ -66,9 +73,14 @@ def write_page(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]], m
     page = results / f"map_{name}.md"
     write_rows(
         results / f"map_{name}.json",
-        {"about": dict(about), "points": [p.to_dict() for p in (*main, *others)], "lines": list(records)},
+        {
+            "about": dict(about),
+            "points": [p.to_dict() for p in (*main, *others)],
+            "lines": list(records),
+            "tasks": list(answers),
+        },
     )
-    replace_text(page, markdown(about, main, others, records))
+    replace_text(page, markdown(about, main, others, records, answers))
     draw(main, name, results / f"map_{name}.png")
     return page
 
@@ -86,7 +98,11 @@ def own_grid(checkpoint: Checkpoint, anatomy: Anatomy) -> set[str]:
 
 
 def markdown(
-    about: Mapping[str, Any], main: Sequence[Point], others: Sequence[Point], records: Sequence[Mapping[str, Any]]
+    about: Mapping[str, Any],
+    main: Sequence[Point],
+    others: Sequence[Point],
+    records: Sequence[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The text of the page."""
     name = about["model"]
@@ -94,6 +110,8 @@ def markdown(
     lines += ["## What it says", "", *_says(main), "", "## All rows", "", *_table(main), ""]
     if others:
         lines += ["## Other weights and windows", "", *_settings(main, others), ""]
+    if asked := tasks.table(answers):
+        lines += ["## Tasks", "", *asked, ""]
     variants = _variants(records)
     if variants:
         lines += ["## Variants", "", *variants, ""]

@@ -32,9 +32,12 @@ D_FF, EXPERTS = 48, 6
 Tiny = Callable[[str], Path]
 
 
-def planned(active: float = 0.6, **options: Any) -> tuple[FFNWeights, Tensor, LayerPlan]:
-    """An FFN in whose four token groups other neurons are loud, some of them in few, and a union for it."""
+def planned(active: float = 0.6, weak: int | None = None, **options: Any) -> tuple[FFNWeights, Tensor, LayerPlan]:
+    """An FFN in whose four token groups other neurons are loud, some of them in few, and a union for it. A ``weak``
+    neuron adds next to nothing."""
     weights = random_ffn(D_FF).to(torch.float32)
+    if weak is not None:
+        weights.down_DF[:, weak] *= 1e-4
     group_T = torch.randint(4, (800,), generator=torch.Generator().manual_seed(2))
     x_TD = (random_inputs(800, seed=3) * 0.3 + 3 * torch.eye(16, dtype=torch.float64)[group_T]).float()
     config = Config(active=active, split="union", experts=EXPERTS, **options)
@@ -79,6 +82,15 @@ def test_every_neuron_keeps_its_own_readout(options: dict[str, Any], active: flo
         assert own_EF.float().mean() > owned(plan).float().mean() + 0.1
     expected_TD = (weights.hidden(x_TD) * own_EF[routed(plan, x_TD)]) @ readout_DF.T
     torch.testing.assert_close(build_ffn(weights, made)(x_TD), expected_TD, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("active", [0.3, 0.6])
+def test_a_nearly_dead_neuron_takes_no_budget_from_the_others(active: float) -> None:
+    weights, x_TD, plan = planned(active=1.0, weak=7)
+    made = with_budget(plan, weights, SiteInputs(x_TD), active)
+    used = owned(made)[routed(made, x_TD)].sum(dim=1).float().mean()
+    assert round(active * D_FF) - 1.5 < float(used) <= round(active * D_FF) + 1e-4
+    assert not owned(made)[:, 7].any()
 
 
 def test_without_tokens_or_worth_a_plan_stays() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.map.__main__ import main, records
+from benchmarks.map.__main__ import main
 from benchmarks.map.cost import Shape
 from benchmarks.map.measure import Bench
 from benchmarks.map.page import markdown, own_grid
@@ -22,6 +22,7 @@ from benchmarks.map.references import (
     WeightOnly,
 )
 from benchmarks.map.rows import BY_KEY, ROWS
+from benchmarks.rows import read_lines
 
 from moesaic.anatomy import read_anatomy
 from moesaic.calibration.config import CalibrationConfig
@@ -105,16 +106,16 @@ def test_a_run_goes_on_where_it_stopped(dense: Path, tmp_path: Path) -> None:
     main(asked)
     file = tmp_path / "work" / "rows.jsonl"
     before = file.read_text()
-    assert records(file)
+    assert read_lines(file)
     file.write_text(before + before[:50])  # as a crash leaves it
     main([*asked, "low4@50"])
-    found = records(file)
+    found = read_lines(file)
     assert [record["row"] for record in found] == ["dense", "low4@50"]
     assert file.read_text().startswith(before)
     main([*asked, "low4@50"])
-    assert records(file) == found
+    assert read_lines(file) == found
     main([*asked, "--noise"])
-    assert [record["noise"] for record in records(file)] == [False, False, True]
+    assert [record["noise"] for record in read_lines(file)] == [False, False, True]
     with pytest.raises(SystemExit):
         main([*asked, "--tokens", "1024"])  # other thresholds
 
@@ -197,6 +198,9 @@ def test_the_page_says_all_of_it(dense: Path, tmp_path: Path) -> None:
     about = {"model": "tiny", "calibration": {"sources": ["wiki=1"], "tokens": 512, "seed": 0}, "dtype": "float32"}
     (work / "protocol.json").write_text(json.dumps(about))
     (work / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in LINES))
+    answers = {"dense": [1, 1, 0, 1], "low4@50": [1, 0, 0, 1]}
+    tasks = [{"row": row, "limit": 2, "tasks": {"a": found[:2], "b": found[2:]}} for row, found in answers.items()]
+    (work / "tasks.jsonl").write_text("".join(json.dumps(each) + "\n" for each in tasks))
     main(arguments(dense, tmp_path, "--page"))
     results = tmp_path / "results"
     text = (results / "map_tiny.md").read_text()
@@ -204,6 +208,7 @@ def test_the_page_says_all_of_it(dense: Path, tmp_path: Path) -> None:
     assert "| WikiText-2 | 1024 | with noise |" in text
     assert "`low2@50` | 0.905" in text  # the variant beside its base
     assert "Where ours loses (WikiText-2)" in text
+    assert "| neuron experts, 4 bits, 50 % (`low4@50`) | 4 | 50.0% | -25.0 [" in text
     assert len(json.loads((results / "map_tiny.json").read_text())["lines"]) == len(LINES)
     assert (results / "map_tiny.png").stat().st_size > 1000
 

@@ -78,3 +78,11 @@ def test_a_signal_that_a_library_turns_into_another_error_is_still_a_signal(
             signal.signal(each, handler)
     assert ended.value.code == code
     assert "internal error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_streams_that_the_caller_closed_are_empty(closed: str, tmp_path: Path) -> None:
+    line = f"{sys.executable} -m moesaic presets {closed}; echo code $?"
+    done = subprocess.run(["bash", "-c", f"({line}) 2>{tmp_path / 'err'}"], capture_output=True, text=True, timeout=120)
+    assert "code 0" in done.stdout, (done.stdout, (tmp_path / "err").read_text())
+    assert "internal error" not in done.stdout + (tmp_path / "err").read_text()

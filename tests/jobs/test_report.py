@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 import moesaic
+from moesaic.anatomy import read_anatomy
 from moesaic.checkpoint.loading import load_model
+from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.tokenizer import load_tokenizer
 from moesaic.errors import InputError
 from moesaic.jobs.compare import compare_outputs
@@ -161,6 +164,38 @@ def test_compared_outputs_are_paired_over_windows(tiny: Tiny, output: Path, tmp_
     (found,) = (each for name, each in compared.paired.items() if "w32 n=4" in name)
     assert found["other"]["ratio"] == pytest.approx(values[1] / values[0])
     assert "out against other" in (tmp_path / "page.html").read_text()
+
+
+def test_models_that_read_other_tokens_are_not_paired(tiny: Tiny, output: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(output, tmp_path / "other")
+    text = tmp_path / "text.txt"
+    text.write_text("Ships sail at dawn, and the harbour wakes. " * 40, encoding="utf-8")
+    for folder in (output, other):
+        moesaic.evaluate_model(folder, text=text, window=32, limit=2)
+    assert compare_outputs([output, other]).paired
+    tokenizer = other / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    assert not compare_outputs([output, other]).paired
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_pruned_model_is_reported_as_one(family: str, tiny: Tiny, tmp_path: Path) -> None:
+    out = converted(tiny(family), tmp_path / "out", "static", options={"active": 0.5}, target="dense")
+    facts = gather(out)
+    dense = read_anatomy(Checkpoint(tiny(family)).config)
+    assert [layer.d_ff for layer in facts.layers] == [site.d_ff for site in dense.sites]
+    assert facts.row_bytes == (3 if dense.gated else 2) * dense.d_model * 4
+    page, card = (out / PAGE_NAME).read_text(), (out / "README.md").read_text()
+    assert "became narrower" in page
+    assert "- moe\n" not in card
+    assert "A narrower dense checkpoint" in card
+
+
+def test_the_evaluation_with_most_windows_comes_last(output: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(output, tmp_path / "out")
+    for limit in (4, 2):
+        moesaic.evaluate_model(folder, window=32, limit=limit)
+    assert [("n=2" in name, "n=4" in name) for name in gather(folder).evaluations][-1] == (False, True)
 
 
 def test_what_is_no_output_is_refused(tiny: Tiny, tmp_path: Path) -> None:

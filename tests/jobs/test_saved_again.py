@@ -4,6 +4,7 @@ tensors, and nothing of before is believed."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,25 @@ def test_a_file_that_is_not_the_one_that_was_written_is_named(
     for arguments in (("inspect", folder), ("export", folder, tmp_path / "stock"), ("eval", folder)):
         code, _, err = run(*arguments)
         assert (code, f"{folder / name} is not the file that was written" in err) == (3, True)
+
+
+def test_a_pruned_folder_that_was_saved_elsewhere_is_taken_as_one(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    made = moesaic.convert(
+        tiny("llama"),
+        tmp_path / "out",
+        method="static",
+        options={"active": 0.5},
+        target="dense",
+        calibration={"tokens": 256, "window": 64},
+    ).output
+    trained = tmp_path / "trained"
+    AutoModelForCausalLM.from_pretrained(made, dtype="auto").save_pretrained(trained)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(made / name, trained / name)
+    with pytest.raises(InputError, match=r"cannot be tuned again: it has no manifest\.json"):
+        tune(trained, tmp_path / "tuned", baseline=tiny("llama"))
+    moesaic.evaluate_model(trained, window=32, limit=2)
+    assert "manifest.json" not in (trained / "README.md").read_text()
 
 
 def test_a_saved_folder_can_be_tuned(converted: Converted, tmp_path: Path) -> None:

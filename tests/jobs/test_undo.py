@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from moesaic.anatomy import FAMILIES as FAMILIES_BY_TYPE
 from moesaic.blueprint.layer import LayerPlan, Router, WeightFade
 from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.reader import Checkpoint
+from moesaic.cli.main import app
 from moesaic.errors import InputError, VerificationError
 from moesaic.jobs.convert import convert
 from moesaic.jobs.undo import undo, what_is_lost
@@ -150,6 +152,21 @@ def test_interrupted_undo_resumes(tiny: Callable[[str], Path], tmp_path: Path, m
     undo(folder, tmp_path / "dense")
     assert fresh == ["shard-00000", "shard-00001", "shard-00002"]
     assert Checkpoint(tmp_path / "dense").config["model_type"] == "llama"
+
+
+def test_an_unfinished_undo_of_another_folder_can_be_thrown_away(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (converted(tiny(family), tmp_path / family) for family in ("llama", "qwen2"))
+    with monkeypatch.context() as patch:
+        patch.setattr(StagedOutput, "write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            undo(first, tmp_path / "dense")
+    command = ["undo", str(second), str(tmp_path / "dense")]
+    refused = CliRunner().invoke(app, command)
+    assert "--restart" in refused.exception.hint  # type: ignore[union-attr]
+    assert CliRunner().invoke(app, [*command, "--restart"]).exit_code == 0
+    assert Checkpoint(tmp_path / "dense").config["model_type"] == "qwen2"
 
 
 def test_copy_of_the_folder_elsewhere_is_undone(tiny: Callable[[str], Path], tmp_path: Path) -> None:

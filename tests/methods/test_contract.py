@@ -78,6 +78,13 @@ ROWS = {
     "tomoe": Row(
         "tomoe", "copies", {"counted": "ffn", "experts": 4, "train": TRAIN}, ({"active": 0.1}, 5), random=True
     ),
+    "tomoe, union": Row(
+        "tomoe",
+        "copies",
+        {"counted": "ffn", "experts": 4, "union": True, "train": TRAIN},
+        ({"active": 0.1}, 5),
+        random=True,
+    ),
     "token_clusters": Row("token_clusters", "copies", {"experts": 4}, ({"max_params": 0.5}, 40), random=True),
     "token_clusters, union": Row(
         "token_clusters",
@@ -225,6 +232,7 @@ def test_the_sizes_known_before_are_those_of_the_plan(row: Row, folder: Path) ->
         made = plan.shape
         for name in ("d_ff", "experts", "top_k", "router", "gate", "varied", "normalised", "rewritten", "output_bias"):
             assert getattr(made, name) == getattr(said, name), name
+        assert (made.union is None) == (said.union is None)
         if not row.config().whole_model:
             assert made.shared == said.shared
             assert plan.active_neurons == pytest.approx(said.active, abs=0.5)

@@ -76,6 +76,13 @@ def test_score_scale_is_the_factor_on_weights_that_sum_to_one() -> None:
         assert torch.equal(pack(weights, plan)["down_proj.weight"], 2 * pack(weights, plain)["down_proj.weight"])
 
 
+def test_without_routed_experts_there_is_no_gate() -> None:
+    options: dict[str, Any] = {"layout": "S8A0E8", "gate": "softmax_topk"}
+    plan = plan_of(random_ffn(37), **options)
+    assert (plan.router.kind, plan.gate) == ("static", "uniform")
+    assert Config(**options).sizes(37).gate == "uniform"
+
+
 def test_scale_e_with_all_experts_on_is_dense() -> None:
     plan = plan_of(random_ffn(40), layout="S0A8E8", score_scale=8.0)
     assert plan.expert_scale is None

@@ -40,8 +40,9 @@ TEXT = {"sources": ["tiny"], "tokens": 256, "window": 64, "compute_dtype": "floa
 Tiny = Callable[[str], Path]
 
 
-def planned(inputs: Tensor | None = None, **options: Any) -> tuple[FFNWeights, LayerPlan]:
-    weights = random_ffn(64, 48, dtype=torch.float32)
+def planned(inputs: Tensor | None = None, relu: bool = False, **options: Any) -> tuple[FFNWeights, LayerPlan]:
+    kind: dict[str, Any] = {"gated": False, "activation": "relu"} if relu else {}
+    weights = random_ffn(64, 48, dtype=torch.float32, **kind)
     return weights, plan_site(weights, None if inputs is None else SiteInputs(inputs), Config(**options), 0)
 
 
@@ -76,6 +77,20 @@ def test_a_threshold_gives_the_mean_and_hard_tokens_more(active: float) -> None:
         assert count_T[:100].mean() < count_T[-100:].mean()
     else:
         assert float(plan.router.tensors["threshold"]) == 0
+
+
+@over("active", [0.05, 0.5, 0.9])
+def test_a_threshold_chooses_nothing_that_adds_nothing(active: float) -> None:
+    x_TD = random_inputs(300, 48, dtype=torch.float32)
+    weights, plan = planned(x_TD, active=active, choice="threshold", relu=True)
+    chosen_TF = neuron_ffn(weights, plan).chosen(x_TD)
+    scores_TF = neuron_ffn(weights, plan).scores(x_TD)
+    above = float((scores_TF > 0).float().mean())
+    assert 0.3 < above < 0.7
+    assert float(chosen_TF.float().mean()) == pytest.approx(min(active, above), abs=1e-3)
+    assert not chosen_TF[scores_TF == 0].any()
+    _, silent = planned(torch.zeros(300, 48), active=active, choice="threshold", relu=True)
+    assert not neuron_ffn(weights, silent).chosen(torch.zeros(5, 48)).any()
 
 
 @over("choice", ["top_k", "threshold"])

@@ -272,6 +272,10 @@ def test_aligned_widths_are_planned() -> None:
         assert shape.neurons <= 2.5 * 1536
         assert abs(shape.active - 0.75 * 1536) <= align / 2
     assert Config(align=256, max_params=None).sizes(1536).own == (1024,) * 16
+    for most in (None, 2.5):  # a multiple above all neurons is none
+        assert Config(align=256, active=1.0, max_params=most, experts=2).sizes(1408).active == 1280
+    with pytest.raises(InputError, match="48 neurons have no part of 64"):
+        Config(align=64).sizes(48)
     with pytest.raises(InputError, match="16 experts of 256 neurons") as refusal:
         Config(align=256).sizes(1536)
     assert "align to 32" in str(refusal.value.hint)

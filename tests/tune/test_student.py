@@ -17,7 +17,7 @@ from moesaic.blueprint.layer import LayerPlan, Router
 from moesaic.errors import InputError
 from moesaic.nn.modeling_moesaic import MoEFeedForward
 from moesaic.tune.experts import AdaptedFeedForward, adapt
-from moesaic.tune.model import load_dense, merge_adapters, target_names, tuned_blueprint
+from moesaic.tune.model import load_dense, merge_adapters, open_gates, target_names, tuned_blueprint
 from moesaic.tune.task import TuneTask
 from tests.tune.students import IDS, Converted, convert
 
@@ -154,6 +154,19 @@ def test_scores_with_a_common_offset_still_give_weights_near_one(converted: Any)
     opened(input_ids=IDS, use_cache=False)
     for z_TE in found.values():
         assert float((2 * z_TE.sigmoid() - 1).square().mean().sqrt()) == pytest.approx(0.05, rel=0.1)
+
+
+@torch.no_grad()
+def test_a_gate_opens_though_no_token_reached_its_router(converted: Any) -> None:
+    made = converted()
+    model = made.plain()
+    unseen = model.get_submodule(next(iter(made.blueprint.sites)))
+    before, forward = unseen.router.weight.clone(), unseen.forward
+    unseen.forward = torch.zeros_like  # as of an expert that gets no token
+    open_gates(model, made.blueprint.sites, IDS, 0.1)
+    unseen.forward = forward
+    assert unseen.gate == "sigmoid"
+    assert 0 < float(unseen.router.weight.norm() / before.norm()) < 1e3
 
 
 def test_routers_train_only_where_a_gradient_can_come(converted: Any) -> None:

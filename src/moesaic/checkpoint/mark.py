@@ -18,8 +18,12 @@ def saved_again(config: Mapping[str, Any]) -> bool:
     The target ``dense`` keeps the dense model's config with all its keys: of such a folder the manifest alone says it.
     """
     made = config.get("moesaic")
-    dense = isinstance(made, Mapping) and made.get("target") == "dense"
-    return "transformers_version" in config and not dense
+    return "transformers_version" in config and not (isinstance(made, Mapping) and pruned(made))
+
+
+def pruned(made: Mapping[str, Any]) -> bool:
+    """Whether a folder has narrower FFNs and no experts; ``made`` is the block ``moesaic`` of its config.json."""
+    return made.get("target") == "dense"
 
 
 def tuned(config: Mapping[str, Any]) -> str | None:

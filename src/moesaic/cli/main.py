@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import signal
 import sys
 import threading
@@ -62,12 +63,20 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the trace o
 
 def main() -> None:
     """Run the command line and exit with its code. ``--debug`` counts at any place of the line."""
+    _open_streams()
     try:
         _run()
     except SystemExit as end:
         if processes() > 1:
             leave(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
+
+
+def _open_streams() -> None:
+    """Streams that the caller closed are empty, and take what is said."""
+    sys.stdin = sys.stdin or io.StringIO()
+    sys.stdout = sys.stdout or io.StringIO()
+    sys.stderr = sys.stderr or io.StringIO()
 
 
 class _Signals:

@@ -16,7 +16,11 @@ def attach(app: typer.Typer) -> None:
     app.command(name="undo")(run)
 
 
-def run(folder: opt.Folder, dense: Annotated[Path, typer.Argument(metavar="DENSE", help="Folder to create.")]) -> None:
+def run(
+    folder: opt.Folder,
+    dense: Annotated[Path, typer.Argument(metavar="DENSE", help="Folder to create.")],
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away an unfinished run of another undo.")] = False,
+) -> None:
     """Give the dense checkpoint back, tensor for tensor.
 
     OUT must be a conversion that lost nothing.
@@ -25,5 +29,5 @@ def run(folder: opt.Folder, dense: Annotated[Path, typer.Argument(metavar="DENSE
     quiet_libraries()
     from moesaic.jobs.undo import undo
 
-    undo(folder, dense)
+    undo(folder, dense, restart=restart)
     emit(f"{dense}: the dense model that {folder} was made from")

@@ -286,8 +286,8 @@ def parity_ids(folder: Path, vocabulary: int, window: int, count: int = 1) -> Te
 
 
 def _stock_windows(folder: Path, ids_NW: Tensor) -> Iterator[StockWindow]:
-    """Each window, from a fresh isolated process."""
-    for found in answers([sys.executable, "-I", "-c", _SCRIPT], folder, ids_NW, engine="stock transformers"):
+    """Each window, from a fresh process without moesaic, which finds transformers where this one does."""
+    for found in answers([sys.executable, "-P", "-c", _SCRIPT], folder, ids_NW, engine="stock transformers"):
         logits_WV = found.pop("logits")
         chosen, weights = ([found[name] for name in sorted(found) if name.startswith(kind)] for kind in _KINDS)
         yield StockWindow(logits_WV, chosen, weights)

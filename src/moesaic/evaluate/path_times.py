@@ -20,7 +20,8 @@ from moesaic.nn.moesaic_union import UnionFeedForward, build_feed_forward
 WIDTHS = (896, 4864)
 """D and F of the FFNs that are measured."""
 COPIES = 4
-SECONDS = 0.15  # for one number of tokens, after at least as many turns as there are copies
+SECONDS = 0.4  # for one number of tokens, after at least as many turns as there are copies
+HOPELESS = 2  # times as slow as the fastest: not tried again
 
 
 def measure(dtype: torch.dtype) -> Fastest:
@@ -36,26 +37,29 @@ def small_ffn(dtype: torch.dtype) -> MoEFeedForward:
 def _fastest(layout: str, dtype: torch.dtype) -> list[str]:
     ffns = [_ffn(WIDTHS, dtype, layout) for _ in range(COPIES)]
     names = [row.path.name for row in PATHS if row.path.layout == layout]
-    found: list[str] = []
     with torch.inference_mode():
-        for tokens in TOKENS:
-            x_TD = torch.randn(tokens, WIDTHS[0]).to(dtype)
-            able = [name for name in names if _can(ffns[0], name, x_TD)]
-            best: dict[str, float] = {}
-            begin, turn = time.perf_counter(), 0
-            while turn < COPIES or time.perf_counter() - begin < SECONDS * len(able):
-                for name in able:
-                    seconds = _seconds(ffns[turn % COPIES], name, x_TD)
-                    best[name] = min(seconds, best.get(name, seconds))
-                turn += 1
-            found.append(min(best, key=lambda name: best[name]))
-    return found
+        able = [name for name in names if _can(ffns, name, dtype)]
+        return [_fastest_of(able, ffns, torch.randn(tokens, WIDTHS[0]).to(dtype)) for tokens in TOKENS]
 
 
-def _can(ffn: MoEFeedForward, name: str, x_TD: torch.Tensor) -> bool:
-    """Whether the path can compute that, which it then has done once."""
+def _fastest_of(names: list[str], ffns: list[MoEFeedForward], x_TD: torch.Tensor) -> str:
+    best: dict[str, float] = {}
+    begin, turn = time.perf_counter(), 0
+    while turn < COPIES or time.perf_counter() - begin < SECONDS:
+        for name in names:
+            seconds = _seconds(ffns[turn % COPIES], name, x_TD)
+            best[name] = min(seconds, best.get(name, seconds))
+        names = [name for name in names if best[name] < HOPELESS * min(best.values())]
+        turn += 1
+    return min(best, key=lambda name: best[name])
+
+
+def _can(ffns: list[MoEFeedForward], name: str, dtype: torch.dtype) -> bool:
+    """Whether the path can compute this; then each FFN has done it once."""
+    x_TD = torch.zeros(1, WIDTHS[0], dtype=dtype)
     try:
-        _seconds(ffn, name, x_TD)
+        for ffn in ffns:
+            _seconds(ffn, name, x_TD)
     except ValueError:
         return False
     return True

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.anatomy.wrappers import whole_config
 from moesaic.calibration.config import CalibrationConfig
-from moesaic.checkpoint.converted import has_int8, has_neuron_experts
-from moesaic.checkpoint.mark import KEY, saved_again, tuned
+from moesaic.checkpoint.converted import as_written, has_int8, has_neuron_experts
+from moesaic.checkpoint.mark import KEY, pruned, tuned
 from moesaic.checkpoint.origin import CARD, is_hub_id
 from moesaic.durable import replace_text
 from moesaic.evaluate.comparison import Comparison
@@ -41,7 +41,7 @@ _EVALUATION_TEXTS = {
 _PROTOCOL_TEXT = re.compile(r"ppl\[(?P<text>.+) w\d+ n=\w+( \w+)?\]")
 
 
-def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+def model_card(config: Mapping[str, Any], results: Mapping[str, Any], *, hashed: bool = True) -> str:
     """The card as Markdown with the hub's metadata in front, as huggingface_hub writes them.
 
     The hub knows no relation "converted to a MoE"; ``finetune`` is the nearest of its four.
@@ -49,6 +49,7 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     Args:
         config: The output's config.json, with its ``moesaic`` block.
         results: Its results.json; may be empty.
+        hashed: Whether manifest.json was written with the files.
     """
     made = config["moesaic"]
     parts = [
@@ -58,7 +59,7 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         _loading(config),
         _proven(results),
         _measured(results),
-        _how(made, hashed=not saved_again(config)),
+        _how(made, hashed=hashed),
         _licence(made),
     ]
     return "\n".join(part for part in parts if part)
@@ -82,7 +83,7 @@ def finish(staged: StagedOutput, results: dict[str, Any], check: Callable[[Path]
 def write_pages(folder: Path) -> None:
     """Write or renew the card and the page of an output folder from what it holds."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    replace_text(folder / CARD, model_card(config, read_results(folder)))
+    replace_text(folder / CARD, model_card(config, read_results(folder), hashed=as_written(folder)))
     write_report(folder)
 
 
@@ -93,6 +94,7 @@ def _metadata(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     base = str(made.get("base_model") or "")
     licence = made.get("license") or {}
     found = _eval_results(results)
+    kind = [] if pruned(made) else ["moe"]
     relation: dict[str, Any] = {"base_model_relation": "finetune"} if is_hub_id(base) else {}
     data = ModelCardData(
         base_model=base if is_hub_id(base) else None,
@@ -101,8 +103,8 @@ def _metadata(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         license_name=licence.get("name"),
         license_link=licence.get("link"),
         library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["moe", "moesaic", made["method"], made.get("target") or config["model_type"]],
+        pipeline_tag="image-text-to-text" if whole_config(config) else "text-generation",
+        tags=[*kind, "moesaic", made["method"], made.get("target") or config["model_type"]],
         datasets=_datasets(made),
         metrics=["perplexity"] if found else None,
         eval_results=found or None,
@@ -150,16 +152,16 @@ def _eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
 
 def _title(made: Mapping[str, Any]) -> str:
     layout = made["config"].get("layout")
-    return " ".join(
-        str(part) for part in (made.get("base_model") or "model", "as a MoE,", made["method"], layout) if part
-    )
+    what = "pruned," if pruned(made) else "as a MoE,"
+    return " ".join(str(part) for part in (made.get("base_model") or "model", what, made["method"], layout) if part)
 
 
 def _what(config: Mapping[str, Any], made: Mapping[str, Any]) -> str:
     specs = list(config.get("ffn_sites", {}).values())
+    kind = "narrower dense" if pruned(made) else "Mixture-of-Experts"
     text = (
-        f"A Mixture-of-Experts checkpoint made from a dense one after its training, by moesaic {made['version']} with "
-        f"the method `{made['method']}`."
+        f"A {kind} checkpoint made from a dense one after its training, by moesaic {made['version']} with the method "
+        f"`{made['method']}`."
     )
     if specs:
         first = specs[0]

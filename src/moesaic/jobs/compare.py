@@ -31,23 +31,32 @@ def compare_outputs(folders: Sequence[str | Path], page: str | Path | None = Non
         CheckpointError, VerificationError: a folder is damaged.
     """
     models = tuple(gather(Path(folder).expanduser()) for folder in folders)
-    compared = Compared(models, _paired(models))
+    compared = Compared(models, _paired(models, [_reads(Path(folder).expanduser()) for folder in folders]))
     if page is not None:
         replace_text(Path(page).expanduser(), comparison(models, compared.paired))
     return compared
 
 
-def _paired(models: Sequence[Facts]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Paired over windows, as the ratio to the dense model is; a model that read other windows is left out."""
-    first, *others = zip(names_of(models), models, strict=True)
+def _paired(models: Sequence[Facts], tokens: Sequence[str]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Paired over windows, as the ratio to the dense model is; a model that read other windows is left out.
+
+    ``tokens``: by what each model reads a text.
+    """
+    first, *others = zip(names_of(models), models, tokens, strict=True)
     found: dict[str, dict[str, dict[str, float | None]]] = {}
     for protocol in first[1].evaluations:
         base = _perplexity(first[1], protocol)
-        for name, facts in others:
+        for name, facts, reads in others:
             own = _perplexity(facts, protocol)
-            if base and own and len(base.window_nll) == len(own.window_nll):
+            if base and own and reads == first[2] and len(base.window_nll) == len(own.window_nll):
                 found.setdefault(protocol, {})[name] = compare(own, base).to_dict()
     return found
+
+
+def _reads(folder: Path) -> str:
+    """A digest of the folder's tokenizer; "" where it has none."""
+    files = (folder / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return next((hash_file(file) for file in files if file.is_file()), "")
 
 
 def _perplexity(facts: Facts, protocol: str) -> Perplexity | None:

@@ -14,14 +14,16 @@ import torch
 from torch import nn
 
 import moesaic
-from moesaic.checkpoint.converted import WEIGHTS_KEY, as_written, current_results
+from moesaic.checkpoint.converted import as_written, current_results
 from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.mark import SAVED_AGAIN
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError
+from moesaic.evaluate.parity import check_beside
 from moesaic.jobs import forecast, native
 from moesaic.jobs.card import finish
 from moesaic.jobs.native import read_converted
+from moesaic.jobs.sample import OF_ONE_FOLDER
 from moesaic.options import build
 from moesaic.progress import Progress, Silent
 from moesaic.staging.writer import StagedOutput
@@ -79,8 +81,7 @@ def export(
         progress.note(
             f"no stock architecture stays in a {whole.model_type} model: its text model alone, without {parts}"
         )
-    earlier = current_results(checkpoint)
-    earlier.pop(WEIGHTS_KEY, None)
+    earlier = {key: value for key, value in current_results(checkpoint).items() if key not in OF_ONE_FOLDER}
     choice = _choose(split, target)
     key = {
         "moesaic": moesaic.__version__,
@@ -89,7 +90,8 @@ def export(
         "options": settings.model_dump(),
     }
     source = forecast.read_converted_source(checkpoint, split.anatomy, blueprint.sites)
-    size = forecast.disk(split, choice.name, settings, source).output
+    beside = 0 if split.whole is None else checkpoint.nbytes_beside
+    size = forecast.disk(split, choice.name, settings, source).output + beside
     with StagedOutput.open(output, key, source=folder, expected_bytes=size, restart=restart) as staged:
         write_model(ConvertedSource(checkpoint, split), split, choice.target, settings, staged, progress)
         provenance = {
@@ -104,6 +106,8 @@ def export(
         results = earlier | {"export": {"target": choice.name, "options": settings.model_dump()}}
 
         def check(staged_folder: Path) -> dict[str, Any]:
+            if split.whole is not None:
+                check_beside(checkpoint, Checkpoint(staged_folder))
             if reason := native.too_large(checkpoint, Checkpoint(staged_folder)):
                 progress.note(f"verifying the tensors of all layers; no logits in stock transformers: {reason}")
                 source = ConvertedSource(checkpoint, split)

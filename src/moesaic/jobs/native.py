@@ -21,6 +21,7 @@ from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.native_parity import NEAR_TIE, NativeParity, native_parity, parity_ids
+from moesaic.evaluate.parity import check_beside
 from moesaic.evaluate.runtime import Runtime, round_experts
 from moesaic.materialise.apply import apply_blueprint
 from moesaic.targets import TARGETS, get_target
@@ -144,6 +145,8 @@ def verify_tensors(folder: str | Path, baseline: str | Path | None) -> None:
     output, dense, blueprint = read_stock(folder, baseline)
     split, target, options = target_of(output, dense, blueprint)
     check_written(DenseSource(dense, split), split, target, options, output)
+    if output.whole is not None:
+        check_beside(dense, output)
 
 
 def verify_native(folder: str | Path, baseline: str | Path | None, *, windows: int = 1) -> NativeParity:
@@ -161,6 +164,8 @@ def verify_native(folder: str | Path, baseline: str | Path | None, *, windows: i
     """
     output, dense, blueprint = read_stock(folder, baseline)
     split, target, options = target_of(output, dense, blueprint)
+    if output.whole is not None:
+        check_beside(dense, output)
     return check_native(output.folder, dense, split, blueprint, target, options, windows)
 
 

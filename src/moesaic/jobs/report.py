@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moesaic.anatomy import read_anatomy
 from moesaic.blueprint.layer import LayerPlan
 from moesaic.blueprint.model import Blueprint
 from moesaic.checkpoint.converted import (
@@ -20,6 +21,7 @@ from moesaic.checkpoint.converted import (
     read_blueprint,
     read_dense_anatomy,
 )
+from moesaic.checkpoint.mark import pruned
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.durable import replace_text
@@ -78,6 +80,12 @@ def _layers(checkpoint: Checkpoint, blueprint: Blueprint) -> tuple[tuple[Layer, 
         anatomy = read_dense_anatomy(checkpoint)
         d_model, gated = anatomy.d_model, anatomy.gated
         sites = {site.path: site.d_ff for site in anatomy.sites}
+    elif pruned(checkpoint.config["moesaic"]):  # the dense model's own config.json, with narrower FFNs
+        config = {key: value for key, value in checkpoint.config.items() if key != "moesaic"}
+        anatomy = read_anatomy(config)
+        d_model, gated = anatomy.d_model, anatomy.gated
+        sites = {site.path: site.d_ff for site in anatomy.sites}
+        sites |= {path: plan.d_ff for path, plan in blueprint.sites.items() if path in sites}
     else:  # stock architectures of experts are gated, and their config.json has the width under one name
         d_model, gated = int(checkpoint.config["hidden_size"]), True
         sites = {path: plan.d_ff for path, plan in blueprint.sites.items()}

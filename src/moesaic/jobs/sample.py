@@ -33,6 +33,9 @@ from moesaic.staging.results import RESULTS_NAME, merged
 from moesaic.targets import OWN
 
 SAMPLE_KEY = "sample"
+_PARITIES = ("parity", "native_parity", "native_parity_skipped", "vllm_parity")
+OF_ONE_FOLDER = frozenset({"evaluation", *_PARITIES, "tune", "export", SAMPLE_KEY, WEIGHTS_KEY})
+"""Results that hold for the folder that was measured, and not for what is made from it."""
 """In results.json."""
 _TOKENS = 192
 """Most tokens of a sample: more are not read by eye."""

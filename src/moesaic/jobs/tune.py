@@ -20,7 +20,7 @@ import moesaic
 from moesaic.anatomy.base import clipped, max_positions, vocabulary
 from moesaic.blueprint.layer import LayerPlan
 from moesaic.blueprint.model import Blueprint
-from moesaic.checkpoint.converted import WEIGHTS_KEY, current_results, read_blueprint
+from moesaic.checkpoint.converted import current_results, read_blueprint
 from moesaic.checkpoint.ffn import ffn_tensor_names
 from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.mark import KEY
@@ -30,7 +30,7 @@ from moesaic.errors import InputError, VerificationError
 from moesaic.evaluate.native_parity import parity_ids
 from moesaic.evaluate.parity import TOLERANCE, relative_difference
 from moesaic.jobs.card import finish
-from moesaic.jobs.sample import SAMPLE_KEY
+from moesaic.jobs.sample import OF_ONE_FOLDER
 from moesaic.jobs.training_record import write_record
 from moesaic.jobs.tune_request import TuneRequest, check_tune
 from moesaic.jobs.verify import check_tensors
@@ -56,8 +56,6 @@ from moesaic.tune.teacher import KeptStates
 _PARITY_WINDOW = 256
 _ROUTING = ("gate", "selection_bias", "router_tensors")
 """Keys of an FFN's spec that training can change."""
-_STALE = ("evaluation", "parity", "native_parity", "native_parity_skipped", "tune", "export", SAMPLE_KEY, WEIGHTS_KEY)
-"""Results of the source folder that do not hold for the output."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def tune(
         blueprint = tuned_blueprint(job.blueprint, model)
         about = _about(job, report, trained)
         _write(job, staged, model, changed, blueprint, about, progress)
-        results = {name: value for name, value in earlier.items() if name not in _STALE}
+        results = {name: value for name, value in earlier.items() if name not in OF_ONE_FOLDER}
         results["tune"] = {**about, "seconds": round(report.seconds, 1), "config": config.model_dump(mode="json")}
 
         def check(staged_folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from moesaic.anatomy import FAMILIES, read_anatomy
 from moesaic.anatomy.base import Anatomy
 from moesaic.calibration.config import check_sources
-from moesaic.checkpoint.converted import check_source, has_int8, has_neuron_experts
+from moesaic.checkpoint.converted import as_written, check_source, has_int8, has_neuron_experts
 from moesaic.checkpoint.mark import tuned
 from moesaic.checkpoint.reader import CONFIG, Checkpoint
 from moesaic.checkpoint.source import resolve_model
@@ -72,7 +72,7 @@ def check_tune(
     target = OWN if own else str(made.get("target") or source.config.get("model_type"))
     if target not in TARGETS:
         raise InputError(f"{folder} does not say which architecture it was made for", "convert the model again")
-    if not own and (reason := tuned(source.config)):
+    if not own and (reason := tuned(source.config) or ("" if as_written(folder) else "it has no manifest.json")):
         raise InputError(
             f"{folder} cannot be tuned again: {reason}, and its architecture is {target}",
             "tune the folder that it came from for longer, or tune an output of --target moesaic",

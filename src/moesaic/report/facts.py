@@ -102,7 +102,8 @@ class Facts:
     @property
     def evaluations(self) -> dict[str, Any]:
         """Evaluations by protocol, those with most windows last."""
-        return dict(self.results.get("evaluation", {}))
+        found: dict[str, Any] = self.results.get("evaluation", {})
+        return dict(sorted(found.items(), key=lambda each: _extent(each[1])))
 
     @property
     def sample(self) -> Mapping[str, Any]:
@@ -193,3 +194,9 @@ def quality_rows(facts: Facts) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     for protocol, evaluation in facts.evaluations.items():
         for label, row in evaluation.get("perplexity", {}).items():
             yield protocol, label, row
+
+
+def _extent(evaluation: Mapping[str, Any]) -> tuple[int, int]:
+    """Windows and predicted tokens of an evaluation."""
+    rows = list(evaluation.get("perplexity", {}).values()) or [{}]
+    return max((len(row.get("window_nll") or ()), int(row.get("predicted") or 0)) for row in rows)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import PurePath
 
+from moesaic.checkpoint.mark import pruned
 from moesaic.report.cost import cost, mebibytes
 from moesaic.report.facts import DENSE, MODEL, Facts, protocol_words
 from moesaic.report.html import definitions, escape, note, section, tile
@@ -81,7 +82,8 @@ def _lead(facts: Facts) -> str:
     converted, dense = len(facts.converted), len(facts.layers) - len(facts.converted)
     text = f"Folder {facts.name}."
     if converted:
-        text += f" {converted} feed-forward networks became mixtures of experts"
+        became = "narrower" if pruned(facts.made) else "mixtures of experts"
+        text += f" {converted} feed-forward networks became {became}"
         text += f", {dense} stayed dense." if dense else "."
     if training := facts.made.get("tuned"):
         text += f" Then it was trained on {training['tokens']:,} tokens."

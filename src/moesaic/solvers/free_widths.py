@@ -49,6 +49,9 @@ def held_out(tokens: int) -> Tensor:
     return block_T % _HELD_OUT == (_HELD_OUT - 1 - block_T // _HELD_OUT) % _HELD_OUT
 
 
+_LARGEST_WORTH = 6e4  # of float16
+
+
 def lowest_price(mean_EF: Tensor, count_E: Tensor, active: float) -> float:
     """The lowest price at which ``count_E`` tokens per expert use at most ``active`` neurons in the mean.
 
@@ -170,10 +173,10 @@ def _best(tried: Sequence[tuple[_State, Tensor]]) -> tuple[_State, Tensor]:
 
 def _over(mean_EF: Tensor, price: float) -> Tensor:
     """Mean shares in units of the price, of the smallest share where neurons cost nothing; float16 has its best
-    precision about 1, and is held inside its range."""
+    precision about 1. The largest shares must stay apart: a lower budget chooses among them."""
     positive_N = mean_EF[mean_EF > 0]
     unit = price or (float(positive_N.min()) if len(positive_N) else 1.0)
-    return (mean_EF / unit).clamp(max=6e4).half()
+    return (mean_EF / max(unit, float(mean_EF.max()) / _LARGEST_WORTH)).half()
 
 
 def _gains(tokens: _Tokens, state: _State, team: Team) -> Tensor:

@@ -2,7 +2,7 @@
 
 Source: ours [OURS], after the output reconstruction of pruning methods (SparseGPT and others). Ridge on the change of
 the down projection shrinks it towards the one that was there. Tokens have weights, and 1 / |y|^2 makes them count
-alike. Products in the dtype of the activations, solved in float64.
+alike. Products in the dtype of the activations, solved in float32, or in float64 where that is not enough.
 
 Axes: T tokens, D model width, F neurons, M neurons of one expert, N unknowns per output.
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,12 +116,16 @@ def _accelerator(device: torch.device) -> Accelerator:
     return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[ddp])
 
 
+_PATIENCE = timedelta(days=7)
+"""How long processes wait for one that works alone: what layers lose is measured by the first, which takes hours."""
+
+
 def start_team() -> Team:
     """The processes that the launcher started, joined in a group; this one alone where there was none."""
     if processes() == 1:
         return ALONE
     if not _several():
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
     return Team(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 

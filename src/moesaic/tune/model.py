@@ -5,6 +5,7 @@ Axes: D model width, E routed experts.
 
 from __future__ import annotations
 
+import statistics
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -115,10 +116,11 @@ def open_gates(model: nn.Module, plans: Mapping[str, LayerPlan], ids_NW: Tensor,
     model(input_ids=ids_NW, use_cache=False)
     for handle in handles:
         handle.remove()
+    usual = statistics.median(size.values()) if size else 1.0  # an existing MoE's expert may get no token
     for path, ffn in modules.items():
         router = ffn.router
         assert router is not None
-        scale = spread / max(size[path], 1e-12)
+        scale = spread / max(size.get(path, usual), 1e-12)
         router.weight.mul_(scale)
         ffn.gate = "sigmoid"
         if router.bias is not None:

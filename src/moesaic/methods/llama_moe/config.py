@@ -56,4 +56,5 @@ class Config(MethodConfig):
 
     def sizes(self, d_ff: int) -> FFNShape:
         """The parts of an FFN of ``d_ff`` neurons. Raises InputError when it has fewer than the layout's units."""
-        return replace(layout_shape(Layout.parse(self.layout), d_ff), gate=self.gate)
+        layout = Layout.parse(self.layout)
+        return replace(layout_shape(layout, d_ff), gate=self.gate if layout.routed else "uniform")

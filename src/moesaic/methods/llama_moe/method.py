@@ -47,7 +47,8 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
         )
     else:
         router_ED = _input_centroids(inputs, layout.routed, config, seed)
-    plan = routed_plan(weights.d_ff, layout, shared, experts, Router("linear", {"weight": router_ED}), config.gate)
+    gate = config.gate if layout.routed else "uniform"
+    plan = routed_plan(weights.d_ff, layout, shared, experts, Router("linear", {"weight": router_ED}), gate)
     if config.score_scale is None or layout.routed == 0 or config.score_scale == layout.active:
         return plan
     return replace(plan, expert_scale=torch.full((layout.routed,), config.score_scale / layout.active))

@@ -26,6 +26,7 @@ def neuron_ffn(weights: FFNWeights, plan: LayerPlan) -> NeuronFeedForward:
 def with_threshold(plan: LayerPlan, weights: FFNWeights, inputs: SiteInputs, active: float) -> LayerPlan:
     """The plan by a threshold that ``active`` of all scores on these inputs reach; 0, which all reach, for 1.
 
+    Fewer reach it where fewer are above 0, as after a ReLU: what adds nothing is not chosen.
     Holds two copies of the scores, T F numbers each.
     """
     ffn = neuron_ffn(weights, plan)
@@ -34,5 +35,8 @@ def with_threshold(plan: LayerPlan, weights: FFNWeights, inputs: SiteInputs, act
     threshold = score_TF.new_zeros(1)
     if wanted < score_TF.numel():
         threshold = score_TF.flatten().kthvalue(score_TF.numel() - wanted + 1).values[None]
+        if threshold == 0:
+            some_N = score_TF[score_TF > 0]
+            threshold = some_N.min()[None] if len(some_N) else threshold + torch.finfo(threshold.dtype).tiny
     router = replace(plan.router, tensors=plan.router.tensors | {"threshold": threshold})
     return replace(plan, router=router, top_k=max(1, round(active * plan.d_ff)))

@@ -163,13 +163,15 @@ def _parts(config: Config, d_ff: int) -> FFNShape:
 def _aligned(config: Config, d_ff: int, active: int, experts: int) -> FFNShape:
     """Experts of a multiple of ``align`` neurons, and a shared part that is a whole number of experts wide."""
     align = config.align
-    active = align * max(1, round(active / align))
+    if align > d_ff:
+        raise InputError(f"{d_ff} neurons have no part of {align}", "align to fewer")
+    active = align * max(1, min(round(active / align), d_ff // align))
     if config.max_params is None:
         return FFNShape(d_ff, 0, (active,) * experts, 1)
     stored = math.floor(config.max_params * d_ff)
     widths = (own for own in range(active, 0, -align) if active % own == 0)
     for own in widths:
-        if active <= d_ff and active - own + experts * own <= stored:
+        if active - own + experts * own <= stored:
             return FFNShape(d_ff, active - own, (own,) * experts, 1)
     raise InputError(
         f"{experts} experts of {align} neurons or a multiple, {active} active of {d_ff}, are more than max_params "

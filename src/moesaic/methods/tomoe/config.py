@@ -255,7 +255,7 @@ class Config(MethodConfig):
         return (
             FFNShape(d_ff, neurons, (), 0)
             if self.experts == 1
-            else FFNShape(d_ff, 0, (neurons,) * self.experts, self.top_k)
+            else FFNShape(d_ff, 0, (neurons,) * self.experts, self.top_k, union=d_ff if self.union else None)
         )
 
     def check(self, d_ff: int) -> None:
