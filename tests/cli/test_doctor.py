@@ -49,4 +49,4 @@ def test_the_lines_name_the_kernel_and_what_was_measured(monkeypatch: pytest.Mon
     monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
     lines = CliRunner().invoke(app, ["doctor", "--tune"]).output.splitlines()
     threads = torch.get_num_threads()
-    assert f"paths          measured for bfloat16, float16, float32 on {threads} threads" in lines
+    assert f"paths          measured for bfloat16, float32 on {threads} threads" in lines

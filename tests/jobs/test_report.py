@@ -184,7 +184,8 @@ def test_a_pruned_model_is_reported_as_one(family: str, tiny: Tiny, tmp_path: Pa
     facts = gather(out)
     dense = read_anatomy(Checkpoint(tiny(family)).config)
     assert [layer.d_ff for layer in facts.layers] == [site.d_ff for site in dense.sites]
-    assert facts.row_bytes == (3 if dense.gated else 2) * dense.d_model * 4
+    element = getattr(torch, Checkpoint(out).dtype).itemsize
+    assert facts.row_bytes == (3 if dense.gated else 2) * dense.d_model * element
     page, card = (out / PAGE_NAME).read_text(), (out / "README.md").read_text()
     assert "became narrower" in page
     assert "- moe\n" not in card

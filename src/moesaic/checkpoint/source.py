@@ -6,7 +6,6 @@ import difflib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from moesaic.checkpoint.side_files import SIDE_FOLDERS, SIDE_PATTERNS
 from moesaic.errors import CheckpointError, InputError
@@ -112,18 +111,20 @@ def described_folder(model: str) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    of = _of_hub(model)
+    name, at = _of_hub(model)
     try:
-        return Path(snapshot_download(**of, allow_patterns=WANTED, ignore_patterns=UNWANTED, local_files_only=True))
+        return Path(
+            snapshot_download(name, revision=at, allow_patterns=WANTED, ignore_patterns=UNWANTED, local_files_only=True)
+        )
     except (LocalEntryNotFoundError, OSError):
-        return _fetched(model, lambda: Path(hf_hub_download(**of, filename="config.json")).parent)
+        return _fetched(model, lambda: Path(hf_hub_download(name, "config.json", revision=at)).parent)
 
 
-def _of_hub(model: str) -> dict[str, Any]:
-    """A hub id as the hub's functions take it."""
+def _of_hub(model: str) -> tuple[str, str | None]:
+    """A hub id in its parts: the repository, and a branch, tag or commit."""
     found = _HUB_ID.fullmatch(model)
     assert found is not None
-    return {"repo_id": found["name"], "revision": found["revision"]}
+    return found["name"], found["revision"]
 
 
 def _fetched(model: str, fetch: Callable[[], Path]) -> Path:
@@ -156,9 +157,9 @@ def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     def fetch() -> Path:
-        of = _of_hub(model)
-        found = Path(snapshot_download(**of, allow_patterns=WANTED, ignore_patterns=UNWANTED))
-        snapshot_download(**of | {"revision": found.name}, allow_patterns=WANTED_FOLDERS)
+        name, at = _of_hub(model)
+        found = Path(snapshot_download(name, revision=at, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        snapshot_download(name, revision=found.name, allow_patterns=WANTED_FOLDERS)
         return found
 
     folder = _fetched(model, fetch)

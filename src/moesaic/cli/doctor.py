@@ -122,7 +122,7 @@ def measured_state() -> str:
     return f"measured for {', '.join(known)} on {threads} threads"
 
 
-_TUNED = ("bfloat16", "float16", "float32")
+_TUNED = ("bfloat16", "float32")
 
 
 def measure_paths() -> None:

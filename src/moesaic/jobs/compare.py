@@ -13,6 +13,7 @@ from moesaic.evaluate.perplexity import Perplexity
 from moesaic.jobs.report import gather
 from moesaic.report.compare import comparison, names_of
 from moesaic.report.facts import MODEL, Facts
+from moesaic.staging.manifest import hash_file
 
 
 @dataclass(frozen=True)

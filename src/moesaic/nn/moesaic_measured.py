@@ -17,7 +17,7 @@ import torch
 
 from .moesaic_kernel import NoKernelError, cache_folder, key_of
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
 """Numbers of tokens that are measured. Others are like the nearest of them, by their ratio."""
 LAYOUTS = ("packed", "union")
 """Ways of storing experts that are measured."""
