@@ -22,8 +22,10 @@ _USER_CACHE = cache_folder()
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keeps the tests out of the user's cache of dequantised models."""
-    os.environ["MOESAIC_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Keeps the tests out of the user's cache. All workers share one, so that a kernel is compiled once."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["MOESAIC_CACHE"] = str(shared / "cache")
 
 
 @pytest.fixture(scope="session")
