@@ -113,14 +113,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_a_conversion_can_be_sent_as_it_is_made(tiny: Callable[[str], Path], hub: Hub, tmp_path: Path) -> None:
     out = tmp_path / "out"
     own = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hub")}
-    options = ["--method", "mlpmoe", "--push-to-hub", "me/made"]
+    options = ["--method", "mlpmoe", "--push-to-hub", "me/made@v1"]
     code, printed, err = moesaic("convert", tiny("llama"), out, *options, **own)
     assert code == 0, err
     assert f"{hub.address}/me/made" in err
     assert "next: moesaic eval" in printed
     (revision, sent), *others = hub.commits
     assert not others
-    assert revision == "main"
+    assert revision == "v1"
     assert sent == files_of(out)
     assert hub.created[0]["name"] == "made"
 
@@ -128,12 +128,12 @@ def test_a_conversion_can_be_sent_as_it_is_made(tiny: Callable[[str], Path], hub
 def test_a_folder_or_a_file_is_sent_to_a_branch(tiny: Callable[[str], Path], hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "own.gguf").write_bytes(b"GGUF and more")
     own = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hub")}
-    code, printed, err = moesaic("push", tmp_path / "own.gguf", "made", "--private", "--revision", "q8", **own)
+    code, printed, err = moesaic("push", tmp_path / "own.gguf", "made@q8", **own)
     assert code == 0, err
     assert printed.strip() == f"{hub.address}/me/made/tree/q8"
     assert hub.commits == [("q8", {"own.gguf": b"GGUF and more"})]
     assert hub.branches == ["q8"]
-    assert hub.created[0]["visibility"] == "private"
+    assert hub.created[0].get("visibility", "public") == "public"
     (tiny("llama") / ".hidden").write_text("mine")
     try:
         code, _, err = moesaic("push", tiny("llama"), "me/made", **own)

@@ -18,9 +18,12 @@ def attach(app: typer.Typer) -> None:
 
 def run(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="A converted model's folder, or a .gguf file.")],
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub; made if need be.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch to commit to. Default: main.")] = None,
+    repository: Annotated[
+        str,
+        typer.Argument(
+            metavar="OWNER/NAME[@BRANCH]", help="Repository on the hub, public if it is new. Made if need be."
+        ),
+    ],
     quiet: opt.Quiet = False,
 ) -> None:
     """Send a converted model to the hub, with its card.
@@ -29,4 +32,4 @@ def run(
     """
     from moesaic.jobs.push import push
 
-    emit(push(folder, repository, private=private, revision=revision, progress=ConsoleProgress(quiet)))
+    emit(push(folder, repository, progress=ConsoleProgress(quiet)))

@@ -28,21 +28,14 @@ def check_push(repository: str) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(repository)
+        validate_repo_id(repository.partition("@")[0])
     except HFValidationError as error:
         raise InputError(f"{repository!r} is no name of a repository on the hub", "give OWNER/NAME") from error
     with _errors(repository):
         HfApi().whoami()
 
 
-def push(
-    folder: str | Path,
-    repository: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    progress: Progress | None = None,
-) -> str:
+def push(folder: str | Path, repository: str, *, progress: Progress | None = None) -> str:
     """Send a converted model, or a GGUF of it, to the hub; the address of its page.
 
     The repository is made where there is none. Files of the same name are replaced in one commit, others stay. The
@@ -50,9 +43,8 @@ def push(
 
     Args:
         folder: A folder with config.json and safetensors, or a ``.gguf`` file.
-        repository: ``owner/name``; without an owner it is the token's.
-        private: Make a new repository private. One that is there stays as it is.
-        revision: Branch to commit to; made where there is none. Default: main.
+        repository: ``owner/name``; without an owner it is the token's. ``owner/name@branch`` is a branch of it, made
+            where there is none.
         progress: Receives the phase.
 
     Raises:
@@ -63,6 +55,7 @@ def push(
     path, progress = Path(folder).expanduser(), progress or Silent()
     files = _files(path)
     check_push(repository)
+    name, _, branch = repository.partition("@")
     from huggingface_hub import CommitOperationAdd, HfApi
 
     hub = HfApi(library_name="moesaic")
@@ -70,12 +63,12 @@ def push(
     progress.start(f"sending {len(files)} files, {size / 1e6:,.0f} MB", 1)
     parts = [CommitOperationAdd(name, file) for name, file in files.items()]
     with _errors(repository):
-        made = hub.create_repo(repository, private=private, exist_ok=True)
-        if revision is not None:
-            hub.create_branch(made.repo_id, branch=revision, exist_ok=True)
-        done = hub.create_commit(made.repo_id, parts, commit_message=_message(path), revision=revision)
+        made = hub.create_repo(name, exist_ok=True)
+        if branch:
+            hub.create_branch(made.repo_id, branch=branch, exist_ok=True)
+        done = hub.create_commit(made.repo_id, parts, commit_message=_message(path), revision=branch or None)
     progress.advance()
-    return str(done.repo_url) if revision is None else f"{done.repo_url}/tree/{revision}"
+    return f"{done.repo_url}/tree/{branch}" if branch else str(done.repo_url)
 
 
 def _files(path: Path) -> dict[str, Path]:
