@@ -136,6 +136,16 @@ def test_verify_and_what_transformers_saves(tmp_path: Path) -> None:
     assert verify_output(tmp_path / "saved").files == 0
 
 
+def test_what_is_sent_to_the_hub_is_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, made = in_place("llava", tmp_path)
+    model = load_multimodal(made.output)
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setattr(type(model), "push_to_hub", lambda _, **given: sent.append(given))
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/made", token="mine")
+    assert sent == [{"repo_id": "me/made", "token": "mine"}]
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == "moesaic"
+
+
 @pytest.mark.parametrize("change", ["value", "missing"])
 def test_a_changed_image_tensor_is_found(change: str, tmp_path: Path) -> None:
     source, made = in_place("llava", tmp_path)
