@@ -21,8 +21,8 @@ of perplexity that you allow.
 * `copies-50` (token clusters) and `cmoe-50` are experts in a stock architecture. `neurons-50` and `union-50` are our
   own architecture in transformers. The number is the share of FFN neurons that a token uses, in percent.
 * Behind a point stands how many times as fast it is as the dense model in f16 or bf16 in the same engine.
-* In transformers the dense model in fewer bits is no point here. torch's int8 decodes about as fast as neuron experts of
-  50 %, and loses less ([decode](../results/decode.md)). Its prompts take several times as long.
+* In transformers the dense model in fewer bits is no point here. torch's int8 decodes about as fast as neuron experts
+  of 50 %, and loses less ([decode](../results/decode.md)). Its prompts take several times as long.
 """
 
 ANY = "either engine"
