@@ -48,9 +48,9 @@ any does the next, in a new order each time. Each cell has the minimum / the med
 minima / the median of the ratios within a step. Above 1 is faster than dense.
 
 Converted models decode by a kernel that is compiled at its first use. It reads exactly the rows that a token wants,
-with gate, up and down of a neuron side by side. From two tokens on it computes blocks of 64 neurons, each row once for
-all tokens that want it. In neuron experts one call scores all neurons by their low-bit copies, chooses, and computes
-the chosen ones. They read a prompt by the dense network, unless that is switched off.
+with gate, up and down of a neuron side by side. From a few tokens on it computes blocks of 64 neurons, each row once
+for all tokens that want it. In neuron experts one call scores all neurons by their low-bit copies, chooses, and
+computes the chosen ones. They read a prompt by the dense network, unless that is switched off.
 
 * `all rows`: the first converted model with all experts on. That is what the kernel gives without routing.
 * Token clusters use their share in the mean over the text that they were fitted on. Random tokens may use another.

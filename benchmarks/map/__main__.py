@@ -1,11 +1,13 @@
 """The map: perplexity over dense against bytes per token in the FFNs, with what a user would take instead.
 
     python -m benchmarks.map MODEL WORK [--rows int8 low4@50] [--texts WikiText-2 C4] [--window 128] [--noise] [--list]
+    python -m benchmarks.map MODEL WORK --rows dense low4@50 --questions 300
     python -m benchmarks.map MODEL WORK --page
 
 WORK/rows.jsonl gets a line for every row and text as soon as it is measured. What is there is not measured again, so
 that an interrupted run goes on. Another calibration text needs another WORK. --page writes docs/results/map_MODEL.json,
-.md and .png from all lines, from those of `benchmarks.map.tasks`, and from compare_MODEL.json beside them.
+.md and .png from all lines, and from compare_MODEL.json beside them. --questions answers so many questions of each of
+lm-eval's tasks in place of reading texts, into WORK/tasks.jsonl.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from typing import Any
 
 import torch
 from benchmarks.compare.leak import shared_runs
+from benchmarks.compare.table import mean_accuracy
+from benchmarks.compare.tasks import data_folder
 from benchmarks.map import tasks
 from benchmarks.map.measure import TEXTS, Bench, Setting
 from benchmarks.map.page import write_page
@@ -69,6 +73,9 @@ def _main(arguments: argparse.Namespace) -> None:
     config = build(CalibrationConfig, calibration, "calibration")
     check_sources(config)
     protocol = _protocol(arguments.work, arguments.name or arguments.model.name, config)
+    if arguments.questions is not None:
+        _answer(arguments, rows, config, protocol)
+        return
     setting = Setting(arguments.window, _windows(arguments), arguments.noise)
     done = {key_of(record) for record in read_lines(file)}
     missing = {
@@ -88,6 +95,27 @@ def _main(arguments: argparse.Namespace) -> None:
         replace_text(arguments.work / "protocol.json", f"{json.dumps(protocol)}\n")
         replace_text(file, "".join(f"{json.dumps(record)}\n" for record in read_lines(file)))
         _measure(bench, setting, [(row, missing[row.key]) for row in wanted], file)
+
+
+def _answer(
+    arguments: argparse.Namespace, rows: Sequence[Row], config: CalibrationConfig, protocol: dict[str, Any]
+) -> None:
+    """Append a line for each row whose questions are not answered yet."""
+    data_folder()  # says what is missing
+    file, limit = arguments.work / tasks.FILE, arguments.questions
+    done = {(record["row"], record["limit"]) for record in read_lines(file)}
+    wanted = [row for row in rows if (row.key, limit) not in done]
+    if not wanted:
+        return
+    torch.set_num_threads(arguments.threads)
+    quiet_libraries()
+    bench = Bench(arguments.model, config)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    replace_text(arguments.work / "protocol.json", f"{json.dumps(protocol)}\n")
+    for number, row in enumerate(wanted, start=1):
+        record = tasks.answered(bench, row, limit, arguments.work)
+        append_line(file, json.dumps(record))
+        say(f"{number}/{len(wanted)}  {row.key}: {mean_accuracy(record):.1%} right, {record['seconds']} s")
 
 
 def _measure(bench: Bench, setting: Setting, wanted: Sequence[tuple[Row, Sequence[str]]], file: Path) -> None:
@@ -144,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--texts", nargs="+", choices=list(TEXTS), default=list(TEXTS))
     parser.add_argument("--window", type=int, default=1024, help="tokens per window")
     parser.add_argument("--windows", type=int, default=8, help="of WikiText-2; C4 has half, the others a quarter")
+    parser.add_argument("--questions", type=int, help="of each task: answer these in place of reading texts")
     parser.add_argument("--noise", action="store_true", help="add one step of a 4-bit grid to the weights, as noise")
     parser.add_argument("--calib", nargs="+", default=["wikitext=2", "wiki=1"], help="texts or files, see convert")
     parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens")

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.map import __main__ as module
+from benchmarks.map import tasks
 from benchmarks.map.__main__ import main
 from benchmarks.map.cost import Shape
 from benchmarks.map.measure import Bench
@@ -133,6 +135,25 @@ def test_calibration_on_an_evaluated_text_is_refused(
 
 
 # the page
+
+
+def test_questions_are_answered_once_with_each_rows_ffns(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def answers(model: Any, _tokenizer: Any, _names: list[str], limit: int, _work: Path) -> dict[str, list[int]]:
+        with torch.inference_mode():
+            seen.append(model(input_ids=torch.arange(2, 12)[None]).logits)
+        return {"arc_easy": [1] * limit}
+
+    monkeypatch.setattr(tasks, "task_accuracy", answers)  # lm-eval's part
+    monkeypatch.setattr(module, "data_folder", lambda: None)
+    for _ in range(2):
+        main(arguments(dense, tmp_path, "--rows", "dense", "low4@50", "--questions", "2"))
+    assert len(seen) == 2
+    assert not torch.equal(seen[0], seen[1])
+    assert [found["row"] for found in read_lines(tmp_path / "work" / tasks.FILE)] == ["dense", "low4@50"]
 
 
 def line(row: str, nll: tuple[float, ...], text: str = "WikiText-2", **changes: Any) -> dict[str, Any]:

@@ -139,9 +139,11 @@ def _weighed(h_TM: Tensor, weights: Weights | Members, start: int) -> Tensor:
     if plain == stop - start:
         return h_TM
     own_TNW, weight_TN1 = h_TM[:, plain:].unflatten(1, (-1, weights.width)), weight_TN[:, :, None]
+    in_place = not torch.is_grad_enabled()
     if h_TM.dtype == torch.float16:  # what a token did not choose may be infinite
-        own_TNW = own_TNW.masked_fill(weight_TN1 == 0, 0)
-    elif not torch.is_grad_enabled():
+        unwanted_TN1 = weight_TN1 == 0
+        own_TNW = own_TNW.masked_fill_(unwanted_TN1, 0) if in_place else own_TNW.masked_fill(unwanted_TN1, 0)
+    if in_place:
         own_TNW *= weight_TN1
         return h_TM
     return torch.cat([h_TM[:, :plain], (own_TNW * weight_TN1).flatten(1)], dim=1)
