@@ -133,6 +133,18 @@ def test_of_equal_scores_the_earlier_are_chosen() -> None:
     assert best_scored(score_TF, 3).int().tolist() == [[1, 1, 0, 0, 1, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0]]
 
 
+@over("count", [1, 20, 37])
+@over("levels", [3, 10**6])
+def test_few_cores_and_many_choose_the_same(count: int, levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    score_TF = torch.randint(levels, (50, 37), generator=torch.Generator().manual_seed(0)).float()
+    found = []
+    for cores in (1, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
+        found.append(best_scored(score_TF, count))
+    assert torch.equal(*found)
+    assert (found[0].sum(dim=1) == count).all()
+
+
 @over("options", [{}, {"threshold": 0.05}])
 def test_the_oracle_takes_a_choice_only_between_equal_scores(options: dict[str, Any]) -> None:
     weights = random_ffn(37, dtype=torch.float32)
