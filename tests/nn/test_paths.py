@@ -265,6 +265,16 @@ def test_a_path_of_an_own_table_is_taken_where_it_was_the_fastest_and_whenever_a
             assert choose(x_TD.double(), ffn).name == "masked"
 
 
+@pytest.mark.parametrize(("layout", "end"), [("S0A2E8", 32), ("S2A2E8", 16), ("S0A8E8", 8), ("S0A1E8", 50)])
+def test_a_path_may_be_the_fastest_only_up_to_so_much_work(
+    layout: str, end: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Row(Halved(), {("cpu", None): (1, 50)}, most_work={torch.float32: 8})
+    monkeypatch.setattr(MoEFeedForward, "table", (row, *PATHS))
+    ffn = build_ffn(*packed(layout, d_ff=32)(torch.float32))
+    assert [tokens for tokens in range(70) if choose(torch.empty(tokens, 16), ffn).name == "halved"] == [*range(1, end)]
+
+
 def test_asking_ends_with_the_block_also_by_an_error_and_may_be_nested() -> None:
     ffn = build_ffn(*CASES["shared"](torch.float32))
     x_TD = random_inputs(3, dtype=torch.float64)

@@ -313,15 +313,15 @@ def test_the_source_is_accepted_with_all_instructions_of_this_cpu(dtype: torch.d
         subprocess.run([moesaic_kernel._compiler(), *options, str(source)], check=True)
 
 
-@pytest.mark.parametrize("tokens", [2, 15, 16, 33, 64, 100, 300])
+@pytest.mark.parametrize(("tokens", "top_k"), [(n, 2) for n in (2, 3, 15, 16, 33, 64, 100, 300)] + [(3, 6), (5, 1)])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("union", [True, False])
-def test_blocks_of_many_tokens_in_bf16(union: bool, gated: bool, tokens: int) -> None:
+def test_blocks_of_many_tokens_in_bf16(union: bool, gated: bool, tokens: int, top_k: int) -> None:
     """CPUs that multiply tiles do so here; they have 16 neurons and tokens, and a width that is a multiple of 32."""
     ffn = ffn_of(96, union=union, gated=gated, biases=True, unit=11)
     lay(ffn)
     x_TD = torch.randn(tokens, 96).bfloat16()
-    idx_TK, weight_TK = torch.stack([torch.randperm(6)[:2] for _ in range(tokens)]), torch.rand(tokens, 2)
+    idx_TK, weight_TK = torch.stack([torch.randperm(6)[:top_k] for _ in range(tokens)]), torch.rand(tokens, top_k)
     of_expert = torch.eye(6).repeat_interleave(110, dim=1)
     member_EU = ffn.membership.double() if isinstance(ffn, UnionFeedForward) else of_expert.double()
     weight_TU = torch.zeros(tokens, 6, dtype=torch.float64).scatter(1, idx_TK, weight_TK.double()) @ member_EU

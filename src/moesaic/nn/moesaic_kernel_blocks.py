@@ -262,6 +262,16 @@ static void share_out(const int32_t *pairs, const int32_t *rows, int64_t count, 
   }
 }
 
+// Rows in groups of 16 that do not follow each other: a tile needs a copy of them.
+static int64_t apart(const int32_t *rows, int64_t count) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; i += 16) {
+    const int64_t last = i + 16 < count ? i + 15 : count - 1;
+    if (rows[last] - rows[i] != last - i) found += last - i + 1;
+  }
+  return found;
+}
+
 template <class W> static void widened(const W *from, float *to, int64_t d) {
   int64_t i = 0;
   for (; i + 16 <= d; i += 16) {
@@ -299,7 +309,9 @@ template <class W> static int blocks(const Call &c, int threads) {
   X *x = (X *)(mine + threads * own);
   if (!failed) failed = weigh(c, w);
   if (!failed) {
-    const int64_t count = wanted(c, w, pairs, rows);
+    int64_t count = wanted(c, w, pairs, rows);
+    if (tiles && 5 * (count + apart(rows, count)) > 7 * c.neurons)  // quicker then: also what no token wants
+      for (count = 0; count < c.neurons; count++) rows[count] = (int32_t)count;
     share_out(pairs, rows, count, tiles ? 200 : 4, threads, begin);
     memset(x, 0, c.tokens * wide * sizeof(X));
     for (int64_t t = 0; t < c.tokens; t++) widened((const W *)c.x + t * c.d_model, x + t * wide, c.d_model);
@@ -320,9 +332,10 @@ template <class W> static int blocks(const Call &c, int threads) {
           continue;
         }
         Part<W> todo = {c, x, w, c.tokens, wide, y, spare, list, weight, (X *)h};
-        for (int64_t i = begin[part]; i < begin[part + 1]; i += NEURONS) {
+        const int64_t most = sizeof(W) > 2 ? NEURONS / 2 : NEURONS;  // so that a block stays in a cache
+        for (int64_t i = begin[part]; i < begin[part + 1]; i += most) {
           const int64_t left = begin[part + 1] - i;
-          todo.block(rows + i, (int)(left < NEURONS ? left : NEURONS), rows[left > NEURONS ? i + NEURONS : i]);
+          todo.block(rows + i, (int)(left < most ? left : most), rows[left > most ? i + most : i]);
         }
       }
 #pragma omp barrier
@@ -338,8 +351,21 @@ template <class W> static int blocks(const Call &c, int threads) {
   return failed;
 }
 
+// How many neurons the tokens want in all; -1 for an expert that does not exist, or without memory.
+static int64_t wanted_by_all(const Call &c) {
+  float *w = (float *)malloc(sizeof(float) * c.tokens * c.neurons);
+  int64_t found = 0;
+  if (!w || weigh(c, w)) found = -1;
+  else for (int64_t i = 0; i < c.tokens * c.neurons; i++) found += w[i] != 0;
+  free(w);
+  return found;
+}
+
 extern "C" int moesaic_blocks(const Call *call) {
   if (call->activation < SILU || call->activation > RELU_SQUARED) return UNKNOWN_ACTIVATION;
+  // Of few tokens, tiles gain only where a neuron is wanted by most of them.
+  if (call->tokens < 5 && by_tiles(*call, (const WEIGHT *)nullptr) && 2 * wanted_by_all(*call) < 5 * call->neurons)
+    return moesaic_rows(call);
   const int64_t useful = call->neurons / SHARE + 1, most = call->threads < 1 ? 1 : call->threads;
   for (int64_t t = 0; t < call->tokens; t += MANY) {
     Call c = *call;

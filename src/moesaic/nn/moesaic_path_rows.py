@@ -20,9 +20,9 @@ from .moesaic_slices import MATRIX_UNIT
 if TYPE_CHECKING:
     from .moesaic_ffn import MoEFeedForward
 
-BLOCKS_FROM = {torch.float32: 8, torch.bfloat16: 5 if MATRIX_UNIT else 2, torch.float16: 2}
+BLOCKS_FROM = {torch.float32: 8, torch.bfloat16: 3 if MATRIX_UNIT else 2, torch.float16: 2}
 """Tokens; fewer are computed neuron by neuron, which reads memory in its order. 16 bits must be widened for each token
-then, fp32 need not. Blocks by tiles read 32 rows at a time, which may take twice as long as memory needs."""
+then, fp32 need not."""
 
 ERRORS = {
     1: "the router chose an expert that does not exist",
