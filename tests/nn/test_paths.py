@@ -269,7 +269,7 @@ def test_a_path_of_an_own_table_is_taken_where_it_was_the_fastest_and_whenever_a
 def test_a_path_may_be_the_fastest_only_up_to_so_much_work(
     layout: str, end: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = Row(Halved(), {("cpu", None): (1, 50)}, most_work={torch.float32: 8})
+    row = Row(Halved(), {("cpu", None): (1, 50)}, most_work={torch.float32: (8, 99)})
     monkeypatch.setattr(MoEFeedForward, "table", (row, *PATHS))
     ffn = build_ffn(*packed(layout, d_ff=32)(torch.float32))
     assert [tokens for tokens in range(70) if choose(torch.empty(tokens, 16), ffn).name == "halved"] == [*range(1, end)]

@@ -67,13 +67,14 @@ class Row(NamedTuple):
         fastest: Device and dtype -> numbers of tokens [from, below) at which it was measured to be the fastest. None
             stands for all devices, dtypes or numbers. Without an entry that fits, it runs only when asked for.
         per_expert: The numbers are tokens per routed expert.
-        most_work: Dtype -> tokens that use all neurons; it is taken for no more work than theirs.
+        most_work: Dtype -> tokens that use all neurons, in models narrower than ``NARROW`` and in others. It is taken
+            for no more work than theirs.
     """
 
     path: Path
     fastest: Mapping[Where, Span]
     per_expert: bool = False
-    most_work: Mapping[torch.dtype, int] = MappingProxyType({})
+    most_work: Mapping[torch.dtype, tuple[int, int]] = MappingProxyType({})
 
     def span(self, x_TD: Tensor, ffn: MoEFeedForward) -> Span | None:
         """Numbers of tokens [from, below) at which it is taken for inputs of this kind."""
@@ -85,7 +86,8 @@ class Row(NamedTuple):
                 end = None if end is None else end * times
                 if x_TD.dtype in self.most_work and end is not None:
                     used = ffn.shared + ffn.top_k * ffn.width
-                    end = min(end, self.most_work[x_TD.dtype] * ffn.neurons // max(used, 1))
+                    most = self.most_work[x_TD.dtype][x_TD.shape[1] >= NARROW]
+                    end = min(end, most * ffn.neurons // max(used, 1))
                 return begin * times, end
         return None
 
@@ -95,11 +97,13 @@ FP32: Where = (None, torch.float32)
 BF16: Where = ("cpu", torch.bfloat16)
 
 # The compiled kernel on one thread of a Zen 4 CPU at 896 x 4864 against torch's dense FFN. With all rows it is faster
-# up to 96 tokens in bf16. In fp32, MKL is faster where there is more work than that of 24 tokens with all neurons (the
-# widest FFNs on a Xeon of the fifth generation). torch is four times slower in fp16. Without AVX-512 it is unmeasured.
-# Where a unit multiplies tiles of bf16 (AMX), the kernel uses it, and is ahead up to 128 tokens (the same Xeon).
+# up to 96 tokens in bf16. In fp32, MKL is faster where there is more work than that of so many tokens with all neurons
+# (a Xeon of the fifth generation, 576 to 3584 wide). torch is four times slower in fp16. Without AVX-512 it is
+# unmeasured. Where a unit multiplies tiles of bf16 (AMX), the kernel uses it, and is ahead up to 128 tokens (the Xeon).
 WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 FEW_TOKENS = 65 if WIDE else 9
+NARROW = 1024
+FP32_WORK = {torch.float32: (33, 24)}
 FEW: Mapping[Where, Span] = {
     ("cpu", torch.float16): (1, None if WIDE else 9),
     BF16: (1, 129 if MATRIX_UNIT else FEW_TOKENS),
@@ -113,8 +117,8 @@ FUSED_SORTED: Mapping[Where, Span] = {BF16: (256 if MATRIX_UNIT else 64, None), 
 # (MKL for fp32, oneDNN for bf16), torch 2.13; those of unions on one thread at 896 x 4864, eight top-1 experts of about
 # half the neurons. Other devices take the same until they are measured.
 PATHS: tuple[Row, ...] = (
-    Row(Rows("packed"), FEW, most_work={torch.float32: 24}),
-    Row(Rows("union"), FEW, most_work={torch.float32: 24}),
+    Row(Rows("packed"), FEW, most_work=FP32_WORK),
+    Row(Rows("union"), FEW, most_work=FP32_WORK),
     Row(FusedSorted("packed"), FUSED_SORTED),
     Row(FusedMasked("packed"), {BF16: (4, None)} if MATRIX_UNIT else {}),
     # oneDNN repacks its right operand, so that few tokens per expert gain little in bf16.
