@@ -145,6 +145,24 @@ def test_few_cores_and_many_choose_the_same(count: int, levels: int, monkeypatch
     assert (found[0].sum(dim=1) == count).all()
 
 
+def test_the_choice_is_part_of_a_trace_and_of_a_transform() -> None:
+    a_TF, b_TF = torch.rand(2, 5, 37, generator=torch.Generator().manual_seed(0))
+    traced = torch.jit.trace(lambda score_TF: best_scored(score_TF, 3), (a_TF,), check_trace=False)
+    assert torch.equal(traced(b_TF), best_scored(b_TF, 3))
+    batched = torch.vmap(lambda score_TF: best_scored(score_TF, 3))(torch.stack([a_TF, b_TF]))
+    assert torch.equal(batched[1], best_scored(b_TF, 3))
+    assert best_scored(b_TF.clone().requires_grad_(), 3).sum() == 15
+
+
+def test_scores_that_are_no_numbers_take_no_other_token_s_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    score_TF = torch.tensor([[torch.nan, 1, 1, 1], [2.0, 2, 1, 0]])
+    found = []
+    for cores in (1, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
+        found.append(best_scored(score_TF, 1))
+    assert torch.equal(*found)
+
+
 @over("options", [{}, {"threshold": 0.05}])
 def test_the_oracle_takes_a_choice_only_between_equal_scores(options: dict[str, Any]) -> None:
     weights = random_ffn(37, dtype=torch.float32)
