@@ -1,5 +1,5 @@
 """``python -m moesaic``."""
 
-from moesaic.cli.main import main
+from moesaic.cli.start import main
 
 main()

@@ -34,6 +34,23 @@ def test_an_interrupted_command_says_how_to_go_on(
     ]
 
 
+_LOADING = """
+import sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == "moesaic.cli.main":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+from moesaic.cli.start import main
+main()
+"""
+
+
+def test_an_interrupt_while_modules_are_loaded_is_one_line() -> None:
+    ended = subprocess.run([sys.executable, "-c", _LOADING], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "error: interrupted\n")
+
+
 _LATE = "import atexit; from moesaic.cli.main import main; atexit.register(print, 'the interpreter ended'); main()"
 
 
