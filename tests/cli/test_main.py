@@ -34,6 +34,27 @@ def test_an_interrupted_command_says_how_to_go_on(
     ]
 
 
+def test_an_interrupt_before_a_command_has_begun_is_no_trace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "app", interrupted)
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert (end.value.code, capsys.readouterr().err.splitlines()[0]) == (130, "error: interrupted")
+
+
+def test_a_stream_that_cannot_write_a_letter_writes_its_number() -> None:
+    code = "import sys; sys.argv[1:] = ['inspect', 'nowhere\u2603']; from moesaic.cli.main import main; main()"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "nowhere\\u2603" in ended.stderr
+    assert "internal error" not in ended.stderr
+
+
 _LOADING = """
 import sys
 class Interrupted:

@@ -46,6 +46,8 @@ def test_windows_are_consecutive_and_the_tail_is_left_out(tiny: Callable[[str], 
     ids_NW = token_windows(tokenizer, text, 16, None)
     assert ids_NW.flatten().tolist() == stream[: len(stream) // 16 * 16]
     assert token_windows(tokenizer, text, 16, 2).shape == (2, 16)
+    with pytest.raises(InputError, match="is empty"):
+        token_windows(tokenizer, "", 8, None)
     with pytest.raises(InputError, match="a window has 100000"):
         token_windows(tokenizer, text, 100_000, None)
     for window, limit in ((1, None), (0, None), (16, 0)):

@@ -155,12 +155,13 @@ def test_the_choice_is_part_of_a_trace_and_of_a_transform() -> None:
 
 
 def test_scores_that_are_no_numbers_take_no_other_token_s_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    score_TF = torch.tensor([[torch.nan, 1, 1, 1], [2.0, 2, 1, 0]])
-    found = []
-    for cores in (1, 64):
-        monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
-        found.append(best_scored(score_TF, 1))
-    assert torch.equal(*found)
+    score_TF = torch.tensor([[torch.nan, 5, 4, 3, 2], [2.0, 2, 1, 0, 0]])
+    for count in (1, 3):
+        found = []
+        for cores in (1, 64):
+            monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
+            found.append(best_scored(score_TF, count))
+        assert torch.equal(*found)
 
 
 @over("options", [{}, {"threshold": 0.05}])

@@ -6,6 +6,7 @@ Axes: T tokens, D model width, P neurons, E experts, K experts per token.
 from __future__ import annotations
 
 import copy
+import mmap
 import os
 import platform
 import subprocess
@@ -287,6 +288,29 @@ def test_a_kernel_is_compiled_once_and_found_again(monkeypatch: pytest.MonkeyPat
     stamp = first.stat().st_mtime_ns
     assert moesaic_kernel.built(torch.bfloat16) == first
     assert first.stat().st_mtime_ns == stamp
+    whole = first.read_bytes()
+    for length in (0, 63, 3000, len(whole) - 1):  # to load one of these ends the process
+        first.write_bytes(whole[:length])
+        assert not moesaic_kernel._whole(first)
+    moesaic_kernel.built(torch.bfloat16)
+    assert moesaic_kernel._whole(first)
+
+
+def test_names_that_are_no_text_and_users_without_a_home_stop_no_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    strange = tmp_path / os.fsdecode(b"\xff\xfe")
+    with strange.open("wb+") as file:
+        file.write(b"x" * 5000)
+        file.flush()
+        with mmap.mmap(file.fileno(), 0):
+            moesaic_kernel._openmp_runtime.cache_clear()
+            moesaic_kernel._openmp_runtime()
+    for name in ("HOME", "MOESAIC_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where the user has no entry of his own
+    with pytest.raises(moesaic_kernel.NoKernelError, match="cannot be made"):
+        moesaic_kernel.cache_folder()
 
 
 def test_two_processes_that_compile_at_once_leave_one_whole_kernel(tmp_path: Path) -> None:

@@ -210,8 +210,9 @@ def test_a_union_compiles_into_one_graph() -> None:
     weights = random_ffn(37, dtype=torch.float32)
     module, x_TD = build_ffn(weights, as_union(plan_of(random_members(4, 37, 0.5)))), random_inputs(dtype=torch.float32)
     with torch.no_grad():
-        compiled: Any = torch.compile(module, fullgraph=True, backend="eager")
-        assert relative_error(compiled(x_TD), module(x_TD)) < 1e-5
+        for dynamic in (None, True):  # the latter with numbers of tokens and widths that are not known
+            compiled: Any = torch.compile(module, fullgraph=True, backend="eager", dynamic=dynamic)
+            assert relative_error(compiled(x_TD), module(x_TD)) < 1e-5
 
 
 def test_the_blueprint_keeps_it_and_old_digests_stay(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def _own_code(folder: Path) -> str | None:
     """The module that tokenizer_config.json names as the tokenizer's code; None where it names none."""
     try:
         named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["auto_map"]["AutoTokenizer"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
     classes = [name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)]
     return f"{classes[0].rpartition('.')[0].rpartition('--')[2]}.py" if classes else None

@@ -73,10 +73,13 @@ def main() -> None:
 
 
 def _open_streams() -> None:
-    """Streams that the caller closed are empty, and take what is said."""
+    """Streams that the caller closed are empty, and take what is said, also letters that they cannot write."""
     sys.stdin = sys.stdin or io.StringIO()
     sys.stdout = sys.stdout or io.StringIO()
     sys.stderr = sys.stderr or io.StringIO()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class _Signals:
@@ -124,6 +127,8 @@ def _run() -> None:
         if isinstance(end.code, int) and end.code in _ENDINGS:  # typer has no more than the code to say
             signals.fail(_ENDINGS[end.code], _RESUMES, end.code)
         raise
+    except KeyboardInterrupt:  # before a command has begun: typer ends those that have
+        signals.fail(_ENDINGS[_INTERRUPTED], _RESUMES, _INTERRUPTED)
     except MemoryError:
         signals.fail("out of memory", "lower --calib-tokens, or use a machine with more memory", 4)
     except OSError as error:

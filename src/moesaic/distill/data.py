@@ -127,7 +127,7 @@ def read_about(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return found["key"], found["about"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged", "start again with --restart") from error
 
 

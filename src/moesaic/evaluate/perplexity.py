@@ -52,6 +52,8 @@ def token_windows(tokenizer: Any, text: str, window: int, limit: int | None) -> 
         raise InputError(f"{limit} windows of {window} tokens predict nothing", "use windows of at least two tokens")
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
     count = len(ids) // window
+    if len(ids) == 0:
+        raise InputError("the evaluation text is empty", "give another text")
     if count == 0:
         raise InputError(f"the evaluation text has {len(ids)} tokens, a window has {window}", "use a smaller --window")
     count = count if limit is None else min(count, limit)

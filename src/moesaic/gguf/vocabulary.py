@@ -114,7 +114,7 @@ def content_of(tokenizer: Tokenizer) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable as JSON: {error}", "copy it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} does not hold a JSON object", "copy it again")

@@ -109,7 +109,7 @@ def _check_same_run(request: DistillRequest) -> None:
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged", "start again with --restart") from error
     if {name: value for name, value in found.items() if name != "device"} != request.key():
         raise InputError(f"{request.partial} holds another sweep", "use --restart, or another output")

@@ -102,7 +102,7 @@ def _kind(outline: Outline) -> str:
 def _read() -> dict[str, dict[str, Any]]:
     try:
         known = json.loads(_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) and all(isinstance(each, dict) for each in known.values()) else {}
 

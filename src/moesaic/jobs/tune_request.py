@@ -134,7 +134,7 @@ def _checked_cache(folder: Path, config: TuneConfig) -> Path:
 def _made(folder: Path) -> Mapping[str, Any]:
     try:
         made = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("moesaic")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, RecursionError, AttributeError):
         made = None
     if not isinstance(made, Mapping):
         raise InputError(f"{folder} is not an output of moesaic convert", "give the folder of a converted model")

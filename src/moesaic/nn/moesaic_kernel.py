@@ -12,7 +12,9 @@ import hashlib
 import os
 import platform
 import shutil
+import struct
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -132,10 +134,26 @@ def built(dtype: torch.dtype, part: str = EXPERTS) -> Path:
     compiler = _compiler()
     name = f"{part}-{key_of(WEIGHTS[dtype], compiler, *FLAGS, *_openmp_runtime())}.so"
     folder = cache_folder()
-    if not (folder / name).exists():
+    if not _whole(folder / name):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            _compile(compiler, PARTS[part], dtype, Path(scratch)).replace(folder / name)
+            made = _compile(compiler, PARTS[part], dtype, Path(scratch))
+            with made.open("rb") as file:
+                os.fsync(file.fileno())
+            made.replace(folder / name)
     return folder / name
+
+
+def _whole(library: Path) -> bool:
+    """Whether it is there and, if it is ELF, not cut short: its last table ends where the file ends."""
+    try:
+        with library.open("rb") as file:
+            head, size = file.read(64), os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return False
+    if head[:5] != b"\x7fELF\x02":  # another format, or not 64 bits
+        return size > 0
+    begin, (entry, entries) = int.from_bytes(head[40:48], sys.byteorder), struct.unpack("=HH", head[58:62])
+    return size >= begin + entry * entries
 
 
 def key_of(*parts: str) -> str:
@@ -147,7 +165,9 @@ def _compiler() -> str:
     asked = os.environ.get("CXX")
     found = [path for name in ([asked] if asked else ["g++", "c++", "clang++"]) if (path := shutil.which(name))]
     if not found:
-        raise NoKernelError(f"there is no C++ compiler ({asked or 'g++, c++, clang++'}); CXX names one")
+        raise NoKernelError(
+            f"there is no C++ compiler ({asked or 'g++, c++, clang++'}); CXX names one, without options"
+        )
     return found[0]
 
 
@@ -164,7 +184,7 @@ def _compile(compiler: str, text: str, dtype: torch.dtype, scratch: Path) -> Pat
             )
             try:
                 for command in commands:
-                    subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+                    subprocess.run(command, check=True, capture_output=True, errors="replace", timeout=SECONDS)
             except subprocess.CalledProcessError as error:
                 said = said or error.stderr.strip().partition("\n")[0]
             except (OSError, subprocess.TimeoutExpired) as error:
@@ -178,7 +198,7 @@ def _compile(compiler: str, text: str, dtype: torch.dtype, scratch: Path) -> Pat
 def _openmp_runtime() -> list[str]:
     """The file of the OpenMP runtime that torch has loaded: a second one's threads would spin beside its own."""
     maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.exists() else []
+    lines = os.fsdecode(maps.read_bytes()).splitlines() if maps.exists() else []
     paths = [line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6]
     return [path for path in dict.fromkeys(paths) if Path(path).name.startswith(OPENMP_RUNTIMES)][:1]
 
@@ -187,7 +207,7 @@ def _openmp_runtime() -> list[str]:
 def _cpu() -> str:
     """What ``-march=native`` depends on."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = os.fsdecode(info.read_bytes()).splitlines() if info.exists() else []
     own = dict.fromkeys(line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part")))
     return "\n".join((platform.machine(), platform.processor(), *own))
 
@@ -195,10 +215,10 @@ def _cpu() -> str:
 def cache_folder() -> Path:
     """Where the kernel lies; made where it is missing. Raises NoKernelError."""
     own, general = os.environ.get("MOESAIC_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(own or Path(general) / "moesaic").expanduser().absolute()
     try:
+        folder = Path(own or Path(general) / "moesaic").expanduser().absolute()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter where there is no home
         raise NoKernelError(f"its folder cannot be made: {error}") from error
     if not os.access(folder, os.W_OK):
         raise NoKernelError(f"{folder} cannot be written; MOESAIC_CACHE names another")

@@ -50,13 +50,11 @@ def decode(codes_FB: Tensor, scale_FG: Tensor, offset_FG: Tensor, bits: int, gro
 
 def best_scored(score_TF: Tensor, count: int) -> Tensor:
     """The ``count`` of largest score in each row, of equal ones the earlier, bool [T, F]."""
-    if _on_few_cores(score_TF):
-        least_T1 = torch.from_numpy(np.partition(score_TF.numpy(), -count, axis=-1)[:, -count, None])
-        best_TF = score_TF >= least_T1
-        if bool((best_TF.sum(dim=-1) == count).all()):
+    if count > 0 and _on_few_cores(score_TF):
+        best_TF = score_TF >= torch.from_numpy(np.partition(score_TF.numpy(), -count, axis=-1)[:, -count, None])
+        if bool((best_TF.sum(dim=-1) == count).all()):  # neither equal scores nor any that is no number
             return best_TF
-    else:
-        least_T1 = score_TF.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    least_T1 = score_TF.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     above_TF, equal_TF = score_TF > least_T1, score_TF == least_T1
     room_T1 = count - above_TF.sum(dim=-1, keepdim=True)
     return above_TF | (equal_TF & (equal_TF.cumsum(dim=-1) <= room_T1))

@@ -38,7 +38,7 @@ def measured(dtype: torch.dtype, threads: int) -> Fastest | None:
         found = json.loads(_file(dtype, threads).read_text(encoding="utf-8"))
         fastest = {layout: tuple(found[layout]) for layout in LAYOUTS}
         right = all(len(names) == len(TOKENS) and all(isinstance(n, str) for n in names) for names in fastest.values())
-    except (NoKernelError, OSError, ValueError, TypeError, KeyError):
+    except (NoKernelError, OSError, ValueError, RecursionError, TypeError, KeyError):
         return None
     return fastest if right else None
 

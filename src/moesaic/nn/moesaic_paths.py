@@ -86,7 +86,8 @@ class Row(NamedTuple):
                 end = None if end is None else end * times
                 if x_TD.dtype in self.most_work and end is not None:
                     used = ffn.shared + ffn.top_k * ffn.width
-                    most = self.most_work[x_TD.dtype][x_TD.shape[1] >= NARROW]
+                    narrow, others = self.most_work[x_TD.dtype]
+                    most = narrow if ffn.up_proj.in_features < NARROW else others
                     end = min(end, most * ffn.neurons // max(used, 1))
                 return begin * times, end
         return None

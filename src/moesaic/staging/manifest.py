@@ -68,7 +68,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
             raise TypeError("sha256 is not text")
     except FileNotFoundError as error:
         raise VerificationError(f"{folder} has no {MANIFEST_NAME}", "is it an output of moesaic?") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise VerificationError(f"{path} is damaged: {' '.join(str(error).split())}", "convert again") from error
     return manifest
 

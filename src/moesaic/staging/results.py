@@ -17,7 +17,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     path = folder / RESULTS_NAME
     try:
         results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error}", "delete it: it holds only measurements") from error
     if not isinstance(results, dict):
         raise InputError(f"{path} holds no JSON object", "delete it: it holds only measurements")

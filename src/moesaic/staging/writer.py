@@ -391,5 +391,5 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
         return entry if entry.keys() >= _LINE_KEYS else None
-    except (ValueError, AttributeError):
+    except (ValueError, RecursionError, AttributeError):
         return None
