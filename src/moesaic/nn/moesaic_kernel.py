@@ -165,9 +165,7 @@ def _compiler() -> str:
     asked = os.environ.get("CXX")
     found = [path for name in ([asked] if asked else ["g++", "c++", "clang++"]) if (path := shutil.which(name))]
     if not found:
-        raise NoKernelError(
-            f"there is no C++ compiler ({asked or 'g++, c++, clang++'}); CXX names one, without options"
-        )
+        raise NoKernelError(f"there is no C++ compiler ({asked or 'g++, c++, clang++'}); CXX names one")
     return found[0]
 
 
