@@ -85,6 +85,14 @@ def low_bit(shape: Shape, used: Used, bits: int, group: int) -> Cost:
     return Cost(router + shape.norm + used.neurons, shape.inner + used.neurons)
 
 
+def staged(shape: Shape, used: Used, bits: int, group: int, rank: int, candidates: float) -> Cost:
+    """Factors of gate and up in bf16, gate and up in a few bits of the candidates, the chosen neurons in bf16."""
+    factors = shape.inner * rank * (1 / shape.d_model + 1 / shape.d_ff)
+    router = candidates * shape.inner * weight_bytes(bits, group, symmetric=False)
+    macs = factors + candidates * shape.inner + used.neurons
+    return Cost(factors + router + shape.norm + used.neurons, macs)
+
+
 def nested(shape: Shape, used: Used, group: int) -> Cost:
     """The high nibble of gate and up and their scales for all neurons, the rest of int8 weights for the chosen."""
     nibble, scale = 4 / _BF16, 1 / group

@@ -286,6 +286,30 @@ class LowBit(Scored):
 
 
 @dataclass(frozen=True)
+class Staged(LowBit):
+    """Neuron experts in two stages: matrices of low rank name candidates, and low bits are read of these alone."""
+
+    rank: int = 32
+    candidates: float = 0.5
+
+    @property
+    def needs_text(self) -> bool:
+        """The low rank is that of products with a text's inputs."""
+        return True
+
+    def scorer(self, weights: FFNWeights, x_TD: Tensor) -> Score:
+        """|h^_i| |d_i| of the candidates, 0 of the others."""
+        fine = super().scorer(weights, x_TD)
+        coarse = estimated(_with(weights, {k: low_rank(w, x_TD, self.rank) for k, w in inner(weights).items()}))
+        count = max(1, round(self.candidates * weights.d_ff))
+        return lambda x_TD, h_TF: fine(x_TD, h_TF).where(largest(coarse(x_TD, h_TF), count), 0.0)
+
+    def cost(self, shape: Shape, used: Used) -> Cost:
+        """The matrices of low rank in bf16, low bits of the candidates, and the chosen neurons in bf16."""
+        return cost.staged(shape, used, self.bits, self.group, self.rank, self.candidates)
+
+
+@dataclass(frozen=True)
 class Product(LowBit):
     """Neuron experts as moesaic makes them: planned by the method, chosen by the module of the converted model."""
 
@@ -332,6 +356,15 @@ class Nested(Scored):
 def inner(weights: FFNWeights) -> dict[str, Tensor]:
     """The projections before the activation: up, and gate where there is one."""
     return {name: tensor for name, tensor in weights.tensors().items() if name in ("gate_FD", "up_FD")}
+
+
+def low_rank(w_FD: Tensor, x_TD: Tensor, rank: int) -> Tensor:
+    """The matrix of that rank whose products with these inputs err least, [F, D]."""
+    x_TD = x_TD.float()
+    values_D, vectors_DD = torch.linalg.eigh(x_TD.T @ x_TD / len(x_TD))
+    root_D = values_D.clamp(min=1e-6 * float(values_D[-1])).sqrt()
+    u_FD, s_D, v_DD = torch.linalg.svd(w_FD.float() @ (vectors_DD * root_D), full_matrices=False)
+    return (u_FD[:, :rank] * s_D[:rank]) @ v_DD[:rank] @ (vectors_DD / root_D).T
 
 
 def estimated(coded: FFNWeights) -> Score:

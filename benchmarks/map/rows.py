@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from benchmarks.map.references import Cats, LowBit, Nested, Product, Reference, Scored, Teal, WeightOnly
+from benchmarks.map.references import Cats, LowBit, Nested, Product, Reference, Scored, Staged, Teal, WeightOnly
 
 Group = Literal["dense", "bound", "weights", "grid", "activations", "ours", "variant"]
 GROUPS: dict[Group, str] = {
@@ -101,5 +101,8 @@ ROWS: tuple[Row, ...] = (
         "nested-refit",
     ),
     *_at("25", "low2", "neuron experts, 2 bits", "ours", _TWO),
+    *_at("25", "staged", "4 bits of candidates of rank 32", "variant", Staged(), "low4"),
+    *_at("25", "staged64", "4 bits of candidates of rank 64", "variant", Staged(rank=64), "low4"),
+    *_at("50", "staged", "4 bits of candidates of rank 32", "variant", Staged(candidates=0.75), "low4"),
 )
 BY_KEY: dict[str, Row] = {row.key: row for row in ROWS}

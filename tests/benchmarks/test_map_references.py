@@ -15,8 +15,10 @@ from benchmarks.map.references import (
     Product,
     Reference,
     Scored,
+    Staged,
     Teal,
     largest,
+    low_rank,
     quantile,
 )
 from torch import Tensor
@@ -51,6 +53,8 @@ def test_bytes_are_those_that_can_be_counted() -> None:
     dense = 3 * D * F * 16
     router = 2 * D * F * (4 + 2 * 16 / 64) + 32 * F
     assert cost.low_bit(GATED, Used(neurons=0.5), 4, 64).bytes == pytest.approx(router / dense + 0.5)
+    staged = 2 * 8 * (D + F) * 16 + 2 * D * F * (4 + 2 * 16 / 64) / 2 + 32 * F
+    assert cost.staged(GATED, Used(neurons=0.25), 4, 64, 8, 0.5).bytes == pytest.approx(staged / dense + 0.25)
     always = 2 * D * F * (4 + 16 / 64) + 32 * F
     chosen = 2 * D * F * 4 + D * F * (8 + 16 / 64)
     assert cost.nested(GATED, Used(neurons=0.25), 64).bytes == pytest.approx((always + chosen / 4) / dense)
@@ -147,16 +151,38 @@ def test_nested_with_all_neurons_is_int8(x_TD: Tensor) -> None:
     assert 1e-4 < error < 0.02
 
 
-@pytest.mark.parametrize("reference", [Scored(active=0.25), LowBit(active=0.25), Nested(active=0.25)], ids=str)
-def test_the_neurons_that_write_everything_are_found(reference: Scored, x_TD: Tensor) -> None:
+@pytest.mark.parametrize(
+    "reference", [Scored(active=0.25), LowBit(active=0.25), Nested(active=0.25), Staged(active=0.25)], ids=str
+)
+def test_the_neurons_that_write_everything_are_found(kind: type[Scored], x_TD: Tensor) -> None:
     """A quarter of the columns of the down projection is large, the rest next to nothing."""
     planted_F = torch.arange(F) % 4 == 1
     dense = weights()
     dense = replace(dense, down_DF=dense.down_DF * torch.where(planted_F, 1.0, 1e-6))
-    ffn = reference.fit(dense, x_TD)
+    ffn = kind(active=0.25).fit(dense, x_TD)
     used_TF = ffn.masked(x_TD) != 0
     assert bool((used_TF == planted_F).all())
     assert ffn.tally.used().neurons == pytest.approx(0.25)
+
+
+def test_candidates_of_all_neurons_are_chosen_by_low_bits_alone(x_TD: Tensor) -> None:
+    dense = weights()
+    one, two = (own.fit(dense, x_TD) for own in (LowBit(active=0.25), Staged(active=0.25, candidates=1.0, rank=1)))
+    assert torch.equal(one(x_TD), two(x_TD))
+    few = Staged(active=0.25, candidates=0.25, rank=1).fit(dense, x_TD)
+    assert not torch.equal(one(x_TD), few(x_TD))
+
+
+def test_a_low_rank_errs_least_on_the_inputs_that_it_was_made_for(x_TD: Tensor) -> None:
+    w_FD = weights().up_FD
+    skewed_TD = x_TD * torch.linspace(0.01, 3, D)
+    u_FD, s_D, v_DD = torch.linalg.svd(w_FD, full_matrices=False)
+    plain_FD = (u_FD[:, :4] * s_D[:4]) @ v_DD[:4]
+    own_FD = low_rank(w_FD, skewed_TD, 4)
+    assert int(torch.linalg.matrix_rank(own_FD)) == 4
+    wanted_TF = skewed_TD @ w_FD.T
+    own, plain = (float((skewed_TD @ made_FD.T - wanted_TF).norm()) for made_FD in (own_FD, plain_FD))
+    assert own < 0.9 * plain
 
 
 def test_the_product_chooses_what_the_reference_chooses(x_TD: Tensor) -> None:
