@@ -56,7 +56,15 @@ def test_no_hint_leads_to_a_refusal(tiny: Callable[[str], Path], tmp_path: Path,
     assert "--to gguf" not in err
     code, _, err = run("export", made.output, tmp_path / "stock")
     assert code == 1
-    assert err.count("single neurons") <= 1, "each reason once"
+    error, hint = err.splitlines()[-2:]
+    assert error.count("every neuron is an expert") == 1, "each reason once"
+    assert len(error) < 250
+    assert "--target glm4_moe" in hint
+    assert run("export", made.output, tmp_path / "stock", "--to", "qwen3_moe")[2].splitlines()[-2:] == [error, hint]
+    _, printed, _ = run("targets", made.output)
+    assert printed.count("every neuron is an expert") == 1
+    assert "no stock one" in printed.splitlines()[-1]
+    assert run("convert", tiny("llama"), tmp_path / "again", *hint.split(",")[0].split()[-2:])[0] == 0
     stock = moesaic.convert(tiny("llama"), tmp_path / "glm", method="random", target="glm4_moe")
     code, _, err = run("export", stock.output, tmp_path / "g.gguf")
     assert (code, "add --to gguf" in err) == (1, True)
