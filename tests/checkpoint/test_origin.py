@@ -96,6 +96,7 @@ def test_what_a_gguf_says_is_read_back(tmp_path: Path) -> None:
             "general.source.repo_url": "https://huggingface.co/acme/small-1b",
         },
         tmp_path,
+        Path("small-q8_0.gguf"),
     )
     origin = read_origin(tmp_path, {})
     assert origin.base_model == "acme/small-1b"
@@ -104,5 +105,20 @@ def test_what_a_gguf_says_is_read_back(tmp_path: Path) -> None:
 
 
 def test_a_gguf_that_says_nothing(tmp_path: Path) -> None:
-    write_gguf_card({"general.architecture": "llama"}, tmp_path)
-    assert read_origin(tmp_path, {}).to_dict() == {"base_model": tmp_path.name, "license": None, "language": []}
+    write_gguf_card({"general.architecture": "llama"}, tmp_path, Path("small-q8_0.gguf"))
+    assert read_origin(tmp_path, {}).to_dict() == {"base_model": "small-q8_0", "license": None, "language": []}
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("Gemma 3 270m", "Gemma 3 270m"),
+        (" Gemma\n3 ", "Gemma 3"),
+        ("/home/me/gemma", "gemma-q4"),
+        (".", "gemma-q4"),
+        ("", "gemma-q4"),
+    ],
+)
+def test_a_gguf_is_called_by_its_name_or_its_file(name: str, title: str, tmp_path: Path) -> None:
+    write_gguf_card({"general.name": name}, tmp_path, Path("/data/gemma-q4-00001-of-00002.gguf"))
+    assert read_origin(tmp_path, {}).base_model == title

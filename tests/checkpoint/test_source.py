@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.checkpoint.origin import Licence, read_origin
@@ -195,9 +196,24 @@ def test_what_is_neither_path_nor_hub_id(given: str, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("given", ["gpt2", "some-owner/some-model_1.5"])
 def test_hub_id_offline(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=f"no folder '{given}', and the hub cannot be reached") as caught:
+    for resolve in (resolve_model, described_folder):
+        with pytest.raises(InputError, match=f"no folder '{given}', .* HF_HUB_OFFLINE forbids asking") as caught:
+            resolve(given)
+        assert "unset HF_HUB_OFFLINE, or give a local folder" in caught.value.hint
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with pytest.raises(InputError, match="TRANSFORMERS_OFFLINE forbids asking"):
         resolve_model(given)
-    assert "local folder" in caught.value.hint
+
+
+def test_a_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_given: object, **_options: object) -> None:
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    with pytest.raises(InputError, match="no folder 'gpt2', and the hub cannot be reached"):
+        resolve_model("gpt2")
 
 
 def test_a_hub_model_without_safetensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +235,7 @@ def test_an_output_beside_does_not_hide_the_model_of_the_hub_that_it_was_made_fr
     monkeypatch.chdir(tmp_path)
     for given in ("distilgpt2", "owner/model"):
         for resolve in (resolve_model, described_folder):
-            with pytest.raises(InputError, match="the hub cannot be reached"):
+            with pytest.raises(InputError, match="forbids asking the hub"):
                 resolve(given)
 
 

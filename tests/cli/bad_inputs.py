@@ -160,7 +160,7 @@ MODELS = [
     Bad("wrong path", "convert nowhere/at/all out", "no model at 'nowhere/at/all'", "folder, a .gguf or a hub id"),
     Bad("misspelt path", "convert modle out", "no model at 'modle'", "did you mean model"),
     Bad("empty path", "convert '' out", "no model at ''"),
-    Bad("hub id offline", "convert some-org/some-model out", "hub cannot be reached", "local folder"),
+    Bad("hub id offline", "convert some-org/some-model out", "HF_HUB_OFFLINE forbids", "local folder"),
     Bad("one of its files", f"convert model/{WEIGHTS} out", "one file of a checkpoint", "give its folder: model"),
     Bad("any file", "convert a.txt out", "a.txt is not a model", arrange=write("a.txt", "hello")),
     Bad("empty folder", "convert empty out", "empty is empty", arrange=folder("empty")),
@@ -321,7 +321,7 @@ BLUEPRINTS = [
 ]
 
 VERBS = [
-    Bad("plan: wrong path", "plan nowhere", "there is no folder 'nowhere', and the hub cannot be reached", "folder"),
+    Bad("plan: wrong path", "plan nowhere", "there is no folder 'nowhere', no such model", "folder"),
     Bad("plan: a file", f"plan model/{WEIGHTS}", "is one file of a checkpoint", "folder"),
     Bad("plan: config is a list", "plan model", "not hold a JSON object", arrange=write("model/config.json", "[]")),
     Bad("plan: experts > neurons", "plan model --layout S1A1E64", "only 37 neurons"),

@@ -22,4 +22,6 @@ def test_windows_are_no_longer_than_the_context(
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code
-    assert json.loads(capsys.readouterr().out)["protocol"].endswith(" w512 n=1]")
+    said = capsys.readouterr()
+    assert json.loads(said.out)["protocol"].endswith(" w512 n=1]")
+    assert "model  1/1" in said.err, "the window that is timed counts"

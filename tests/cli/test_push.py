@@ -173,13 +173,32 @@ def test_a_conversion_that_could_not_be_sent_is_refused_before_it_begins(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     own = {"HF_HOME": str(tmp_path / "hub")}
-    names = {"me/made": "there is no token", "me/made-": "is no name of", "me/m.git": "is no name of"}
+    names = {
+        "made": "'made' names no owner",
+        "me/made": "there is no token",
+        "me/made-": "is no name of",
+        "me/m.git": "is no name of",
+    }
     for name, message in names.items():
         code, _, err = moesaic("convert", tiny("llama"), tmp_path / "out", "--push-to-hub", name, **own)
         assert code == 1
         assert message in err
         assert not (tmp_path / "out").exists()
         assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_name_is_looked_at_before_token_and_files(tmp_path: Path) -> None:
+    own = {"HF_HOME": str(tmp_path / "hub")}
+    for name, message in {
+        "made": "names no owner",
+        "me/made/more": "is no name of",
+        "me/m.git": "is no name of",
+    }.items():
+        code, _, err = moesaic("push", tmp_path / "nowhere", name, **own)
+        error, hint = err.strip().splitlines()
+        assert code == 1
+        assert error.startswith(f"error: {name!r} {message}")
+        assert hint == "hint: give OWNER/NAME"
 
 
 def test_other_files_than_were_written_are_not_sent(tiny: Callable[[str], Path], hub: Hub, tmp_path: Path) -> None:

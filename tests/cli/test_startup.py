@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import moesaic
+
 _GUARD = """
 import sys
 from moesaic.cli.main import main
@@ -33,6 +35,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     "arguments",
     [
         ("--help",),
+        ("--version",),
         ("convert", "--help"),
         ("methods",),
         ("methods", "cmoe"),
@@ -47,6 +50,10 @@ def test_help_and_lists_import_nothing_heavy(arguments: tuple[str, ...]) -> None
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     assert "HEAVY []" in done.stdout
+
+
+def test_the_version_is_one_line() -> None:
+    assert run("--version").stdout.splitlines()[0] == f"moesaic {moesaic.__version__}"
 
 
 def test_plan_imports_nothing_heavy(tiny: Callable[[str], Path]) -> None:

@@ -16,6 +16,8 @@ from moesaic.cli.pulse import Pulse
 from tests.cli.conftest import Run
 from tests.tiny_models import build_tiny
 
+Tiny = Callable[[str], Path]
+
 NEURONS = {"method": "neuron_experts", "options": {"active": 0.5}}
 
 
@@ -56,10 +58,56 @@ def test_no_hint_leads_to_a_refusal(tiny: Callable[[str], Path], tmp_path: Path,
     assert "--to gguf" not in err
     code, _, err = run("export", made.output, tmp_path / "stock")
     assert code == 1
-    assert err.count("single neurons") <= 1, "each reason once"
+    error, hint = err.splitlines()[-2:]
+    assert error.count("every neuron is an expert") == 1, "each reason once"
+    assert len(error) < 250
+    assert "--target glm4_moe" in hint
+    assert run("export", made.output, tmp_path / "stock", "--to", "qwen3_moe")[2].splitlines()[-2:] == [error, hint]
+    _, printed, _ = run("targets", made.output)
+    assert printed.count("every neuron is an expert") == 1
+    assert "no stock one" in printed.splitlines()[-1]
+    assert run("convert", tiny("llama"), tmp_path / "again", *hint.split(",")[0].split()[-2:])[0] == 0
     stock = moesaic.convert(tiny("llama"), tmp_path / "glm", method="random", target="glm4_moe")
     code, _, err = run("export", stock.output, tmp_path / "g.gguf")
     assert (code, "add --to gguf" in err) == (1, True)
+
+
+def test_text_that_is_not_read_is_said_to_have_no_effect(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    text = ("--calib", "tiny", "--calib-tokens", "128")
+    unread = "neuron_experts reads no text as it is set: --calib and --calib-tokens have no effect"
+    assert f"note        {unread}" in run("plan", tiny("llama"), *text)[1].splitlines()
+    assert unread in run("convert", tiny("llama"), tmp_path / "neurons", *text)[2].splitlines()
+    again = ("convert", tiny("llama"), tmp_path / "again", "--blueprint", tmp_path / "neurons", "--budget", "0.25")
+    code, _, err = run(*again, "--calib", "tiny")
+    assert code == 0
+    assert "this blueprint's budget reads no text: --calib has no effect" in err.splitlines()
+    for settings in (
+        ("--set", "refit=true"),
+        ("--set", "choice=threshold"),
+        ("--method", "cmoe", "--layout", "S2A2E8"),
+    ):
+        assert "no effect" not in run("plan", tiny("llama"), *text, *settings)[1]
+    code, _, err = run("convert", tiny("llama"), tmp_path / "read", *text, "--set", "choice=threshold")
+    assert code == 0
+    assert "no effect" not in err
+    assert "no effect" not in run("plan", tiny("llama"))[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "words"),
+    [
+        ("llama", (), "no stock one: model.layers.0.mlp and 1 more: every neuron is an expert"),
+        ("gemma2", (), "no stock one: no stock target has GELU experts"),
+        ("llama", ("--method", "mlpmoe"), "not dense: all its experts are always on"),
+    ],
+)
+def test_no_architecture_is_named_as_if_it_had_been_asked_for(
+    family: str, options: tuple[str, ...], words: str, tiny: Tiny, tmp_path: Path, run: Run
+) -> None:
+    code, _, err = run("convert", tiny(family), tmp_path / "out", *options)
+    assert code == 0
+    (line,) = [line for line in err.splitlines() if line.startswith("architecture")]
+    assert line.startswith(f"architecture moesaic, {words}")
 
 
 def test_names_and_texts_stand_at_the_left(run: Run) -> None:

@@ -79,7 +79,7 @@ def test_an_interrupted_evaluation_goes_on(
     evaluate: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        evaluate(progress=Notes("model", step=2))
+        evaluate(progress=Notes("model", step=3))
     notes = Notes()
     resumed = evaluate(progress=notes)
     assert notes.about("dense") == [f"dense: perplexity {resumed['perplexity']['dense']['value']:.3f}, measured before"]

@@ -29,6 +29,7 @@ RECORD_SUFFIXES = {
 COMPRESSED = (".gz", ".bz2", ".xz")
 """Suffixes behind those, and behind those of text files, that are unpacked."""
 
+_FLAGS = {"sources": "--calib", "tokens": "--calib-tokens", "window": "--calib-window"}
 _WEIGHT = re.compile(r"(?P<rest>.+)=(?P<weight>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
 _ANY_RECORDS, _ANY_PACKED = ("|".join(map(re.escape, suffixes)) for suffixes in (RECORD_SUFFIXES, COMPRESSED))
 _FIELD = re.compile(rf"(?P<path>.+({_ANY_RECORDS})({_ANY_PACKED})?):(?P<field>[^:/\\]+)", re.IGNORECASE)
@@ -149,6 +150,12 @@ class CalibrationConfig(BaseModel):
     def names_sources(self) -> bool:
         """Whether somebody chose the texts, or they are the default."""
         return "sources" in self.model_fields_set
+
+    def no_effect(self, why: str) -> tuple[str, ...]:
+        """A note where somebody chose a text, or how much of it, that is not read; else nothing."""
+        given = [flag for name, flag in _FLAGS.items() if name in self.model_fields_set]
+        have = "has" if len(given) == 1 else "have"
+        return (f"{why}: {' and '.join(given)} {have} no effect",) if given else ()
 
     def expanded(self) -> tuple[Source, ...]:
         """The sources with ``mix`` replaced by its parts and repeated ones added up, in order of first mention."""

@@ -95,7 +95,7 @@ def _make(model: GGUFModel, folder: Path) -> None:
             read_tokenizer(model.header).save_pretrained(staging)
             _write_tensors(model, staging)
             fields = {key: value for key, value in model.header.metadata.items() if key.startswith("general.")}
-            write_gguf_card(fields, staging)
+            write_gguf_card(fields, staging, file)
             sync_tree(staging)
             staging.replace(folder)
         except MemoryError as error:

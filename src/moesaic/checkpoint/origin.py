@@ -17,6 +17,8 @@ _LICENCE_TEXTS = (  # what a licence file says -> the hub's identifier
     (("Apache License", "Version 2.0"), "apache-2.0"),
     (("Permission is hereby granted, free of charge", "WITHOUT WARRANTY OF ANY KIND"), "mit"),
 )
+_FROM_GGUF = ", dequantised from a GGUF"
+_PART = re.compile(r"-\d{5}-of-\d{5}$")
 _GGUF_SOURCES = ("general.source.huggingface.repository", "general.source.repo_url", "general.repo_url")
 
 
@@ -63,12 +65,13 @@ def read_origin(folder: Path, config: Mapping[str, Any]) -> Origin:
     return Origin(_base_model(folder, config, card), _licence(folder, config, card), _texts(card.get("language")))
 
 
-def write_gguf_card(fields: Mapping[str, Any], folder: Path) -> None:
+def write_gguf_card(fields: Mapping[str, Any], folder: Path, file: Path) -> None:
     """Keep what a GGUF's metadata say of its origin as the card of the folder that it was dequantised into.
 
     Args:
         fields: The file's metadata by key, such as ``general.license``.
         folder: The dequantised checkpoint.
+        file: The GGUF, by which the model is called where the metadata give it no name.
     """
     import yaml
 
@@ -83,8 +86,26 @@ def write_gguf_card(fields: Mapping[str, Any], folder: Path) -> None:
         "base_model_relation": "quantized" if source else None,
     }
     text = yaml.safe_dump({key: value for key, value in about.items() if value}, sort_keys=False)
-    title = fields.get("general.name") or folder.name
-    (folder / CARD).write_text(f"---\n{text}---\n\n# {title}, dequantised from a GGUF\n", encoding="utf-8")
+    named = " ".join(str(fields.get("general.name") or "").split())
+    title = named if _is_title(named) else _PART.sub("", file.stem)
+    (folder / CARD).write_text(f"---\n{text}---\n\n# {title}{_FROM_GGUF}\n", encoding="utf-8")
+
+
+def _is_title(name: str) -> bool:
+    """Whether a name is neither empty nor a path of somebody's machine, which some converters take for it."""
+    return bool(name) and not name.startswith(".") and not set(name) & {"/", "\\"}
+
+
+def _gguf_title(card: Path) -> str:
+    """What :func:`write_gguf_card` calls the model; "" where the card is another."""
+    try:
+        lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    titles = (
+        line[2:].removesuffix(_FROM_GGUF) for line in lines if line.startswith("# ") and line.endswith(_FROM_GGUF)
+    )
+    return next(filter(_is_title, titles), "")
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
@@ -110,7 +131,9 @@ def _base_model(folder: Path, config: Mapping[str, Any], card: Mapping[str, Any]
         if len(parents) == 1 and is_hub_id(parents[0]):
             return parents[0]
     name = str(config.get("_name_or_path") or "")
-    return name if is_hub_id(name) and not Path(name).exists() else folder.resolve().name
+    if is_hub_id(name) and not Path(name).exists():
+        return name
+    return _gguf_title(folder / CARD) or folder.resolve().name  # in the cache a GGUF's folder has a hash in its name
 
 
 def _licence(folder: Path, config: Mapping[str, Any], card: Mapping[str, Any]) -> Licence | None:

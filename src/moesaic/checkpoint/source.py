@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -147,10 +148,24 @@ def _fetched(model: str, fetch: Callable[[], Path]) -> Path:
         message = f"there is no folder {model!r} and the hub has no public model of that name"
         raise InputError(message, "if it is private: hf auth login") from error
     except LocalEntryNotFoundError as error:
+        if switch := _offline():
+            raise InputError(
+                f"there is no folder {model!r}, no such model in the hub's cache, and {switch} forbids asking the hub",
+                f"unset {switch}, or {local}",
+            ) from error
         raise InputError(f"there is no folder {model!r}, and the hub cannot be reached to fetch it", local) from error
     except Exception as error:  # whatever the network stack raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"cannot fetch {model}: {reason}", local) from error
+
+
+def _offline() -> str:
+    """The variable by which somebody told huggingface_hub not to ask the hub, or ""."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        return ""
+    return "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
 
 
 def _download(model: str) -> Path:

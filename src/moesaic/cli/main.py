@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import typer
 
+import moesaic
 from moesaic.cli import (
     bench,
     compare,
@@ -32,7 +33,7 @@ from moesaic.cli import (
     undo,
     verify,
 )
-from moesaic.cli.console import fail
+from moesaic.cli.console import emit, fail
 from moesaic.errors import MoesaicError
 from moesaic.train.launch import leave, processes
 
@@ -55,8 +56,17 @@ _ENDINGS: dict[object, str] = {_INTERRUPTED: "interrupted", _TERMINATED: "termin
 _RESUMES = "the same command resumes what it had begun to write"
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        emit(f"moesaic {moesaic.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: bool = typer.Option(False, "--debug", help="Show the trace of an error.")) -> None:
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the trace of an error."),
+    version: bool = typer.Option(False, "--version", help="Show the version.", callback=_say_version, is_eager=True),
+) -> None:
     """Exit codes: 0 ok, 1 user or input error, 2 usage, 3 verification failed, 4 out of resources, 130 interrupted, 143
     terminated."""
 

@@ -24,7 +24,7 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """List the target architectures, and which of them hold a model."""
-    from moesaic.targets import TARGETS
+    from moesaic.targets import TARGETS, common_reasons
 
     if folder is None:
         if as_json:
@@ -40,7 +40,11 @@ def run(
     if as_json:
         emit_json(fits)
         return
+    common = common_reasons(fits)
     for name, reasons in fits.items():
         emit(f"{name:17} {'yes' if not reasons else 'no'}")
         for reason in reasons:
-            emit(f"{'':17} {reason}")
+            if reason not in common:
+                emit(f"{'':17} {reason}")
+    for reason in common:
+        emit(f"no stock one      {reason}")

@@ -8,7 +8,7 @@ Axes: N windows, W tokens per window.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from moesaic.progress import Progress, Silent
 from moesaic.solvers.team import ALONE
 from moesaic.staging.placement import absolute, partial_of
 from moesaic.staging.writer import StagedOutput
-from moesaic.targets import AUTO, OWN, Choice, choose_target, get_target
+from moesaic.targets import AUTO, OWN, Choice, choose_target, common_reasons, get_target
 from moesaic.targets.base import Split, TargetOptions
 from moesaic.targets.write import DenseSource, provenance_of, read_split, write_model, write_side_files
 from moesaic.train.launch import is_worker
@@ -108,17 +108,8 @@ def convert_request(
     if is_worker():
         _work_beside(job, output)
         return Conversion(output, "", blueprint_of(job, Decisions()), {})
-    if job.given is None and settings.chosen:
-        progress.note(settings.chosen)
-    fault = generation_fault(job.checkpoint.folder)
-    if job.checkpoint.wrapper is not None:
-        parts = ", ".join(job.checkpoint.left_out) or "nothing"
-        what = "carried unchanged" if settings.whole else "left out, but for --whole"
-        progress.note(f"the text model of a {job.checkpoint.wrapper} checkpoint; {what}: {parts}")
-    for note in (*(() if job.windows is None else job.windows.notes), *([fault] if fault else [])):
+    for note in _notes(job):
         progress.note(note)
-    if job.given is not None and job.windows is not None and not settings.calibration.names_sources:
-        progress.note(f"routers are fitted on {settings.calibration.sources[0].label}, the default text")
     with StagedOutput.open(
         output, job.key, source=job.checkpoint.folder, expected_bytes=expected_bytes(job), restart=restart
     ) as staged:
@@ -153,6 +144,27 @@ def convert_request(
     return Conversion(output, choice.name, blueprint_made, results)
 
 
+def _notes(job: Job) -> Iterator[str]:
+    """What is said before the work begins."""
+    settings = job.settings
+    if job.given is None and settings.chosen:
+        yield settings.chosen
+    if job.checkpoint.wrapper is not None:
+        parts = ", ".join(job.checkpoint.left_out) or "nothing"
+        what = "carried unchanged" if settings.whole else "left out, but for --whole"
+        yield f"the text model of a {job.checkpoint.wrapper} checkpoint; {what}: {parts}"
+    if job.windows is None:
+        applied = "the blueprint reads no text" if settings.budget is None else "this blueprint's budget reads no text"
+        why = f"{settings.method} reads no text as it is set" if job.given is None else applied
+        yield from settings.calibration.no_effect(why)
+    else:
+        yield from job.windows.notes
+    if fault := generation_fault(job.checkpoint.folder):
+        yield fault
+    if job.given is not None and job.windows is not None and not settings.calibration.names_sources:
+        yield f"routers are fitted on {settings.calibration.sources[0].label}, the default text"
+
+
 def _work_beside(job: Job, output: Path) -> None:
     """What a process does beside the first one, which writes: it takes part in deciding."""
     if trains_whole_model(job):
@@ -168,13 +180,18 @@ def choose(split: Split, target: str, options: TargetOptions, progress: Progress
     choice = choose_target(split, target, options, keep_experts=True)
     if target != AUTO:
         return choice
-    stock = [name for name in choice.refused if get_target(name).stock]
-    if choice.name == OWN:
-        name = min(stock or choice.refused, key=lambda name: len(choice.refused[name]))
-        progress.note(f"architecture {OWN}, not {name}: {choice.refused[name][0]}")
-    else:
-        progress.note(f"architecture {choice.name}")
+    progress.note(f"architecture {choice.name}" + (_why_own(choice.refused) if choice.name == OWN else ""))
     return choice
+
+
+def _why_own(refused: Mapping[str, list[str]]) -> str:
+    """Why ``auto`` took no other architecture: what speaks against all stock ones, or against the nearest of them."""
+    if common := common_reasons(refused):
+        return f", no stock one: {common[0]}"
+    if stock := [name for name in refused if get_target(name).stock]:
+        nearest = min(stock, key=lambda name: len(refused[name]))
+        return f", no stock one; against {nearest}: {refused[nearest][0]}"
+    return "".join(f", not {name}: {reasons[0]}" for name, reasons in refused.items())
 
 
 def expected_bytes(job: Job) -> int:

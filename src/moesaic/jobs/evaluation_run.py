@@ -119,13 +119,12 @@ class EvaluationRun:
         have = f", {count - len(missing)} of them measured before" if len(missing) < count else ""
         self.progress.note(f"perplexity of {label}: {count} windows of {window} tokens{have}")
         window_loss(model, self.ids_NW[0, :_WARM_UP])
+        self.progress.start(label, len(missing))
         started = time.monotonic()
-        self._window(model, store, missing[0])
-        seconds = time.monotonic() - started
-        self.progress.note(self._left(seconds, len(missing) - 1))
-        self.progress.start(label, len(missing) - 1)
-        for number in missing[1:]:
+        for number in missing:
             self._window(model, store, number)
+            if number == missing[0]:
+                self.progress.note(self._left(time.monotonic() - started, len(missing) - 1))
             self.progress.advance()
 
     def _left(self, seconds: float, here: int) -> str:

@@ -27,9 +27,11 @@ from moesaic.jobs.sample import OF_ONE_FOLDER
 from moesaic.options import build
 from moesaic.progress import Progress, Silent
 from moesaic.staging.writer import StagedOutput
-from moesaic.targets import AUTO, OWN, Choice, choose_target, get_target
+from moesaic.targets import AUTO, OWN, TARGETS, Choice, choose_target, common_reasons, get_target
 from moesaic.targets.base import Split, TargetOptions
 from moesaic.targets.write import ConvertedSource, wrapper_of_text, write_model, write_side_files
+
+_AS_IT_IS = "serve the folder as it is, with transformers"
 
 
 @dataclass(frozen=True)
@@ -130,18 +132,35 @@ def moesaic_model(folder: Path) -> nn.Module:
 def _choose(split: Split, target: str) -> Choice:
     if target == OWN:
         raise InputError("the folder is of the moesaic architecture already", "choose another target, or auto")
-    as_it_is = "serve the folder as it is, with transformers"
-    if target != AUTO and (reasons := get_target(target).reasons(split)):
-        fits = choose_target(split).name
-        hint = as_it_is if fits == OWN else f"use --to {fits}"
-        raise InputError(f"target {target} cannot hold this model: {'; '.join(reasons)}", hint)
-    choice = choose_target(split, target)
-    if choice.name == OWN:
-        if able := [name for name in choice.refused if not get_target(name).reasons(split)]:
-            why = " and ".join(choice.refused[able[0]])
-            raise InputError(f"auto takes no stock architecture: {able[0]}: {why}", f"name it: --to {able[0]}")
-        raise InputError(f"no stock architecture holds this model: {_grouped(choice.refused)}", as_it_is)
-    return choice
+    fits = target == AUTO or not get_target(target).reasons(split)
+    choice = choose_target(split, target if fits else AUTO)
+    if fits and choice.name != OWN:
+        return choice
+    raise _refusal(split, target, choice)
+
+
+def _refusal(split: Split, target: str, best: Choice) -> InputError:
+    """Why the model is not exported; ``best`` is what ``auto`` takes."""
+    able = [name for name in best.refused if not get_target(name).reasons(split)]
+    if target == AUTO and able:
+        why = " and ".join(best.refused[able[0]])
+        return InputError(f"auto takes no stock architecture: {able[0]}: {why}", f"name it: --to {able[0]}")
+    asked_stock = target == AUTO or get_target(target).stock
+    if best.name == OWN and asked_stock and (common := common_reasons(best.refused)):
+        return InputError(f"no stock architecture holds this model: {' and '.join(common)}", _instead(split))
+    if target == AUTO:
+        return InputError(f"no stock architecture holds this model: {_grouped(best.refused)}", _AS_IT_IS)
+    hint = _AS_IT_IS if best.name == OWN else f"use --to {best.name}"
+    reasons = "; ".join(get_target(target).reasons(split))
+    return InputError(f"target {target} cannot hold this model: {reasons}", hint)
+
+
+def _instead(split: Split) -> str:
+    """What leads further where no stock architecture holds the model: another conversion, if one holds what stays
+    dense."""
+    bare = Split(split.anatomy)
+    again = next((name for name, known in TARGETS.items() if known.stock and not known.reasons(bare)), None)
+    return _AS_IT_IS if again is None else f"convert the dense model again with --target {again}, or {_AS_IT_IS}"
 
 
 def _grouped(refused: Mapping[str, list[str]]) -> str:

@@ -217,6 +217,11 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
             *_router_remarks(shape, anatomy, source),
             _target_remark(outline),
             *_allocation_remarks(outline),
+            *(
+                ()
+                if outline.reads_text
+                else settings.calibration.no_effect(f"{settings.method} reads no text as it is set")
+            ),
             *_size_remarks(memory, space),
             _room_remark(settings, memory),
             _device_remark(memory),

@@ -24,15 +24,25 @@ def check_push(repository: str) -> None:
         ResourceError: the hub does not answer.
     """
     from huggingface_hub import HfApi
+
+    _check_name(repository)
+    with _errors(repository):
+        HfApi().whoami()
+
+
+def _check_name(repository: str) -> None:
+    """Refuse what is no name; also one without an owner where no token says whose it is. Raises InputError."""
+    from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    name = repository.partition("@")[0]
     try:
-        validate_repo_id(repository.partition("@")[0])
+        validate_repo_id(name)
     except HFValidationError as error:
         raise InputError(f"{repository!r} is no name of a repository on the hub", "give OWNER/NAME") from error
-    with _errors(repository):
-        HfApi().whoami()
+    if "/" not in name and get_token() is None:
+        raise InputError(f"{repository!r} names no owner, and there is no token to take one from", "give OWNER/NAME")
 
 
 def push(folder: str | Path, repository: str, *, progress: Progress | None = None) -> str:
@@ -53,6 +63,7 @@ def push(folder: str | Path, repository: str, *, progress: Progress | None = Non
         ResourceError: the hub does not answer. What it has already is not sent again.
     """
     path, progress = Path(folder).expanduser(), progress or Silent()
+    _check_name(repository)  # before gigabytes are compared with the manifest
     files = _files(path)
     check_push(repository)
     name, _, branch = repository.partition("@")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from moesaic.errors import InputError
@@ -71,6 +71,12 @@ def choose_target(
             refuse(name, reasons, f"use --target {choose_target(split, AUTO, options).name}")
         return Choice(target, {})
     return _choose(split, options, keep_experts, lambda target: target.reasons(split))
+
+
+def common_reasons(refused: Mapping[str, list[str]]) -> list[str]:
+    """Of the reasons against each target, by its name, those that speak against every stock one."""
+    against = [reasons for name, reasons in refused.items() if get_target(name).stock]
+    return [reason for reason in against[0] if all(reason in others for others in against)] if against else []
 
 
 def refuse(name: str, reasons: list[str], hint: str) -> None:
