@@ -151,9 +151,7 @@ def test_nested_with_all_neurons_is_int8(x_TD: Tensor) -> None:
     assert 1e-4 < error < 0.02
 
 
-@pytest.mark.parametrize(
-    "reference", [Scored(active=0.25), LowBit(active=0.25), Nested(active=0.25), Staged(active=0.25)], ids=str
-)
+@pytest.mark.parametrize("kind", [Scored, LowBit, Nested, Staged])
 def test_the_neurons_that_write_everything_are_found(kind: type[Scored], x_TD: Tensor) -> None:
     """A quarter of the columns of the down projection is large, the rest next to nothing."""
     planted_F = torch.arange(F) % 4 == 1
