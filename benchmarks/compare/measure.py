@@ -25,6 +25,7 @@ from moesaic.anatomy import read_anatomy
 from moesaic.blueprint.model import Blueprint
 from moesaic.calibration.samples import evaluation_text, sample_text
 from moesaic.checkpoint.loading import load_model
+from moesaic.checkpoint.parameters import count_parameters
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.cli.console import quiet_libraries
 from moesaic.evaluate.activity import Activity, counting
@@ -93,7 +94,7 @@ def measure(
     if "perplexity" not in record:
         started = time.monotonic()
         model = load_model(folder, protocol.dtype, torch.device(protocol.device))
-        record["size"] = _size(model, folder, dense, converted=case.settings is not None)
+        record["size"] = _size(folder, dense, converted=case.settings is not None)
         blueprint = None if case.settings is None else Blueprint.load(folder)
         record |= _texts(model, tokenizer, protocol, blueprint)
         del model
@@ -155,7 +156,7 @@ def peak_bytes() -> int | None:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def _size(model: Any, folder: Path, dense: Path, converted: bool) -> dict[str, Any]:
+def _size(folder: Path, dense: Path, converted: bool) -> dict[str, Any]:
     """Bytes of weights; parameters, and those that one token uses; active and stored neurons over the dense model's.
 
     Padding counts as stored, not as active. Embeddings count in both, once where the head is tied to them; biases of
@@ -167,7 +168,7 @@ def _size(model: Any, folder: Path, dense: Path, converted: bool) -> dict[str, A
     plans = Blueprint.load(folder).sites.values() if converted else ()
     active = neurons - sum(plan.d_ff - plan.active_neurons for plan in plans)
     stored = neurons - sum(plan.d_ff - len(plan.packed) for plan in plans)
-    parameters = model.num_parameters()
+    parameters = count_parameters(Checkpoint(folder))
     per_neuron = (3 if anatomy.gated else 2) * anatomy.d_model
     return {
         "disk_bytes": Checkpoint(folder).nbytes,

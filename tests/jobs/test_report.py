@@ -105,9 +105,9 @@ def test_experts_of_other_kinds(method: str, options: dict[str, Any], tiny: Tiny
         assert (site["choices"] is None) == (method == "neuron_experts")
     facts = gather(out)
     assert facts.relative_bytes is not None
-    # A union leaves out neurons that no expert has; under int8 the weights are no parameters any more.
+    # A union leaves out neurons that no expert has, and has routers. Copies of the weights as routers add nothing.
     counted = load_model(out if method == "token_clusters" else tiny("qwen2"), "auto").num_parameters()
-    assert facts.parameters == pytest.approx(counted, rel=0.05)
+    assert facts.parameters == counted
     assert 0.3 < facts.relative_bytes < 1.6
 
 

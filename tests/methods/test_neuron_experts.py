@@ -192,7 +192,6 @@ def test_int8_is_measured_with_all_neurons_too_and_takes_another_budget(tiny: Ti
     assert abs(figures["int8"] / figures["dense"] - 1) < abs(figures["model"] / figures["dense"] - 1)
     assert figures["int8"] != figures["dense"]
     assert found["active_ffn_fraction"] == pytest.approx(0.5, abs=0.02)
-    assert found["parameters"] == found["parameters_dense"]
     assert "rounded to int8" in (out / "README.md").read_text()
     again = moesaic.convert(source, tmp_path / "again", blueprint=out, budget=0.25)
     fresh = moesaic.convert(

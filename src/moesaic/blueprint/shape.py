@@ -9,6 +9,8 @@ from moesaic.blueprint.layout import Layout
 
 RouterKind = Literal["static", "linear", "low_rank", "gated", "low_bit"]
 GateKind = Literal["uniform", "scaled", "softmax_topk", "sigmoid"]
+COPIES: frozenset[RouterKind] = frozenset({"low_bit"})
+"""Routers that are copies of their FFN's weights. They are no parameters wherever these are counted: said are bytes."""
 BLOCK = 64
 """Weights of a row that a ``low_bit`` router packs together; rows are padded to a multiple of it."""
 
@@ -121,9 +123,8 @@ class FFNShape:
         return per_expert[self.router] * self.experts
 
     def router_parameters(self, d_model: int, *, gated: bool) -> int:
-        """Weights of the router; ``gated`` as above."""
-        copies = (2 if gated else 1) * self.experts if self.router == "low_bit" and not self.int8 else 0
-        return (copies + self.router_rows(gated=gated)) * d_model
+        """Weights of the router, 0 where it is a copy (:data:`COPIES`); ``gated`` as above."""
+        return 0 if self.router in COPIES else self.router_rows(gated=gated) * d_model
 
     def router_bytes(self, d_model: int, *, gated: bool) -> int:
         """Bytes of the router's tensors in the ``moesaic`` architecture; ``gated`` as above."""

@@ -33,6 +33,15 @@ def stores_own_head(checkpoint: Checkpoint) -> bool:
     return any(not bool((head_VD.float() == embedding_VD.float()).all()) for head_VD, embedding_VD in pairs)
 
 
+def repeated_head(checkpoint: Checkpoint) -> str | None:
+    """The name of a stored head that is the embedding matrix once more, which transformers ties; None: there is none.
+
+    Reads both where the config ties them and the file has both.
+    """
+    head = next((name for name in _HEADS if name in checkpoint), None)
+    return None if head is None or not _tied(checkpoint.config) or stores_own_head(checkpoint) else head
+
+
 def with_true_tie(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     """``config`` with its flag off where ``checkpoint`` stores a head of its own; else as it is.
 

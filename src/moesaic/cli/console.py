@@ -6,7 +6,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from moesaic.cli.pulse import PULSE
@@ -63,6 +63,18 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], align: str = ""
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(headers), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
+
+
+def parity_lines(parity: Mapping[str, Any], *, whole: bool) -> Iterator[str]:
+    """What was found beside the dense model, by the keys ``all_on`` and ``oracle``.
+
+    ``whole``: the logits were compared, not the outputs of some layers.
+    """
+    if parity["all_on"] is not None:
+        what = "logit difference" if whole else "difference of FFN outputs"
+        yield f"all experts on against dense: relative {what} {parity['all_on']:.1e}"
+    if parity["oracle"] is not None:
+        yield f"written FFNs against the blueprint's oracle: relative difference {parity['oracle']:.1e}"
 
 
 def native_line(parity: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moesaic.cli import options as opt
-from moesaic.cli.console import ConsoleProgress, emit, emit_json, native_line, quiet_libraries, say
+from moesaic.cli.console import ConsoleProgress, emit, emit_json, native_line, parity_lines, quiet_libraries, say
 from moesaic.errors import InputError, MoesaicError
 
 if TYPE_CHECKING:
@@ -165,11 +165,7 @@ def _findings(results: dict[str, Any]) -> Iterator[str]:
             f"by the method's own {mean['energy_original']:.1%}"
         )
     if parity := results.get("parity"):
-        if parity["all_on"] is not None:
-            what = "logit difference" if parity.get("layers") is None else "difference of FFN outputs"
-            yield f"all experts on against dense: relative {what} {parity['all_on']:.1e}"
-        if parity["oracle"] is not None:
-            yield f"written FFNs against the blueprint's oracle: relative difference {parity['oracle']:.1e}"
+        yield from parity_lines(parity, whole=parity.get("layers") is None)
     if native := results.get("native_parity"):
         yield native_line(native)
     if reason := results.get("native_parity_skipped"):

@@ -78,12 +78,22 @@ def run(
         emit(f"each FFN    {_experts(report)}")
     layers = f"{report.converted_layers} of {report.layers} layers"
     emit(f"active      {report.active_ffn_fraction:.1%} of the FFN in {layers}")
-    active, routers = report.active_ffn_parameters / 1e6, report.router_parameters / 1e6
-    emit(f"parameters  FFN {report.ffn_parameters / 1e6:.1f} M, active {active:.1f} M, routers {routers:.2f} M")
+    active = report.active_ffn_parameters / 1e6
+    emit(f"parameters  FFN {report.ffn_parameters / 1e6:.1f} M, active {active:.1f} M, {_routers(report)}")
     emit(f"forecast    about {rough(report.seconds)}, peak memory about {report.peak_bytes / 1e9:.1f} GB")
     for remark in report.remarks:
         emit(f"note        {remark}")
     emit(f"next        moesaic convert {shlex.quote(model)} OUT, with the same options")
+
+
+def _routers(report: PlanReport) -> str:
+    """Their size: parameters, or bytes where they are copies of the weights."""
+    size = f"{report.router_bytes / 1e6:.1f} MB"
+    if report.int8:
+        return f"routers are the high half of the int8 weights, {size}"
+    if report.router_bits:
+        return f"routers {size} in {report.router_bits} bits"
+    return f"routers {report.router_parameters / 1e6:.2f} M"
 
 
 def _experts(report: PlanReport) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moesaic.cli import options as opt
-from moesaic.cli.console import emit, emit_json, native_line, quiet_libraries
+from moesaic.cli.console import emit, emit_json, native_line, parity_lines, quiet_libraries
 from moesaic.options.device import AUTO
+
+if TYPE_CHECKING:
+    from moesaic.jobs.verify import VerifyReport
 
 _WINDOWS = 4
 
@@ -59,7 +62,7 @@ def run(
     if not parity and (idle := [name for name, value in given.items() if value is not None]):
         raise InputError(f"{' and '.join(idle)} is for --parity", "add --parity, and --baseline MODEL")
     python = find_python(vllm_python) if parity else None
-    report = verify_output(folder, baseline=baseline, full=full, device=device or AUTO).to_dict()
+    report = verify_output(folder, baseline=baseline, full=full, device=device or AUTO)
     apart = None
     if baseline is not None and not parity and _is_stock(folder):  # compared in stock transformers or not at all
         apart = _too_large(folder, baseline)
@@ -68,16 +71,64 @@ def run(
             verify_tensors(folder, baseline)
     compared = _engines(folder, baseline, windows or _WINDOWS, python) if parity else {}
     if as_json:
-        emit_json(report | compared)
+        emit_json(report.to_dict() | compared)
         return
-    for key, value in report.items():
-        emit(f"{key:20} {value}")
+    for line in (*_folder_lines(report), *_dense_lines(report, baseline)):
+        emit(line)
     if apart is not None:
         emit(f"tensors are those that {baseline} gives; no logits: {apart}; --parity compares them all the same")
     if parity:
         emit(native_line(compared["native_parity"]))
         emit(_vllm_line(compared["vllm_parity"]))
     emit("ok")
+
+
+def _folder_lines(report: VerifyReport) -> Iterator[str]:
+    """What was found in the folder itself."""
+    from moesaic.jobs.verify import PROMPT_TOKENS
+
+    yield f"folder: {report.folder}"
+    if report.files:
+        yield f"files: {report.files} as manifest.json has them, by sha256"
+    else:
+        yield "files: not hashed, as no manifest.json is of these files"
+    yield f"tensors: {report.tensors}, all with finite values and the names and shapes that config.json asks for"
+    if report.sites is None:
+        yield "FFNs: not looked at, as a stock folder that transformers saved does not say how they were split"
+    elif report.partition:
+        yield f"FFNs: {report.sites} converted, each a partition of the dense FFN's neurons"
+    else:
+        yield f"FFNs: {report.sites} converted, no partition of the dense model"
+    if report.logits is not None:
+        yield f"logits: finite on a prompt of {PROMPT_TOKENS} tokens, the largest {report.logits:.1f}"
+    elif report.oracle is None and report.all_on is None:
+        yield "logits: not computed, as the model is large; --full computes them"
+
+
+def _dense_lines(report: VerifyReport, baseline: Path | None) -> Iterator[str]:
+    """What was found beside the dense model, and what was not looked for. Of a stock folder others say it."""
+    folder = Path(report.folder)
+    if baseline is None:
+        yield f"not compared with the dense model: {_incomparable(folder) or 'give --baseline MODEL'}"
+        return
+    if _is_stock(folder):
+        return
+    yield f"compared with the dense model: {report.checked}"
+    yield from parity_lines(report.to_dict(), whole="outputs of layers" not in report.checked)
+    if report.all_on is None:
+        yield "all experts on not compared with dense: this is no partition, so they need not be alike"
+    if report.oracle is None:
+        yield "FFNs not computed: faded ones were compared by their tensors"
+    yield f"largest difference allowed: {report.tolerance:.0e}"
+
+
+def _incomparable(folder: Path) -> str | None:
+    """Why no dense model can stand beside it, as :func:`moesaic.jobs.verify.verify_output` refuses one."""
+    from moesaic.checkpoint.converted import as_written
+    from moesaic.checkpoint.mark import tuned
+    from moesaic.checkpoint.reader import Checkpoint
+
+    return tuned(Checkpoint(folder).config) or (None if as_written(folder) else "it has no manifest.json")
 
 
 def _is_stock(folder: Path) -> bool:

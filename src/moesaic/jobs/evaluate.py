@@ -29,6 +29,7 @@ from moesaic.checkpoint.converted import (
 )
 from moesaic.checkpoint.loading import load_model, prefill_as_loaded
 from moesaic.checkpoint.mark import tuned
+from moesaic.checkpoint.parameters import count_parameters
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.checkpoint.tokenizer import load_tokenizer
@@ -138,13 +139,14 @@ def evaluate_model(
             _save(folder, run, {"evaluation": {run.name: results}})
 
     if dense_folder is not None:
-        run.measure("dense", *_of_folder(Checkpoint(dense_folder), precision, place))
-        results["parameters_dense"] = run.facts["dense"]["parameters"]
+        dense = Checkpoint(dense_folder)
+        run.measure("dense", *_of_folder(dense, precision, place))
+        results["parameters_dense"] = count_parameters(dense)
     beside = _beside(run, results, checkpoint, blueprint if save else None)
     run.measure("model", *_of_folder(checkpoint, precision, place), beside if fidelity else None)
     if has_int8(checkpoint.config):  # what of the loss is rounding
         run.measure(INT8, *_of_folder(checkpoint, precision, place, all_on=True))
-    results["parameters"] = run.facts["model"]["parameters"]
+    results["parameters"] = count_parameters(checkpoint)
     if blueprint is not None:
         results["active_ffn_fraction"] = run.activity["model"].fraction(blueprint.sites)
         results["active_ffn_planned"] = active_fraction(blueprint)

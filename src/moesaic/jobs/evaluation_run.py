@@ -19,7 +19,6 @@ from moesaic.evaluate.perplexity import Perplexity, of_windows, window_loss
 from moesaic.evaluate.proxy import ProxyPerplexity, proxy_change, proxy_perplexity
 from moesaic.evaluate.window_store import WindowResult, WindowStore, open_store
 from moesaic.jobs.native import beyond_memory, fp32_bytes
-from moesaic.nn.moesaic_nested import NestedFeedForward
 from moesaic.progress import Progress
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ class EvaluationRun:
         before = "" if missing else ", measured before"
         if missing or also is not None or self.tokenizer is not None:
             model, facts = load()
-            store.learn(parameters=parameters(model), **facts)
+            store.learn(**facts)
             if missing:
                 self._windows(label, model, store, missing)
             if self.tokenizer is not None:
@@ -176,12 +175,3 @@ class EvaluationRun:
             | ({"change_percent": asdict(proxy_change(result, dense))} if dense and label != "dense" else {})
             for label, result in self.proxies.items()
         }
-
-
-def parameters(model: Any) -> int:
-    """Weights of a model, those that are kept as integers included."""
-    return model.num_parameters() + sum(
-        ffn.neurons * ffn.up_proj.in_features * (2 if ffn.gate_proj is None else 3)
-        for ffn in model.modules()
-        if isinstance(ffn, NestedFeedForward)
-    )

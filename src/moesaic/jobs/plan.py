@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic.anatomy import read_anatomy
 from moesaic.anatomy.base import Anatomy
 from moesaic.anatomy.wrappers import Whole, wrapper_of
+from moesaic.blueprint.shape import COPIES
 from moesaic.checkpoint.reader import Headers, has_weights, missing_config, read_json, refuse_adapter
 from moesaic.checkpoint.source import check_file, described_folder
 from moesaic.checkpoint.text_model import text_config
@@ -57,7 +58,8 @@ class PlanReport:
     ``operations``: multiplications and additions. ``seconds`` and ``peak_bytes`` are estimates. ``mapped_bytes``: pages
     of the checkpoint's files, which come on top of ``peak_bytes`` where there is room and which the system drops where
     there is none. ``output_bytes`` are for the architecture ``target``, ``staging_bytes`` what the unfinished folder
-    holds beside them. ``device_bytes``: of a GPU, where layers and solvers compute there.
+    holds beside them. ``device_bytes``: of a GPU, where layers and solvers compute there. Routers that are copies of
+    the weights have ``router_bits`` and 0 ``router_parameters``; with ``int8`` they are the high half of the weights.
     """
 
     family: str
@@ -80,6 +82,8 @@ class PlanReport:
     active_ffn_parameters: int
     router_parameters: int
     router_bytes: int
+    router_bits: int
+    int8: bool
     operations: float
     seconds: float
     peak_bytes: int
@@ -203,6 +207,8 @@ def plan(model: str | Path, settings: ConvertSettings | Mapping[str, Any] | None
         active_ffn_parameters=round(total - converted * (1 - fraction)),
         router_parameters=len(sites) * shape.router_parameters(anatomy.d_model, gated=anatomy.gated),
         router_bytes=len(sites) * shape.router_bytes(anatomy.d_model, gated=anatomy.gated),
+        router_bits=shape.bits if shape.router in COPIES else 0,
+        int8=shape.int8,
         operations=time.operations,
         seconds=time.seconds,
         peak_bytes=memory.private,

@@ -5,7 +5,6 @@ report.html is in no manifest, as results.json and the card are not: what is mea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from moesaic.checkpoint.converted import (
     read_dense_anatomy,
 )
 from moesaic.checkpoint.mark import pruned
+from moesaic.checkpoint.parameters import count_parameters
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.source import resolve_model
 from moesaic.durable import replace_text
@@ -51,24 +51,11 @@ def gather(folder: Path, results: Mapping[str, Any] | None = None) -> Facts:
         results=current_results(checkpoint) if results is None else results,
         layers=layers,
         row_bytes=row_bytes,
-        parameters=_parameters(checkpoint, blueprint),
+        parameters=count_parameters(checkpoint),
         nbytes=checkpoint.nbytes,
         dtype=checkpoint.dtype,
         training=tuple(read_log(folder)),
     )
-
-
-def _parameters(checkpoint: Checkpoint, blueprint: Blueprint | None) -> int:
-    """Of the whole model. Tables, codes and scales are none; int8 weights, stored in two halves, count once."""
-    sites = {} if blueprint is None else blueprint.sites
-    whole = tuple(f"{path}." for path, plan in sites.items() if plan.shape.int8)
-    infos = {name: checkpoint.info(name) for name in checkpoint.names if not name.startswith(whole or "\0")}
-    found = sum(math.prod(info.shape) for info in infos.values() if getattr(torch, info.dtype).is_floating_point)
-    if not whole:
-        return found
-    anatomy = read_dense_anatomy(checkpoint)
-    neurons = sum(plan.d_ff for plan in sites.values() if plan.shape.int8)
-    return found + neurons * anatomy.d_model * (3 if anatomy.gated else 2)
 
 
 def _layers(checkpoint: Checkpoint, blueprint: Blueprint) -> tuple[tuple[Layer, ...], int]:

@@ -73,7 +73,7 @@ class Facts:
         results: Its results.json; may be empty.
         layers: All FFNs in their order, those left dense among them. Empty where no blueprint holds any more.
         row_bytes: What a token reads of a dense neuron: its row of each matrix, in bf16 where the output is int8.
-        parameters: Of the whole output, as stored; tables of indices and codes are none.
+        parameters: As :mod:`moesaic.checkpoint.parameters` counts them.
         nbytes: Of its tensors on disk.
         dtype: Of most tensors.
         training: Lines of train.jsonl.
