@@ -32,14 +32,14 @@ FLAGS_TOO = {"layout", "active"}
 
 
 def flags() -> set[str]:
-    """All that begin with two dashes, once each, over all verbs."""
+    """All that begin with two dashes, once each, over all verbs. Nothing is set by `--help` and `--version`."""
     group: Any = typer.main.get_command(app)
     parameters = [parameter for verb in (group, *group.commands.values()) for parameter in verb.params]
     return {
         name
         for parameter in parameters
         for name in (*parameter.opts, *parameter.secondary_opts)
-        if name.startswith("--")
+        if name.startswith("--") and name != "--version"
     }
 
 
