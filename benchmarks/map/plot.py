@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ _STYLES = {
 
 
 def draw(points: Sequence[Point], title: str, out: Path) -> Path:
-    """Write the image ``out``, a panel per text. Raises InputError when matplotlib is missing."""
+    """Write the image ``out``, a panel for each of the two texts with most rows. Raises InputError: no matplotlib."""
     try:
         from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,7 +33,8 @@ def draw(points: Sequence[Point], title: str, out: Path) -> Path:
     except ImportError as error:
         raise InputError("drawing needs matplotlib", "pip install 'moesaic[report]'") from error
     shown = [point for point in points if point.group != "dense"]
-    panels = list(dict.fromkeys(point.setting for point in shown))
+    panels = [setting for setting, _ in Counter(point.setting for point in shown).most_common(2)]
+    shown = [point for point in shown if point.setting in panels]
     series = list(dict.fromkeys((point.group, point.series) for point in shown))
     palette = [*colormaps["tab10"].colors, *colormaps["Set2"].colors]  # pyright: ignore[reportAttributeAccessIssue]
     colours = {name: palette[number % len(palette)] for number, (_, name) in enumerate(series)}

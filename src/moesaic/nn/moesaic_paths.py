@@ -87,7 +87,7 @@ class Row(NamedTuple):
                 if x_TD.dtype in self.most_work and end is not None:
                     used = ffn.shared + ffn.top_k * ffn.width
                     narrow, others = self.most_work[x_TD.dtype]
-                    most = narrow if ffn.up_proj.in_features < NARROW else others
+                    most = narrow if x_TD.shape[1] < NARROW else others
                     end = min(end, most * ffn.neurons // max(used, 1))
                 return begin * times, end
         return None
