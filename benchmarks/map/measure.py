@@ -31,8 +31,10 @@ from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError
 from moesaic.evaluate.perplexity import perplexity, protocol_name, token_windows
+from moesaic.methods.neuron_experts.method import RIDGES
 from moesaic.nn.ffn import FFNWeights
-from moesaic.solvers.refit import refit, token_weights
+from moesaic.solvers.free_widths import held_out
+from moesaic.solvers.refit import refit_chosen, token_weights
 
 TEXTS: dict[str, tuple[str, Callable[[], str]]] = {
     "WikiText-2": ("wikitext2-raw/test", evaluation_text),
@@ -44,7 +46,6 @@ TEXTS: dict[str, tuple[str, Callable[[], str]]] = {
 FIT_TOKENS = 2048
 """Calibration tokens for thresholds, the first ones. All of them are for refits."""
 NOISE_GROUP = 32
-RIDGE = 0.1
 _BATCH = 1024
 _SAMPLE = 997  # every so manieth score of a layer, for a threshold of all layers
 
@@ -191,7 +192,8 @@ class Bench:
             for site in self.anatomy.sites_of(layer):
                 weights, inputs = self.weights[site.path], captured[site.path]
                 ffn = reference.fit(weights, inputs.x_TD[:FIT_TOKENS])
-                down_DF = refit(ffn.weights.down_DF.float(), _wanted(weights, ffn, inputs.batches(_BATCH)), RIDGE)
+                batches = _wanted(weights, ffn, inputs.batches(_BATCH))
+                down_DF, _ = refit_chosen(ffn.weights.down_DF.float(), batches, held_out(inputs.tokens), RIDGES)
                 ffn.weights = replace(ffn.weights, down_DF=reference.stored_down(down_DF).to(self.dtype))
                 ffns[site.path] = ffn
             stream.advance({path: ffns[path] for path in captured})

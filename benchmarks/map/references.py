@@ -24,6 +24,7 @@ from moesaic.materialise.apply import build_ffn
 from moesaic.methods.neuron_experts.config import Config
 from moesaic.methods.neuron_experts.method import plan_site
 from moesaic.nn.ffn import FFNWeights, activation_function
+from moesaic.nn.moesaic_low_bit import best_scored
 from moesaic.nn.moesaic_neurons import NeuronFeedForward
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -91,10 +92,7 @@ class ReferenceFFN:
 
 def largest(score_TF: Tensor, keep: int) -> Tensor:
     """Bool [T, F]: exactly the ``keep`` largest of each token."""
-    few, drop = score_TF, score_TF.shape[1] - keep
-    index = few.topk(min(keep, drop), dim=1, largest=keep <= drop, sorted=False).indices
-    mask_TF = torch.full(few.shape, keep > drop, dtype=torch.bool)
-    return mask_TF.scatter_(1, index, keep <= drop)
+    return best_scored(score_TF.float(), keep)
 
 
 def quantile(values: Tensor, share: float) -> float:

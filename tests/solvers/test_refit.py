@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moesaic.solvers import refit as module
 from moesaic.solvers.limits import MIN_RIDGE
-from moesaic.solvers.refit import refit, refit_few, stream_weights, token_weights
+from moesaic.solvers.refit import refit, refit_chosen, refit_few, stream_weights, token_weights
 from moesaic.solvers.router_fit import fit_ridge
 
 
@@ -79,6 +79,45 @@ def test_a_strong_ridge_and_silence_leave_the_projection() -> None:
     for function in (lambda *a: refit(down_DF, [a[:3]], a[3]), lambda *a: refit_few(down_DF, *a)):
         torch.testing.assert_close(function(h_TF, y_TD, w_T, 1e12).double(), down_DF, rtol=1e-5, atol=1e-5)
         assert torch.equal(function(h_TF * 0, y_TD, w_T, 0.1).double(), down_DF)
+
+
+def few_directions(noise: float, tokens: int = 400) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A :func:`problem` whose outputs are those of another projection, and ``noise``."""
+    down_DF, h_TF, y_TD, w_T = problem(tokens)
+    return down_DF, h_TF, h_TF @ (1.2 * down_DF.T) + noise * y_TD, w_T
+
+
+@pytest.mark.parametrize(("noise", "best"), [(0.01, 0.001), (30.0, 10.0)])
+def test_the_ridge_is_the_one_of_least_error_on_tokens_that_are_held_out(noise: float, best: float) -> None:
+    down_DF, h_TF, y_TD, w_T = few_directions(noise)
+    held_T = torch.arange(400) % 7 == 3
+    batches = list(zip(h_TF.split(90), y_TD.split(90), w_T.split(90), strict=True))
+    ridges = (0.001, 0.1, 10.0)
+    found_DF, ridge = refit_chosen(down_DF, batches, held_T, ridges)
+    assert ridge == best
+    torch.testing.assert_close(found_DF, refit(down_DF, batches, best), rtol=1e-5, atol=1e-5)
+
+    built = [(h_TF[~held_T], y_TD[~held_T], w_T[~held_T])]
+    error_TD = [y_TD - h_TF @ refit(down_DF, built, each).double().T for each in ridges]
+    losses = [float((w_T[held_T] * error[held_T].square().sum(dim=1)).sum()) for error in error_TD]
+    assert ridges[losses.index(min(losses))] == best
+
+
+def test_a_refit_that_helps_nothing_that_is_held_out_leaves_the_projection() -> None:
+    down_DF, h_TF, y_TD, w_T = problem(40)
+    y_TD = h_TF @ down_DF.T + 30 * y_TD
+    held_T = torch.arange(40) % 8 == 0
+    y_TD[held_T] = h_TF[held_T] @ down_DF.T
+    found_DF, ridge = refit_chosen(down_DF, [(h_TF, y_TD, w_T)], held_T, (0.1, 1.0))
+    assert ridge == float("inf")
+    assert torch.equal(found_DF, down_DF.float())
+
+
+def test_where_nothing_is_held_out_the_middle_ridge_is_taken() -> None:
+    down_DF, h_TF, y_TD, w_T = problem(9)
+    found_DF, ridge = refit_chosen(down_DF, [(h_TF, y_TD, w_T)], torch.zeros(9, dtype=torch.bool), (0.1, 1.0, 3.0))
+    assert ridge == 1.0
+    assert torch.equal(found_DF, refit(down_DF, [(h_TF, y_TD, w_T)], 1.0))
 
 
 def test_no_tokens_leave_the_projection() -> None:

@@ -9,7 +9,9 @@ Axes: T tokens, D model width, F neurons, M neurons of one expert, N unknowns pe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,21 +58,96 @@ def refit(
         ridge: lambda relative to the mean diagonal of the weighted Gram matrix of h.
         team: Processes that all have the batches and share out the blocks of that matrix.
     """
-    d_ff, device = down_DF.shape[1], down_DF.device
-    dtype = _precision(down_DF.dtype, d_ff, ridge)
-    gram_FF = torch.zeros(d_ff, d_ff, dtype=dtype, device=device)
-    cross_FD = torch.zeros(d_ff, down_DF.shape[0], dtype=dtype, device=device)
+    sums = _Sums.zeros(down_DF, _precision(down_DF.dtype, down_DF.shape[1], ridge))
+    for batch in batches:
+        sums.add(*batch, team)
+    _exchange(sums.gram_FF, team)
+    return sums.solve(down_DF, ridge)
+
+
+def refit_chosen(
+    down_DF: Tensor,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    held_T: Tensor,
+    ridges: Sequence[float],
+    team: Team = ALONE,
+) -> tuple[Tensor, float]:
+    """:func:`refit` by the ridge of ``ridges`` that errs least on tokens that were held out, and that ridge.
+
+    How much to shrink differs between models by a factor of ten, and too little is worse than no refit
+    (docs/methods/neuron_experts.md). The solution itself is that of all tokens.
+
+    Args:
+        down_DF: As of :func:`refit`, as are ``batches`` and ``team``.
+        batches: In the order of the tokens.
+        held_T: Which tokens choose, bool [T]; without any the middle one of ``ridges`` is taken.
+        ridges: Strengths to choose from, ascending.
+
+    Returns:
+        W_d itself and infinity where no refit is better than it on the held-out tokens.
+    """
+    sums = _Sums.zeros(down_DF, _precision(down_DF.dtype, down_DF.shape[1], min(ridges)))
+    held: list[tuple[Tensor, Tensor, Tensor]] = []
+    start = 0
     for h_TF, y_TD, w_T in batches:
+        held_B = held_T[start : start + len(w_T)].to(w_T.device)
+        start += len(w_T)
+        sums.add(h_TF[~held_B], y_TD[~held_B], w_T[~held_B], team)
+        if held_B.any():
+            held.append((h_TF[held_B], y_TD[held_B], w_T[held_B]))
+    _exchange(sums.gram_FF, team)
+    if not held:
+        ridge = ridges[len(ridges) // 2]
+        return sums.solve(down_DF, ridge), ridge
+    losses = {ridge: _lost(sums.solve(down_DF, ridge), held) for ridge in ridges}
+    best = min(ridges, key=lambda ridge: losses[ridge])
+    if losses[best] >= _lost(down_DF.float(), held):
+        return down_DF.float(), math.inf
+    rest = _Sums.zeros(down_DF, sums.gram_FF.dtype)
+    for batch in held:
+        rest.add(*batch, team)
+    _exchange(rest.gram_FF, team)
+    return sums.plus(rest).solve(down_DF, best), best
+
+
+@dataclass
+class _Sums:
+    """The normal equations: the upper triangle of blocks of sum w h h^T, and sum w h y^T."""
+
+    gram_FF: Tensor
+    cross_FD: Tensor
+
+    @classmethod
+    def zeros(cls, down_DF: Tensor, dtype: torch.dtype) -> _Sums:
+        d_model, d_ff = down_DF.shape
+        return cls(*(torch.zeros(d_ff, columns, dtype=dtype, device=down_DF.device) for columns in (d_ff, d_model)))
+
+    def add(self, h_TF: Tensor, y_TD: Tensor, w_T: Tensor, team: Team) -> None:
+        """Of a team, each process adds its own blocks of the Gram matrix."""
         root_T1 = w_T.sqrt().unsqueeze(1)
         # By neurons: products of rows that lie whole in memory are faster by a third.
         weighted_FT = (root_T1 * h_TF).T.contiguous()
-        cross_FD += weighted_FT @ (root_T1 * y_TD)
-        _add_gram(gram_FF, weighted_FT, team)
-    _exchange(gram_FF, team)
-    strength = ridge * float(gram_FF.diagonal().mean())
-    if not strength > 0:  # nothing was seen
-        return down_DF
-    return _solve(gram_FF, cross_FD.add_(down_DF.T, alpha=strength), strength).T.float()
+        self.cross_FD += weighted_FT @ (root_T1 * y_TD)
+        _add_gram(self.gram_FF, weighted_FT, team)
+
+    def plus(self, other: _Sums) -> _Sums:
+        return _Sums(self.gram_FF.add_(other.gram_FF), self.cross_FD.add_(other.cross_FD))
+
+    def solve(self, down_DF: Tensor, ridge: float) -> Tensor:
+        """The projection, float32 [D, F]; ``down_DF`` where nothing was seen."""
+        strength = ridge * float(self.gram_FF.diagonal().mean())
+        if not strength > 0:
+            return down_DF
+        return _solve(self.gram_FF, self.cross_FD.add(down_DF.T, alpha=strength), strength).T.float()
+
+
+def _lost(down_DF: Tensor, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> float:
+    """sum_t w_t |y_t - P h_t|^2."""
+    total = 0.0
+    for h_TF, y_TD, w_T in batches:
+        wrong_TD = y_TD - h_TF @ down_DF.T.to(h_TF)
+        total += float((w_T * wrong_TD.square().sum(dim=1)).sum())
+    return total
 
 
 def _precision(dtype: torch.dtype, unknowns: int, ridge: float) -> torch.dtype:
@@ -113,5 +190,8 @@ def _solve(gram_NN: Tensor, right_ND: Tensor, strength: float) -> Tensor:
     """(G + strength I)^-1 R from the upper triangle of G; zeros where nothing was seen."""
     if not float(gram_NN.diagonal().sum()) > 0:
         return torch.zeros_like(right_ND)
+    diagonal_N = gram_NN.diagonal().clone()
     gram_NN.diagonal().add_(strength)
-    return torch.cholesky_solve(right_ND, torch.linalg.cholesky(gram_NN, upper=True), upper=True)
+    factor_NN = torch.linalg.cholesky(gram_NN, upper=True)
+    gram_NN.diagonal().copy_(diagonal_N)
+    return torch.cholesky_solve(right_ND, factor_NN, upper=True)

@@ -39,11 +39,12 @@ class Config(MethodConfig):
         description="Least squares for the down projection on calibration text, layer by layer: it makes up for "
         "neurons that are left out.",
     )
-    ridge: float = study(
-        default=0.1,
+    ridge: float | None = study(
+        default=None,
         ge=MIN_RIDGE,
         allow_inf_nan=False,
-        description="Shrinkage of the refit to the dense projection, relative to the mean square activation.",
+        description="Shrinkage of the refit to the dense projection, relative to the mean square activation. null: in "
+        "each layer the one that errs least on tokens that were held out.",
     )
 
     @model_validator(mode="after")
