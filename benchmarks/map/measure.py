@@ -31,7 +31,7 @@ from moesaic.checkpoint.loading import load_model
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.errors import InputError
 from moesaic.evaluate.perplexity import perplexity, protocol_name, token_windows
-from moesaic.methods.neuron_experts.method import RIDGES
+from moesaic.methods.neuron_experts.config import RIDGES
 from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.free_widths import held_out
 from moesaic.solvers.refit import refit_chosen, token_weights

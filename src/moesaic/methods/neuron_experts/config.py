@@ -12,6 +12,9 @@ from moesaic.methods.base import MethodConfig
 from moesaic.options import study
 from moesaic.solvers.limits import MIN_RIDGE
 
+RIDGES = (0.3, 1.0, 3.0, 10.0)
+"""Strengths of a refit to choose from; where nothing can be held out it is the third."""
+
 
 class Config(MethodConfig):
     """Options of neuron experts."""
@@ -67,11 +70,14 @@ class Config(MethodConfig):
         return self.refit or self.choice == "threshold"
 
     def operations(self, d_ff: int, d_model: int, tokens: int) -> float:
-        """See :class:`MethodConfig`: scores, activations and outputs, Gram matrix and its factor."""
+        """See :class:`MethodConfig`: scores, activations and outputs; for a refit a Gram matrix, and its factor and a
+        solution for each strength of the ridge."""
         if not self.needs_calibration():
             return 0.0
-        gram = tokens * d_ff**2 + d_ff**3 / 3 if self.refit else 0
-        return (10 if self.refit else 4) * tokens * d_model * d_ff + gram
+        if not self.refit:
+            return 4 * tokens * d_model * d_ff
+        solutions = len(RIDGES) + 1 if self.ridge is None else 1
+        return 10 * tokens * d_model * d_ff + tokens * d_ff**2 + solutions * d_ff**2 * (d_ff / 3 + 2 * d_model)
 
     def held(self, d_ff: int, tokens: int) -> float:
         """See :class:`MethodConfig`: scores of all tokens and a copy for a threshold; a Gram matrix, its factor and a

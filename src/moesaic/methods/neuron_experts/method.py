@@ -24,16 +24,13 @@ from torch import Tensor
 from moesaic.blueprint.layer import LayerPlan, Router, single_neurons
 from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
-from moesaic.methods.neuron_experts.config import Config
+from moesaic.methods.neuron_experts.config import RIDGES, Config
 from moesaic.methods.neuron_experts.threshold import neuron_ffn, with_threshold
 from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.free_widths import held_out
 from moesaic.solvers.low_bit import low_bit
 from moesaic.solvers.products import rounded_products
-from moesaic.solvers.refit import refit_chosen, token_weights
-
-RIDGES = (0.3, 1.0, 3.0, 10.0)
-"""Shrinkages of a refit to choose from: without a text to compare on it is the third, the more careful one."""
+from moesaic.solvers.refit import refit, refit_chosen, token_weights
 
 
 @torch.no_grad()
@@ -81,6 +78,8 @@ def _readout(plan: LayerPlan, weights: FFNWeights, inputs: SiteInputs, config: C
                 h_TF = replace(work, gate_FD=rounded.gate_PD, up_FD=rounded.up_PD).hidden(x_TD)
             yield h_TF.masked_fill_(~ffn.chosen(x_TD), 0).float(), y_TD, token_weights(y_TD)
 
-    ridges = RIDGES if config.ridge is None else (config.ridge,)
+    down_DF = weights.down_DF.float()
     with rounded_products(inputs.x_TD.dtype == torch.bfloat16):
-        return refit_chosen(weights.down_DF.float(), batches(), held_out(inputs.tokens), ridges)[0]
+        if config.ridge is not None:
+            return refit(down_DF, batches(), config.ridge)
+        return refit_chosen(down_DF, batches(), held_out(inputs.tokens), RIDGES)[0]
