@@ -82,9 +82,7 @@ def measure(name: str, model: Path, out: Path, tokens: int, memory: str | None, 
 
     import moesaic
     from moesaic.cli.console import quiet_libraries
-    from moesaic.cli.heap import keep_freed_pages
 
-    keep_freed_pages()  # as the command does
     quiet_libraries()
     torch.set_num_threads(threads)
     settings = {**CASES[name], "target": "moesaic", "calibration": {"tokens": tokens}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from benchmarks.map import tasks
 from benchmarks.map.cost import Shape
+from benchmarks.map.measure import FIT_TOKENS
 from benchmarks.map.plot import draw
 from benchmarks.map.points import (
     Point,
@@ -40,6 +41,8 @@ ROWS_OF_MAP = 6
 """Rows from which on a text has a place there, if any text has so many."""
 BYTES = (0.25, 0.3, 0.35, 0.45, 0.55, 0.75)
 NEURONS = (0.25, 0.35, 0.5, 0.75)
+TAKEN_INSTEAD = ("int8", "q4-g64")
+"""What a user would take instead: nothing is said of a text on which these are not measured."""
 _PUBLISHED = "from the same-budget comparison; the first layers are dense"
 _GIVEN_BACK = 0.02
 """Relative error of weights below which a grid is theirs; a 4-bit grid that is not errs by about 0.1."""
@@ -119,7 +122,7 @@ def markdown(
 
 
 def _conditions(about: Mapping[str, Any], main: Sequence[Point]) -> list[str]:
-    windows = ", ".join(f"{s.text} {n}" for s, n in {p.setting: p.windows for p in main}.items())
+    windows = ", ".join(f"{s.text} {_windows(p.windows for p in main if p.setting == s)}" for s in _texts(main))
     calibration = about["calibration"]
     return [
         "Perplexity over dense against what one token reads in the FFNs. Nothing is trained. Every token is masked, so "
@@ -131,7 +134,8 @@ def _conditions(about: Mapping[str, Any], main: Sequence[Point]) -> list[str]:
         "computed exactly. Formulas: `benchmarks/map/cost.py`.",
         f"* Windows of {WINDOW} tokens: {windows}. Ratios are paired over windows and have their 95 % interval. Few "
         "windows make wide intervals.",
-        f"* Thresholds and refits are made on {', '.join(calibration['sources'])} ({calibration['tokens']} tokens). So "
+        f"* Refits are made on {', '.join(calibration['sources'])} ({calibration['tokens']} tokens), thresholds on the "
+        f"first {FIT_TOKENS} of these. So "
         "refits know text like WikiText-2. C4, code and stories are text of other kinds.",
         "* **TEAL** has equal shares in all layers, for the FFN's input and for what its down projection reads. Its "
         "authors also share out between layers, which is not measured here.",
@@ -146,9 +150,15 @@ def _conditions(about: Mapping[str, Any], main: Sequence[Point]) -> list[str]:
 
 def _says(main: Sequence[Point]) -> list[str]:
     lines: list[str] = []
-    texts = list(dict.fromkeys(p.setting for p in main))
+    texts = [s for s in _texts(main) if {p.row for p in main if p.setting == s} >= set(TAKEN_INSTEAD)] or _texts(main)[
+        :1
+    ]
     for by, budgets, what in (("bytes", BYTES, "bytes per token"), ("neurons", NEURONS, "exact neurons")):
-        lines += [f"Lowest perplexity with at most so many {what}, among rows that can be built:", ""]
+        lines += [
+            f"Lowest perplexity with at most so many {what} (to within 0.005), among rows that can be built and were "
+        ]
+        lines[-1] += "measured on that text. Texts without 8- and 4-bit weights are left out:"
+        lines.append("")
         lines += [f"| at most | {' | '.join(s.text for s in texts)} |", "|---" * (len(texts) + 1) + "|"]
         for budget in budgets:
             cells = [_named(best_within([p for p in main if p.setting == s], budget + 5e-3, by)) for s in texts]
@@ -159,11 +169,28 @@ def _says(main: Sequence[Point]) -> list[str]:
     if losing:
         lines += [f"Where ours loses ({texts[0].text}). The other row reads no more bytes and has no larger ratio:", ""]
         lines += [f"* {_reads(mine)}. {_reads(other)}." for mine, other in losing]
-    winning = [p for p in first if p.ours and p.group != "variant" and p not in [mine for mine, _ in losing]]
+    lost = [mine for mine, _ in losing]
+    winning = [p for p in first if p.ours and p.group != "variant" and p not in lost and not _outdone(p, first)]
     if winning:
         lines += ["", "No row of others reads as little and is as good as these:", ""]
         lines += [f"* {_reads(p)}." for p in winning]
     return lines
+
+
+def _texts(points: Sequence[Point]) -> list[Setting]:
+    return list(dict.fromkeys(p.setting for p in points))
+
+
+def _windows(counts: Iterable[int]) -> str:
+    """Rows of one text may have been read on more windows than others."""
+    few, *_, many = sorted([*counts] * 2)
+    return f"{few}" if few == many else f"{few} to {many}"
+
+
+def _outdone(point: Point, points: Sequence[Point]) -> bool:
+    """Whether another row of ours reads no more and loses less."""
+    better = (p for p in points if p.ours and p.ratio.ratio < point.ratio.ratio)
+    return any(p.cost.bytes <= point.cost.bytes for p in better)
 
 
 def _named(point: Point | None) -> str:
@@ -179,7 +206,7 @@ def _ratio(point: Point) -> str:
 
 
 def _table(main: Sequence[Point]) -> list[str]:
-    texts = list(dict.fromkeys(p.setting for p in main))
+    texts = _texts(main)
     head = ["row", "neurons", "bytes", "MACs", *(s.text for s in texts)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     titles: dict[str, str] = {**GROUPS, "published": _PUBLISHED}
@@ -206,7 +233,7 @@ def _cell(point: Point | None, first: Point) -> str:
 
 def _settings(main: Sequence[Point], others: Sequence[Point]) -> list[str]:
     """A line for each text, window and kind of weights; a column for each row of the map."""
-    settings = list(dict.fromkeys(p.setting for p in others))
+    settings = _texts(others)
     base = [Setting(text, WINDOW) for text in dict.fromkeys(s.text for s in settings)]
     rows = list(dict.fromkeys(p.row for p in others if p.group != "dense"))
     head = ["text", "tokens per window", "weights", *(f"{BY_KEY[key].label} (`{key}`)" for key in rows)]

@@ -44,7 +44,7 @@ Calib = Annotated[
     typer.Option(
         "--calib",
         metavar="SOURCE",
-        help="Calibration text: wikitext, c4, code, mix, a text file, a folder, or records (.jsonl, .json, .csv, .tsv, "
+        help="Calibration text: wikitext, c4, code, wiki, tiny, mix, a text file, a folder, or records (.jsonl, .json, .csv, .tsv, "
         ".parquet) of text or chat messages. SOURCE:FIELD names their field, SOURCE=WEIGHT mixes. Repeatable.",
     ),
 ]

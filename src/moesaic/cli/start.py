@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from moesaic.cli.heap import keep_freed_pages
-
 
 def main() -> None:
     """Load and run the command line."""
-    keep_freed_pages()
     try:
         from moesaic.cli.main import main as run
     except KeyboardInterrupt:
