@@ -193,7 +193,11 @@ class Bench:
                 weights, inputs = self.weights[site.path], captured[site.path]
                 ffn = reference.fit(weights, inputs.x_TD[:FIT_TOKENS])
                 batches = _wanted(weights, ffn, inputs.batches(_BATCH))
-                down_DF, _ = refit_chosen(ffn.weights.down_DF.float(), batches, held_out(inputs.tokens), RIDGES)
+                down_DF = ffn.weights.down_DF.float()
+                found = refit_chosen(
+                    down_DF, batches, held_out(inputs.tokens), RIDGES, rounded=self.dtype == torch.bfloat16
+                )
+                down_DF = down_DF if found is None else found[0]
                 ffn.weights = replace(ffn.weights, down_DF=reference.stored_down(down_DF).to(self.dtype))
                 ffns[site.path] = ffn
             stream.advance({path: ffns[path] for path in captured})

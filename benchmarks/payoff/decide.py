@@ -14,8 +14,8 @@ INTRO = """# Does it pay for me?
 
 `python -m benchmarks.payoff page` writes this page from [the figures](../results/payoff.md), which have intervals and
 conditions. A cell is the best of all that was measured: the dense model in fewer bits, pruned, or converted.
-What was not faster than dense in every round is left out. Conversions are **bold**. Look for your engine, for what you wait for (decoding, or reading prompts), and for the loss
-of perplexity that you allow.
+What was not as fast as dense in every round is left out. Conversions are **bold**. Look for your engine, for what you
+wait for (decoding, or reading prompts), and for the loss of perplexity that you allow.
 
 * `dense-q8_0` is the dense model in that type of GGUF. `static-50` is pruned to half the FFN neurons and refitted.
 * `copies-50` (token clusters) and `cmoe-50` are experts in a stock architecture. `neurons-50` and `union-50` are our

@@ -93,7 +93,9 @@ def test_the_ridge_is_the_one_of_least_error_on_tokens_that_are_held_out(noise: 
     held_T = torch.arange(400) % 7 == 3
     batches = list(zip(h_TF.split(90), y_TD.split(90), w_T.split(90), strict=True))
     ridges = (0.001, 0.1, 10.0)
-    found_DF, ridge = refit_chosen(down_DF, batches, held_T, ridges)
+    made = refit_chosen(down_DF, batches, held_T, ridges)
+    assert made is not None
+    found_DF, ridge = made
     assert ridge == best
     torch.testing.assert_close(found_DF, refit(down_DF, batches, best), rtol=1e-5, atol=1e-5)
 
@@ -108,16 +110,30 @@ def test_a_refit_that_helps_nothing_that_is_held_out_leaves_the_projection() -> 
     y_TD = h_TF @ down_DF.T + 30 * y_TD
     held_T = torch.arange(40) % 8 == 0
     y_TD[held_T] = h_TF[held_T] @ down_DF.T
-    found_DF, ridge = refit_chosen(down_DF, [(h_TF, y_TD, w_T)], held_T, (0.1, 1.0))
-    assert ridge == float("inf")
-    assert torch.equal(found_DF, down_DF.float())
+    assert refit_chosen(down_DF, [(h_TF, y_TD, w_T)], held_T, (0.1, 1.0)) is None
+
+
+@pytest.mark.parametrize("token", [0, 1])  # held out, and built on
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_outputs_that_are_no_numbers_leave_the_projection(token: int, value: float) -> None:
+    down_DF, h_TF, y_TD, w_T = problem(40)
+    y_TD[token, 0] = value
+    assert refit_chosen(down_DF, [(h_TF, y_TD, w_T)], torch.arange(40) % 8 == 0, (0.1, 1.0)) is None
+
+
+def test_every_token_is_held_out_or_not() -> None:
+    down_DF, *batch = problem(9)
+    for tokens in (8, 10):
+        with pytest.raises(ValueError, match="held out or not"):
+            refit_chosen(down_DF, [tuple(batch)], torch.zeros(tokens, dtype=torch.bool), (1.0,))  # type: ignore[list-item]
 
 
 def test_where_nothing_is_held_out_the_middle_ridge_is_taken() -> None:
     down_DF, h_TF, y_TD, w_T = problem(9)
-    found_DF, ridge = refit_chosen(down_DF, [(h_TF, y_TD, w_T)], torch.zeros(9, dtype=torch.bool), (0.1, 1.0, 3.0))
-    assert ridge == 1.0
-    assert torch.equal(found_DF, refit(down_DF, [(h_TF, y_TD, w_T)], 1.0))
+    made = refit_chosen(down_DF, [(h_TF, y_TD, w_T)], torch.zeros(9, dtype=torch.bool), (0.1, 1.0, 3.0))
+    assert made is not None
+    assert made[1] == 1.0
+    assert torch.equal(made[0], refit(down_DF, [(h_TF, y_TD, w_T)], 1.0))
 
 
 def test_no_tokens_leave_the_projection() -> None:

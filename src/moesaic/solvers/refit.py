@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moesaic.solvers.products import rounded_products
 from moesaic.solvers.team import ALONE, Team
 
 _TINY = 1e-30
@@ -71,7 +72,8 @@ def refit_chosen(
     held_T: Tensor,
     ridges: Sequence[float],
     team: Team = ALONE,
-) -> tuple[Tensor, float]:
+    rounded: bool = False,
+) -> tuple[Tensor, float] | None:
     """:func:`refit` by the ridge of ``ridges`` that errs least on tokens that were held out, and that ridge.
 
     How much to shrink differs between models by a factor of ten, and too little is worse than no refit
@@ -82,32 +84,42 @@ def refit_chosen(
         batches: In the order of the tokens.
         held_T: Which tokens choose, bool [T]; without any the middle one of ``ridges`` is taken.
         ridges: Strengths to choose from, ascending.
+        rounded: Whether products of sums may be rounded (:mod:`moesaic.solvers.products`). The batches are made outside
+            of that.
 
     Returns:
-        W_d itself and infinity where no refit is better than it on the held-out tokens.
+        None where no refit is better than W_d on the held-out tokens.
+
+    Raises:
+        ValueError: ``held_T`` is not as long as the batches.
     """
-    sums = _Sums.zeros(down_DF, _precision(down_DF.dtype, down_DF.shape[1], min(ridges)))
+    sums = _Sums.zeros(down_DF, _precision(down_DF.dtype, down_DF.shape[1], min(ridges)), rounded)
     held: list[tuple[Tensor, Tensor, Tensor]] = []
     start = 0
     for h_TF, y_TD, w_T in batches:
         held_B = held_T[start : start + len(w_T)].to(w_T.device)
         start += len(w_T)
+        if start > len(held_T):
+            break
         sums.add(h_TF[~held_B], y_TD[~held_B], w_T[~held_B], team)
         if held_B.any():
             held.append((h_TF[held_B], y_TD[held_B], w_T[held_B]))
+    if start != len(held_T):
+        raise ValueError(f"{len(held_T)} tokens are held out or not, but other tokens came")
     _exchange(sums.gram_FF, team)
     if not held:
         ridge = ridges[len(ridges) // 2]
         return sums.solve(down_DF, ridge), ridge
-    losses = {ridge: _lost(sums.solve(down_DF, ridge), held) for ridge in ridges}
-    best = min(ridges, key=lambda ridge: losses[ridge])
-    if losses[best] >= _lost(down_DF.float(), held):
-        return down_DF.float(), math.inf
-    rest = _Sums.zeros(down_DF, sums.gram_FF.dtype)
+    with rounded_products(rounded):
+        losses = {ridge: _lost(sums.solve(down_DF, ridge), held) for ridge in ridges}
+        dense_loss = _lost(down_DF.float(), held)
+    best = min(ridges, key=lambda ridge: math.inf if math.isnan(losses[ridge]) else losses[ridge])
+    if not losses[best] < dense_loss:
+        return None
     for batch in held:
-        rest.add(*batch, team)
-    _exchange(rest.gram_FF, team)
-    return sums.plus(rest).solve(down_DF, best), best
+        sums.add(*batch, team)
+    _exchange(sums.gram_FF, team)
+    return sums.solve(down_DF, best), best
 
 
 @dataclass
@@ -116,22 +128,22 @@ class _Sums:
 
     gram_FF: Tensor
     cross_FD: Tensor
+    rounded: bool = False
 
     @classmethod
-    def zeros(cls, down_DF: Tensor, dtype: torch.dtype) -> _Sums:
+    def zeros(cls, down_DF: Tensor, dtype: torch.dtype, rounded: bool = False) -> _Sums:
         d_model, d_ff = down_DF.shape
-        return cls(*(torch.zeros(d_ff, columns, dtype=dtype, device=down_DF.device) for columns in (d_ff, d_model)))
+        gram, cross = (torch.zeros(d_ff, columns, dtype=dtype, device=down_DF.device) for columns in (d_ff, d_model))
+        return cls(gram, cross, rounded)
 
     def add(self, h_TF: Tensor, y_TD: Tensor, w_T: Tensor, team: Team) -> None:
         """Of a team, each process adds its own blocks of the Gram matrix."""
         root_T1 = w_T.sqrt().unsqueeze(1)
         # By neurons: products of rows that lie whole in memory are faster by a third.
         weighted_FT = (root_T1 * h_TF).T.contiguous()
-        self.cross_FD += weighted_FT @ (root_T1 * y_TD)
-        _add_gram(self.gram_FF, weighted_FT, team)
-
-    def plus(self, other: _Sums) -> _Sums:
-        return _Sums(self.gram_FF.add_(other.gram_FF), self.cross_FD.add_(other.cross_FD))
+        with rounded_products(self.rounded):
+            self.cross_FD += weighted_FT @ (root_T1 * y_TD)
+            _add_gram(self.gram_FF, weighted_FT, team)
 
     def solve(self, down_DF: Tensor, ridge: float) -> Tensor:
         """The projection, float32 [D, F]; ``down_DF`` where nothing was seen."""

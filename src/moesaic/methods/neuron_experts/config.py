@@ -80,7 +80,8 @@ class Config(MethodConfig):
         return 10 * tokens * d_model * d_ff + tokens * d_ff**2 + solutions * d_ff**2 * (d_ff / 3 + 2 * d_model)
 
     def held(self, d_ff: int, tokens: int) -> float:
-        """See :class:`MethodConfig`: scores of all tokens and a copy for a threshold; a Gram matrix, its factor and a
-        copy in float64 for a refit."""
+        """See :class:`MethodConfig`: scores of all tokens and a copy for a threshold; for a refit a Gram matrix, its
+        factor and a copy in float64, and what is held out to choose its ridge."""
         scores = 2 * tokens * d_ff if self.choice == "threshold" else 0
-        return max(scores, 6 * d_ff**2 if self.refit else 0)
+        held_out = tokens / 8 * d_ff if self.ridge is None else 0
+        return max(scores, 6 * d_ff**2 + held_out if self.refit else 0)

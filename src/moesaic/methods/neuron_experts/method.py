@@ -29,7 +29,6 @@ from moesaic.methods.neuron_experts.threshold import neuron_ffn, with_threshold
 from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.free_widths import held_out
 from moesaic.solvers.low_bit import low_bit
-from moesaic.solvers.products import rounded_products
 from moesaic.solvers.refit import refit, refit_chosen, token_weights
 
 
@@ -62,8 +61,9 @@ def _copies(weights: FFNWeights, config: Config) -> dict[str, Tensor]:
     return made
 
 
-def _readout(plan: LayerPlan, weights: FFNWeights, inputs: SiteInputs, config: Config) -> Tensor:
-    """The refitted down projection, float32 [D, F]: outputs of the dense FFN from the chosen neurons.
+def _readout(plan: LayerPlan, weights: FFNWeights, inputs: SiteInputs, config: Config) -> Tensor | None:
+    """The refitted down projection, float32 [D, F]: outputs of the dense FFN from the chosen neurons. None where the
+    dense one is no worse on held-out tokens.
 
     Activations are computed in the dtype of the inputs, in which the model runs.
     """
@@ -79,7 +79,8 @@ def _readout(plan: LayerPlan, weights: FFNWeights, inputs: SiteInputs, config: C
             yield h_TF.masked_fill_(~ffn.chosen(x_TD), 0).float(), y_TD, token_weights(y_TD)
 
     down_DF = weights.down_DF.float()
-    with rounded_products(inputs.x_TD.dtype == torch.bfloat16):
-        if config.ridge is not None:
-            return refit(down_DF, batches(), config.ridge)
-        return refit_chosen(down_DF, batches(), held_out(inputs.tokens), RIDGES)[0]
+    if config.ridge is not None:
+        return refit(down_DF, batches(), config.ridge)
+    rounded = inputs.x_TD.dtype == torch.bfloat16
+    found = refit_chosen(down_DF, batches(), held_out(inputs.tokens), RIDGES, rounded=rounded)
+    return None if found is None else found[0]
