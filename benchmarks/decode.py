@@ -41,11 +41,13 @@ TORCH = ("masked", "every")
 
 INTRO = """# Decoding in transformers, dense beside converted
 
-`python -m benchmarks.decode NAME DENSE NAME=FOLDER ... --threads 2 --report docs/results/decode`
+    python -m benchmarks.decode NAME DENSE NAME=FOLDER ... --active 0.5 0.33 0.25 --weight-only int8 int4 --threads 2 \\
+        --report docs/results/decode
 
 A prompt of random tokens is read, then one token after another is decoded, batch 1. All models do the same step before
 any does the next, in a new order each time. Each cell has the minimum / the median of milliseconds, or the ratio of the
-minima / the median of the ratios within a step. Above 1 is faster than dense.
+minima / the median of the ratios within a step. Above 1 is faster than dense. Prompts are read once per round only, so
+their medians say more.
 
 Converted models decode by a kernel that is compiled at its first use. It reads exactly the rows that a token wants,
 with gate, up and down of a neuron side by side. From a few tokens on it computes blocks of 64 neurons, each row once

@@ -41,7 +41,8 @@ CASES: dict[str, dict[str, Any]] = {
     "secret_moe": {"method": "secret_moe", "options": {}},
     "tomoe": {"method": "tomoe", "options": {"train": {"steps": 4, "batch": 1, "held_out": 1}}},
 }
-LARGE = ("mlpmoe", "static", "cmoe", "token_clusters")
+LARGE = ("mlpmoe", "neuron_experts", "static", "cmoe", "token_clusters")
+_WITHOUT_TEXT = ("mlpmoe", "neuron_experts")
 """What is run by default; the others on request."""
 _EVERY = 0.02
 
@@ -185,7 +186,7 @@ def costs() -> str:
             for case in LARGE:
                 for tokens in (2048, 16384):
                     lines.append(_cost(model, case, Path(folder), tokens))
-                    if case == "mlpmoe":
+                    if case in _WITHOUT_TEXT:
                         break
     return "\n".join(lines)
 
@@ -197,7 +198,7 @@ def _cost(model: str, case: str, folder: Path, tokens: int) -> str:
     settings = {**CASES[case], "target": "moesaic", "calibration": {"tokens": tokens, "compute_dtype": "bfloat16"}}
     told = moesaic.plan(folder, settings)
     hours = (told.operations / (2e9 * PER_CORE["float32"]) + 12 * told.ffn_parameters / 1e9) / 3600
-    cells = [model, case, "-" if case == "mlpmoe" else f"{tokens:,}", f"{told.operations:.1e}"]
+    cells = [model, case, "-" if case in _WITHOUT_TEXT else f"{tokens:,}", f"{told.operations:.1e}"]
     cells += [f"{size / 1e9:.1f}" for size in (told.mapped_bytes, told.peak_bytes, told.device_bytes)]
     return f"| {' | '.join([*cells, f'{told.output_bytes / 1e9:.0f}', f'{hours:.1f}'])} |"
 

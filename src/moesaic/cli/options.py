@@ -45,7 +45,8 @@ Calib = Annotated[
         "--calib",
         metavar="SOURCE",
         help="Calibration text: wikitext, c4, code, wiki, tiny, mix, a text file, a folder, or records (.jsonl, .json, "
-        ".csv, .tsv, .parquet) of text or chat messages. SOURCE:FIELD names their field, SOURCE=WEIGHT mixes. Repeatable.",
+        ".csv, .tsv, .parquet) of text or chat messages. SOURCE:FIELD names their field, SOURCE=WEIGHT mixes. "
+        "Repeatable.",
     ),
 ]
 CalibTokens = Annotated[int | None, typer.Option("--calib-tokens", help="Calibration tokens.")]

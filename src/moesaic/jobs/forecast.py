@@ -127,11 +127,12 @@ def memory(outline: Outline, source: Source) -> MemoryForecast:
     state = tokens * anatomy.d_model * size
     states = 3 * state if state <= spill_bytes(settings.allowed_bytes) else 0
     large = source.nbytes / source.element > COMPUTED
+    layers = 3 if tokens else 2.25  # as measured on a model of 7B (docs/results/scale.md)
     steps = {
         "embedding": size * embeddings if tokens else 0,
         "deciding": size * attention + _FP32 * (ffn + config.held(anatomy.d_ff, tokens)),
         "running": size * attention + (source.element + size) * ffn if tokens else 0,
-        "verifying": _FP32 * max(3 * (attention + ffn), embeddings * (1 if large or source.tied else 2)),
+        "verifying": _FP32 * max(layers * (attention + ffn), embeddings * (1 if large or source.tied else 2)),
     }
     most = max(steps.values())
     return MemoryForecast(round(_PROGRAM + states + most), source.nbytes, round(_PROGRAM + most))

@@ -113,16 +113,18 @@ class Config(MethodConfig):
         per_round = 2 * tokens * experts * (d_ff + 2 * d_model) if self.split != "disjoint" else 0
         # two refinements, steps of 1,024 tokens, forward and backward (solvers/token_clusters, solvers/router_fit)
         refined = 2 * 1024 * self.router_steps * 6 * d_model * experts if self.split != "disjoint" else 0
-        gram = 0 if self.refit == "none" else tokens * d_ff**2 + d_ff**3 / 3
+        few = min(tokens, d_ff)  # a refit is solved in the smaller of both numbers
+        gram = 0 if self.refit == "none" else tokens * d_ff * few + few**3 / 3
         return 6 * tokens * d_model * d_ff + 1.5 * self.rounds * per_round + refined + gram
 
     def held(self, d_ff: int, tokens: int) -> float:
         """See :class:`MethodConfig`: activations, shares and what is made of them, what experts keep of tokens.
 
         With free widths, the shares of the tokens that set no price once more. Calibration in bfloat16 takes half of
-        that. A Gram matrix, its factor and the products that are added to it.
+        that. A Gram matrix, its factor and the products that are added to it; with fewer tokens than neurons the
+        activations as they are used.
         """
-        solved = 0 if self.refit == "none" else 3 * d_ff**2
+        solved = 0 if self.refit == "none" else 3 * min(tokens, d_ff) * d_ff
         parts = self.sizes(d_ff)
         return tokens * ((4 if parts.varied else 3) * d_ff + 3 * len(parts.own)) + solved
 

@@ -101,7 +101,7 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     if config.refit == "none":
         return plan
     weight_T *= token_weights(y_TD)
-    with rounded_products(h_TF.dtype == torch.bfloat16):
+    with rounded_products(h_TF.dtype == torch.bfloat16 and not _fewer_tokens(h_TF)):
         return replace(plan, readout=_readout(plan, down_DF, (h_TF, y_TD, weight_T), routing, config, inputs.team))
 
 
@@ -179,7 +179,12 @@ def _readout(
 ) -> Tensor:
     """The down projection of the stored neurons, float32 [D, P]; ``tokens`` are activations, outputs and weights."""
     h_TF, y_TD, w_T = tokens
-    common_DF = refit(down_DF, _used(h_TF, y_TD, w_T, routing), config.global_ridge, team)
+    used = _used(h_TF, y_TD, w_T, routing)
+    if _fewer_tokens(h_TF):
+        used_TF = torch.cat([used_BF for used_BF, _, _ in used])
+        common_DF = refit_few(down_DF, used_TF, y_TD, w_T, config.global_ridge)
+    else:
+        common_DF = refit(down_DF, used, config.global_ridge, team)
     if config.refit == "global" or config.split != "overlapping":
         packed_P = plan.packed.to(common_DF.device)
         return common_DF[:, packed_P.clamp(min=0)] * (packed_P >= 0)
@@ -191,6 +196,11 @@ def _readout(
         wanted_CD = y_TD[mine_C] - h_CF[:, routing.shared_S] @ shared_DS.T
         parts.append(refit_few(common_DF[:, own_M], h_CF[:, own_M], wanted_CD, w_T[mine_C], config.expert_ridge))
     return torch.cat(parts, dim=1)
+
+
+def _fewer_tokens(h_TF: Tensor) -> bool:
+    """Whether the common refit is solved in the number of tokens: it then takes no matrix of F x F."""
+    return h_TF.shape[0] < h_TF.shape[1]
 
 
 def _used(h_TF: Tensor, y_TD: Tensor, w_T: Tensor, routing: _Routing) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
