@@ -23,6 +23,7 @@ from moesaic.blueprint.layer import LayerPlan
 from moesaic.calibration.inputs import SiteInputs
 from moesaic.errors import InputError
 from moesaic.materialise.apply import build_ffn
+from moesaic.methods.token_clusters import method
 from moesaic.methods.token_clusters.config import Config
 from moesaic.methods.token_clusters.method import plan_site
 from moesaic.nn.ffn import FFNWeights
@@ -160,6 +161,19 @@ def test_tokens_that_change_the_stream_more_are_kept_better(name: str) -> None:
     assert error(weights, even, x_TD) == pytest.approx(error(weights, plain, x_TD), rel=0.02)
     unheard = plan_site(weights, to_loud, config.model_copy(update={"token_weight": "equal"}), 0)
     torch.testing.assert_close(unheard.readout, plain.readout, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_fewer_tokens_than_neurons_are_refitted_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, x_TD = clustered(tokens=40)
+    assert len(x_TD) < weights.d_ff
+    options = SPLITS[name] | ({} if name == "static" else {"experts": 3})
+    by_tokens = plan_of(weights, x_TD, active=0.5, **options)
+    monkeypatch.setattr(method, "_fewer_tokens", lambda _: False)
+    by_neurons = plan_of(weights, x_TD, active=0.5, **options)
+    assert by_tokens.readout is not None
+    assert by_neurons.readout is not None
+    torch.testing.assert_close(by_tokens.readout, by_neurons.readout, rtol=1e-3, atol=1e-4)
 
 
 def test_one_expert_keeps_the_neurons_of_largest_share() -> None:

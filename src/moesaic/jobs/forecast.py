@@ -127,7 +127,9 @@ def memory(outline: Outline, source: Source) -> MemoryForecast:
     state = tokens * anatomy.d_model * size
     states = 3 * state if state <= spill_bytes(settings.allowed_bytes) else 0
     large = source.nbytes / source.element > COMPUTED
-    layers = 3 if tokens else 2.25  # as measured on a model of 7B (docs/results/scale.md)
+    layers = (
+        2.25 if config.sizes(anatomy.d_ff).all_on and not tokens else 3
+    )  # as measured on a model of 7B (docs/results/scale.md)
     steps = {
         "embedding": size * embeddings if tokens else 0,
         "deciding": size * attention + _FP32 * (ffn + config.held(anatomy.d_ff, tokens)),

@@ -16,6 +16,10 @@ RIDGES = (0.3, 1.0, 3.0, 10.0)
 """Strengths of a refit to choose from; where nothing can be held out it is the third."""
 
 
+_PER_CODE = 1.2e4
+"""Products in whose time one weight of the router gets its code, of six grids, and is verified (a model of 7B)."""
+
+
 class Config(MethodConfig):
     """Options of neuron experts."""
 
@@ -70,14 +74,15 @@ class Config(MethodConfig):
         return self.refit or self.choice == "threshold"
 
     def operations(self, d_ff: int, d_model: int, tokens: int) -> float:
-        """See :class:`MethodConfig`: scores, activations and outputs; for a refit a Gram matrix, and its factor and a
-        solution for each strength of the ridge."""
+        """See :class:`MethodConfig`: codes of the router; scores, activations and outputs; for a refit a Gram matrix,
+        and its factor and a solution for each strength of the ridge."""
+        codes = _PER_CODE * 2 * d_model * d_ff
         if not self.needs_calibration():
-            return 0.0
+            return codes
         if not self.refit:
-            return 4 * tokens * d_model * d_ff
+            return codes + 4 * tokens * d_model * d_ff
         solutions = len(RIDGES) + 1 if self.ridge is None else 1
-        return 10 * tokens * d_model * d_ff + tokens * d_ff**2 + solutions * d_ff**2 * (d_ff / 3 + 2 * d_model)
+        return codes + 10 * tokens * d_model * d_ff + tokens * d_ff**2 + solutions * d_ff**2 * (d_ff / 3 + 2 * d_model)
 
     def held(self, d_ff: int, tokens: int) -> float:
         """See :class:`MethodConfig`: scores of all tokens and a copy for a threshold; for a refit a Gram matrix, its
