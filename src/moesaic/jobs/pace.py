@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from moesaic.anatomy.base import Anatomy
     from moesaic.jobs.request import Outline
 
-START = 6.0
+START = 3.0
 """Seconds in which libraries are loaded and the text is read."""
-FFN_SECONDS = 0.1
+FFN_SECONDS = 0.05
 """Of one FFN: many small steps that are neither products nor copies."""
 PER_CORE = {"float32": 45.0, "bfloat16": 45.0, "amx": 130.0}
 """Multiplications and additions per second and core, in 1e9, as whole conversions reach them: on a CPU with AVX-512, on
-one whose bf16 is in hardware, and on one with tiles of bf16."""
+one whose bf16 is in hardware, and on one with tiles of bf16. What a method computes by itself is in float32, and mostly
+small."""
 COPIES = 3
 """How often the bytes of the FFNs are read or written, at :data:`BYTES_PER_SECOND`: read, written, verified."""
 BYTES_PER_SECOND = 1e9
@@ -50,9 +51,8 @@ class Forecast(NamedTuple):
 
 def forecast(outline: Outline) -> Forecast:
     """Of a conversion."""
-    operations = count_operations(outline)
-    seconds, times = _counted(outline, operations), _correction(outline)
-    return Forecast(operations, round(seconds * (1 if times is None else times), 1), times is not None)
+    seconds, times = _counted(outline), _correction(outline)
+    return Forecast(count_operations(outline), round(seconds * (1 if times is None else times), 1), times is not None)
 
 
 def keep(outline: Outline, seconds: float) -> None:
@@ -60,7 +60,7 @@ def keep(outline: Outline, seconds: float) -> None:
     no fault."""
     from moesaic.durable import replace_text  # brings torch, which a plan does without
 
-    counted = _counted(outline, count_operations(outline))
+    counted = _counted(outline)
     if seconds < FEWEST_SECONDS or not math.isfinite(seconds / counted):
         return
     known, machine, what = _read(), _machine(), _kind(outline)
@@ -72,15 +72,16 @@ def keep(outline: Outline, seconds: float) -> None:
         return
 
 
-def _counted(outline: Outline, operations: float) -> float:
+def _counted(outline: Outline) -> float:
     calibration = outline.settings.calibration
     low = calibration.compute_dtype == "bfloat16"
     if calibration.compute_dtype == "auto":
         low = native_bfloat16_by_name(outline.settings.device)
     kind = "float32" if not low else "amx" if "amx_bf16" in cpu_features() else "bfloat16"
-    speed = PER_CORE[kind] * 1e9 * (os.cpu_count() or 1)
+    cores, own = 1e9 * (os.cpu_count() or 1), _own_operations(outline)
+    computed = (count_operations(outline) - own) / (PER_CORE[kind] * cores) + own / (PER_CORE["float32"] * cores)
     copied = COPIES * 4 * outline.ffn_parameters / BYTES_PER_SECOND
-    return START + FFN_SECONDS * len(outline.split.shapes) + operations / speed + copied
+    return START + FFN_SECONDS * len(outline.split.shapes) + computed + copied
 
 
 def _correction(outline: Outline) -> float | None:
@@ -133,10 +134,13 @@ def count_operations(outline: Outline) -> float:
     if (train := outline.config.training) is not None:
         tokens = train.steps * train.batch * calibration.window
         operations += 6 * tokens * (ffn_parameters + attention + _head(anatomy))
-    operations += _measuring(outline, ffn_parameters + attention)
-    shapes = outline.split.shapes.values()
-    own = (outline.config.operations(shape.d_ff, anatomy.d_model, calibration.tokens) for shape in shapes)
-    return operations + sum(own)
+    return operations + _measuring(outline, ffn_parameters + attention) + _own_operations(outline)
+
+
+def _own_operations(outline: Outline) -> float:
+    """What the method computes beside passes over the model."""
+    d_model, tokens = outline.anatomy.d_model, outline.settings.calibration.tokens
+    return sum(outline.config.operations(shape.d_ff, d_model, tokens) for shape in outline.split.shapes.values())
 
 
 def _head(anatomy: Anatomy) -> int:

@@ -16,7 +16,7 @@ RIDGES = (0.3, 1.0, 3.0, 10.0)
 """Strengths of a refit to choose from; where nothing can be held out it is the third."""
 
 
-_PER_CODE = 1.2e4
+_PER_CODE = 4e3
 """Products in whose time one weight of the router gets its code, of six grids, and is verified (a model of 7B)."""
 
 
