@@ -21,6 +21,10 @@ from moesaic.solvers.team import ALONE, Team
 
 _TINY = 1e-30
 _LARGEST_CONDITION = 1e6  # of a system that is solved in float32
+_JUDGED = (
+    128  # outputs, about, by which a ridge is chosen
+)
+_ALL = slice(None)
 _BLOCK = 1024  # columns of a Gram matrix that are multiplied at a time: only the upper triangle of blocks is computed
 
 
@@ -110,9 +114,10 @@ def refit_chosen(
     if not held:
         ridge = ridges[len(ridges) // 2]
         return sums.solve(down_DF, ridge), ridge
+    some = slice(None, None, max(1, len(down_DF) // _JUDGED))
     with rounded_products(rounded):
-        losses = {ridge: _lost(sums.solve(down_DF, ridge), held) for ridge in ridges}
-        dense_loss = _lost(down_DF.float(), held)
+        losses = {ridge: _lost(sums.solve(down_DF, ridge, some), held, some) for ridge in ridges}
+        dense_loss = _lost(down_DF[some].float(), held, some)
     best = min(ridges, key=lambda ridge: math.inf if math.isnan(losses[ridge]) else losses[ridge])
     if not losses[best] < dense_loss:
         return None
@@ -145,19 +150,21 @@ class _Sums:
             self.cross_FD += weighted_FT @ (root_T1 * y_TD)
             _add_gram(self.gram_FF, weighted_FT, team)
 
-    def solve(self, down_DF: Tensor, ridge: float) -> Tensor:
-        """The projection, float32 [D, F]; ``down_DF`` where nothing was seen."""
+    def solve(self, down_DF: Tensor, ridge: float, outputs: slice = _ALL) -> Tensor:
+        """The projection to these outputs, float32; as in ``down_DF`` where nothing was seen."""
+        down_DF = down_DF[outputs]
         strength = ridge * float(self.gram_FF.diagonal().mean())
         if not strength > 0:
             return down_DF
-        return _solve(self.gram_FF, self.cross_FD.add(down_DF.T, alpha=strength), strength).T.float()
+        right_FD = self.cross_FD[:, outputs].add(down_DF.T, alpha=strength)
+        return _solve(self.gram_FF, right_FD, strength).T.float()
 
 
-def _lost(down_DF: Tensor, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> float:
-    """sum_t w_t |y_t - P h_t|^2."""
+def _lost(down_DF: Tensor, batches: Iterable[tuple[Tensor, Tensor, Tensor]], outputs: slice) -> float:
+    """sum_t w_t |y_t - P h_t|^2 over these outputs, which P has."""
     total = 0.0
     for h_TF, y_TD, w_T in batches:
-        wrong_TD = y_TD - h_TF @ down_DF.T.to(h_TF)
+        wrong_TD = y_TD[:, outputs] - h_TF @ down_DF.T.to(h_TF)
         total += float((w_T * wrong_TD.square().sum(dim=1)).sum())
     return total
 

@@ -12,8 +12,8 @@ from moesaic.methods.base import MethodConfig
 from moesaic.options import study
 from moesaic.solvers.limits import MIN_RIDGE
 
-RIDGES = (0.3, 1.0, 3.0, 10.0)
-"""Strengths of a refit to choose from; where nothing can be held out it is the third."""
+RIDGES = (0.3, 1.0, 3.0)
+"""Strengths of a refit to choose from; where nothing can be held out it is the second."""
 
 
 _PER_CODE = 4e3
@@ -75,14 +75,15 @@ class Config(MethodConfig):
 
     def operations(self, d_ff: int, d_model: int, tokens: int) -> float:
         """See :class:`MethodConfig`: codes of the router; scores, activations and outputs; for a refit a Gram matrix,
-        and its factor and a solution for each strength of the ridge."""
+        its factor for each strength of the ridge, and a solution."""
         codes = _PER_CODE * 2 * d_model * d_ff
         if not self.needs_calibration():
             return codes
         if not self.refit:
             return codes + 4 * tokens * d_model * d_ff
-        solutions = len(RIDGES) + 1 if self.ridge is None else 1
-        return codes + 10 * tokens * d_model * d_ff + tokens * d_ff**2 + solutions * d_ff**2 * (d_ff / 3 + 2 * d_model)
+        factors = len(RIDGES) + 1 if self.ridge is None else 1
+        solved = d_ff**2 * (tokens + factors * d_ff / 3 + 2 * d_model)
+        return codes + 10 * tokens * d_model * d_ff + solved
 
     def held(self, d_ff: int, tokens: int) -> float:
         """See :class:`MethodConfig`: scores of all tokens and a copy for a threshold; for a refit a Gram matrix, its
