@@ -21,9 +21,7 @@ from moesaic.solvers.team import ALONE, Team
 
 _TINY = 1e-30
 _LARGEST_CONDITION = 1e6  # of a system that is solved in float32
-_JUDGED = (
-    128  # outputs, about, by which a ridge is chosen
-)
+_JUDGED = 128  # outputs, about, by which a ridge is chosen
 _ALL = slice(None)
 _BLOCK = 1024  # columns of a Gram matrix that are multiplied at a time: only the upper triangle of blocks is computed
 
