@@ -198,7 +198,7 @@ def test_the_answer_is_the_fastest_of_those_that_lose_little_enough() -> None:
     answers = [fastest(entries, DECODE, loss) for loss in (0.05, 0.11, 0.5)]
     assert answers == [dense, stock, stock]
     assert fastest([stock], DECODE, 0.05) is None
-    at_times_slower = found("copies-25-q8_0", (3, 0.9, 4), BASE, BASE)
+    at_times_slower = found("cmoe-50-q8_0", (3, 0.9, 4), BASE, BASE)
     assert fastest([*entries, at_times_slower], DECODE, 0.5) is stock
     assert smallest(entries, 0.5) is pruned
     page = guide({"tiny": entries})
