@@ -135,8 +135,8 @@ def _conditions(about: Mapping[str, Any], main: Sequence[Point]) -> list[str]:
         f"* Windows of {WINDOW} tokens: {windows}. Ratios are paired over windows and have their 95 % interval. Few "
         "windows make wide intervals.",
         f"* Refits are made on {', '.join(calibration['sources'])} ({calibration['tokens']} tokens), thresholds on the "
-        f"first {FIT_TOKENS} of these. So "
-        "refits know text like WikiText-2. C4, code and stories are text of other kinds.",
+        f"first {FIT_TOKENS} of these. So refits know text like WikiText-2. C4, code and stories are "
+        "text of other kinds.",
         "* **TEAL** has equal shares in all layers, for the FFN's input and for what its down projection reads. Its "
         "authors also share out between layers, which is not measured here.",
         "* 4-bit weights are rounded to nearest, in one row on the grid of least squared error. Quantisers that read "
@@ -150,15 +150,14 @@ def _conditions(about: Mapping[str, Any], main: Sequence[Point]) -> list[str]:
 
 def _says(main: Sequence[Point]) -> list[str]:
     lines: list[str] = []
-    texts = [s for s in _texts(main) if {p.row for p in main if p.setting == s} >= set(TAKEN_INSTEAD)] or _texts(main)[
-        :1
-    ]
+    rows = {setting: {p.row for p in main if p.setting == setting} for setting in _texts(main)}
+    texts = [setting for setting, own in rows.items() if own.issuperset(TAKEN_INSTEAD)] or [*rows][:1]
     for by, budgets, what in (("bytes", BYTES, "bytes per token"), ("neurons", NEURONS, "exact neurons")):
         lines += [
             f"Lowest perplexity with at most so many {what} (to within 0.005), among rows that can be built and were "
+            "measured on that text. Texts without 8- and 4-bit weights are left out:",
+            "",
         ]
-        lines[-1] += "measured on that text. Texts without 8- and 4-bit weights are left out:"
-        lines.append("")
         lines += [f"| at most | {' | '.join(s.text for s in texts)} |", "|---" * (len(texts) + 1) + "|"]
         for budget in budgets:
             cells = [_named(best_within([p for p in main if p.setting == s], budget + 5e-3, by)) for s in texts]
@@ -183,8 +182,8 @@ def _texts(points: Sequence[Point]) -> list[Setting]:
 
 def _windows(counts: Iterable[int]) -> str:
     """Rows of one text may have been read on more windows than others."""
-    few, *_, many = sorted([*counts] * 2)
-    return f"{few}" if few == many else f"{few} to {many}"
+    known = sorted(set(counts))
+    return " to ".join(str(count) for count in dict.fromkeys((known[0], known[-1])))
 
 
 def _outdone(point: Point, points: Sequence[Point]) -> bool:

@@ -93,14 +93,32 @@ def test_a_threshold_chooses_nothing_that_adds_nothing(active: float) -> None:
     assert not neuron_ffn(weights, silent).chosen(torch.zeros(5, 48)).any()
 
 
+@over("dtype", [torch.float32, torch.bfloat16])
 @over("choice", ["top_k", "threshold"])
-def test_a_refit_makes_up_for_what_is_left_out(choice: str) -> None:
+def test_a_refit_makes_up_for_what_is_left_out(choice: str, dtype: torch.dtype) -> None:
     mix_DD = torch.randn(48, 48, generator=torch.Generator().manual_seed(5))
     mix_DD[:, 8:] *= 0.05  # text lies near a few directions
     x_TD = random_inputs(1500, 48, dtype=torch.float32) @ mix_DD.T / 4
-    (weights, plain), (_, refitted) = (planned(x_TD[:1000], active=0.25, choice=choice, refit=r) for r in (False, True))
+    (weights, plain), (_, refitted) = (
+        planned(x_TD[:1000].to(dtype), active=0.25, choice=choice, refit=refit) for refit in (False, True)
+    )
     assert error(weights, refitted, x_TD[1000:]) < 0.9 * error(weights, plain, x_TD[1000:])
     assert torch.equal(refitted.router.tensors["norm"], weights.down_DF.norm(dim=0))
+
+
+@over("weights", ["stored", "int8"])
+def test_a_checkpoint_in_bf16_is_refitted_in_bf16(weights: str, tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny("qwen2")
+    assert Checkpoint(source).info("model.layers.0.mlp.up_proj.weight").dtype == "bfloat16"
+    text = TEXT | {"tokens": 1024, "compute_dtype": "bfloat16"}
+    options = {"active": 0.4, "weights": weights, "refit": True}
+    done = moesaic.convert(
+        source, tmp_path / "out", method="neuron_experts", options=options, settings={"calibration": text}
+    )
+    report = verify_output(done.output, baseline=source)
+    assert report.oracle is not None
+    assert report.oracle < 1e-5
+    assert any(plan.readout is not None for plan in done.blueprint.sites.values())
 
 
 @over("family", [*FAMILIES, "llama_bias", *MOE_FAMILIES[:2]])

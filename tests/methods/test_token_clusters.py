@@ -167,13 +167,23 @@ def test_tokens_that_change_the_stream_more_are_kept_better(name: str) -> None:
 def test_fewer_tokens_than_neurons_are_refitted_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, x_TD = clustered(tokens=40)
     assert len(x_TD) < weights.d_ff
-    options = SPLITS[name] | ({} if name == "static" else {"experts": 3})
+    options: dict[str, Any] = SPLITS[name] | ({} if name == "static" else {"experts": 3})
     by_tokens = plan_of(weights, x_TD, active=0.5, **options)
     monkeypatch.setattr(method, "_fewer_tokens", lambda _: False)
     by_neurons = plan_of(weights, x_TD, active=0.5, **options)
     assert by_tokens.readout is not None
     assert by_neurons.readout is not None
     torch.testing.assert_close(by_tokens.readout, by_neurons.readout, rtol=1e-3, atol=1e-4)
+
+
+def test_fewer_tokens_than_neurons_in_bf16_are_refitted_as_in_fp32() -> None:
+    weights, x_TD = clustered(tokens=40)
+    x_TD = x_TD.bfloat16()
+    low, high = (plan_of(weights, x.clone(), experts=1, active=0.5) for x in (x_TD, x_TD.float()))
+    assert low.readout is not None
+    assert high.readout is not None
+    assert torch.equal(low.packed, high.packed)
+    assert (low.readout - high.readout).norm() < 0.02 * high.readout.norm()
 
 
 def test_one_expert_keeps_the_neurons_of_largest_share() -> None:
