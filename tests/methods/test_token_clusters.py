@@ -229,6 +229,14 @@ def test_disjoint_experts_of_default_number_need_no_padding(d_ff: int, active: f
     assert 48 <= len(parts.own) <= 128
 
 
+@pytest.mark.parametrize("name", SPLITS)
+def test_inputs_that_are_not_finite_are_refused(name: str) -> None:
+    x_TD = random_inputs(64)
+    x_TD[3, 2] = torch.nan
+    with pytest.raises(InputError, match="NaN or Inf"):
+        plan_of(random_ffn(40), x_TD, **SPLITS[name])
+
+
 def test_refusals() -> None:
     with pytest.raises(InputError, match="no neuron of their own"):
         Config(max_params=0.5).check(40)

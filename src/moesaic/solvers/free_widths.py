@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesaic.solvers.products import block_product
+from moesaic.solvers.products import block_product, rounded_products
 from moesaic.solvers.router_fit import FactoredRidge, energy_targets, refine_softmax
 from moesaic.solvers.team import ALONE, Team
 from moesaic.solvers.token_clusters import (
@@ -50,6 +50,7 @@ def held_out(tokens: int) -> Tensor:
 
 
 _LARGEST_WORTH = 6e4  # of float16
+_LOWER = 16  # bits of a float32 that are looked at last
 
 
 def lowest_price(mean_EF: Tensor, count_E: Tensor, active: float) -> float:
@@ -60,24 +61,28 @@ def lowest_price(mean_EF: Tensor, count_E: Tensor, active: float) -> float:
         count_E: Tokens of each expert.
         active: Neurons per token.
     """
-    # The largest value such that all of it or more cost too much, by bisection: floats >= 0 are ordered as their bits.
-    mean_EF = mean_EF.float().contiguous()
-    bits_EF, allowed = mean_EF.view(torch.int32), active * float(count_E.sum())
-    low, high = 0, int(bits_EF.max()) + 1
-    if _used(bits_EF, count_E, low) <= allowed:
+    # The largest value such that all of it or more cost too much. Floats >= 0 are ordered as their bits, so the value
+    # is found by its upper bits, then by its lower ones.
+    bits_EF = mean_EF.float().contiguous().view(torch.int32)
+    upper, over = _first_over(bits_EF >> _LOWER, count_E, active * float(count_E.sum()))
+    if over is None:
         return 0.0
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _used(bits_EF, count_E, middle) > allowed:
-            low = middle
-        else:
-            high = middle
-    return float(torch.tensor(low, dtype=torch.int32).view(torch.float32))
+    lower_EF = torch.where(bits_EF >> _LOWER == upper, bits_EF & ((1 << _LOWER) - 1), -1)
+    lower, _ = _first_over(lower_EF, count_E, over)
+    return float(torch.tensor(upper << _LOWER | lower, dtype=torch.int32).view(torch.float32))
 
 
-def _used(bits_EF: Tensor, count_E: Tensor, least: int) -> float:
-    """Neurons that the tokens use, where experts have those of at least this value."""
-    return float(((bits_EF >= least).sum(dim=1) * count_E).sum())
+def _first_over(value_EF: Tensor, count_E: Tensor, allowed: float) -> tuple[int, float | None]:
+    """The largest value such that neurons of it or more are used by more tokens than allowed, and what neurons above it
+    leave of that; (0, None) where all are allowed. A value of -1 does not count."""
+    tokens_EF = count_E.double()[:, None].expand_as(value_EF)
+    used_V = torch.bincount(value_EF.flatten() + 1, tokens_EF.flatten())[1:]
+    from_V = used_V.flip(0).cumsum(0).flip(0)
+    over_V = (from_V > allowed).nonzero()
+    if not len(over_V):
+        return 0, None
+    value = int(over_V[-1])
+    return value, allowed - float(from_V[value] - used_V[value])
 
 
 @dataclass
@@ -132,7 +137,7 @@ def cluster_tokens_freely(
         share_TF: From :func:`moesaic.solvers.token_clusters.neuron_shares`.
         experts: E.
         active: Neurons that a token uses in the mean, by the loads of the tokens that set the price.
-        rounds: Rounds with the ridge router.
+        rounds: Most rounds with the ridge router; they end early when held-out tokens keep no more.
         ridge: Strength of the router's ridge, relative to the mean square of an input coordinate.
         seed: Of the first clusters and of the refinement's samples.
         router_steps: Steps of each refinement of the router.
@@ -153,12 +158,13 @@ def cluster_tokens_freely(
         next_T = (tokens.x_TD @ router_ED.T).argmax(dim=1)
         state = _sets(tokens, next_T, router_ED, experts, active)
         tried.append((state, router_ED))
-        if torch.equal(next_T, expert_T):
+        if torch.equal(next_T, expert_T) or _best(tried)[0] is not state:
             break
         expert_T = next_T
     state, router_ED = _best(tried)
     for _ in range(REFINEMENTS if router_steps and experts > 1 else 0):
-        router_ED = refine_softmax(router_ED, tokens.x_TD, _gains(tokens, state, team), router_steps, seed)
+        with rounded_products(share_TF.dtype == torch.bfloat16):
+            router_ED = refine_softmax(router_ED, tokens.x_TD, _gains(tokens, state, team), router_steps, seed)
         state = _sets(tokens, (tokens.x_TD @ router_ED.T).argmax(dim=1), router_ED, experts, active)
         tried.append((state, router_ED))
     found, router_ED = _best(tried)

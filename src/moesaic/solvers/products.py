@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from moesaic.errors import InputError
+
 BLOCK = 512
 """Rows that are held in float32 at a time. The allocator keeps blocks of this size; larger ones it gives back to the
 system, and half of the time of an elementwise pass is then spent on fresh pages."""
@@ -33,6 +35,21 @@ def rounded_products(rounded: bool = True) -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = before
+
+
+def check_finite(rows_TN: Tensor) -> None:
+    """Refuse what calibration text made of an FFN: raises InputError where it has NaN or Inf."""
+    if not bool(torch.isfinite(rows_TN).all()):
+        raise InputError(
+            "an FFN's inputs or outputs on the calibration text contain NaN or Inf",
+            "compute in float32, or check the model",
+        )
+
+
+def scale_rows(rows_TF: Tensor, scale_T: Tensor) -> None:
+    """Multiply each row by its number, in place: 16-bit rows in float32, block by block."""
+    for rows_BF, scale_B in zip(rows_TF.split(BLOCK), scale_T.split(BLOCK), strict=True):
+        rows_BF.copy_(rows_BF.float().mul_(scale_B[:, None]))
 
 
 def block_product(rows_TF: Tensor, other_EF: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ _TINY = 1e-30
 _LARGEST_CONDITION = 1e6  # of a system that is solved in float32
 _JUDGED = 128  # outputs, about, by which a ridge is chosen
 _ALL = slice(None)
+_TURNED = 64  # tokens whose activations are turned at a time: they fit into a core's cache
 _BLOCK = 1024  # columns of a Gram matrix that are multiplied at a time: only the upper triangle of blocks is computed
 
 
@@ -142,8 +143,7 @@ class _Sums:
     def add(self, h_TF: Tensor, y_TD: Tensor, w_T: Tensor, team: Team) -> None:
         """Of a team, each process adds its own blocks of the Gram matrix."""
         root_T1 = w_T.sqrt().unsqueeze(1)
-        # By neurons: products of rows that lie whole in memory are faster by a third.
-        weighted_FT = (root_T1 * h_TF).T.contiguous()
+        weighted_FT = _by_neurons(h_TF, root_T1)
         with rounded_products(self.rounded):
             self.cross_FD += weighted_FT @ (root_T1 * y_TD)
             _add_gram(self.gram_FF, weighted_FT, team)
@@ -156,6 +156,18 @@ class _Sums:
             return down_DF
         right_FD = self.cross_FD[:, outputs].add(down_DF.T, alpha=strength)
         return _solve(self.gram_FF, right_FD, strength).T.float()
+
+
+def _by_neurons(h_TF: Tensor, scale_T1: Tensor) -> Tensor:
+    """``scale_T1 * h_TF`` as [F, T]: products of rows that lie whole in memory are faster by a third.
+
+    Few tokens at a time: turned as a whole, the matrix takes six times as long.
+    """
+    out_FT = torch.empty(h_TF.shape[1], h_TF.shape[0], dtype=torch.result_type(h_TF, scale_T1), device=h_TF.device)
+    for start in range(0, len(h_TF), _TURNED):
+        rows = slice(start, start + _TURNED)
+        torch.mul(h_TF[rows].T, scale_T1[rows].T, out=out_FT[:, rows])
+    return out_FT
 
 
 def _lost(down_DF: Tensor, batches: Iterable[tuple[Tensor, Tensor, Tensor]], outputs: slice) -> float:

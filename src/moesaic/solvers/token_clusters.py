@@ -32,6 +32,8 @@ from moesaic.solvers.team import ALONE, Team
 _TINY = 1e-30
 _TOKENS = 2048  # of a product, whatever the number of processes
 _FIRST_ROUNDS = 5  # of spherical k-means, for the first clusters
+_FIRST_TOKENS = 4096  # from which these are made
+_FIRST_PER_EXPERT = 32  # of them, at least
 REFINEMENTS = 2
 """Of the router, with new sets between them."""
 
@@ -99,7 +101,8 @@ def cluster_tokens(
 
     def by_steps(kept_TE: Tensor, router_ED: Tensor | None) -> Tensor:
         assert router_ED is not None
-        return refine_softmax(router_ED, x_TD, kept_TE, router_steps, seed)
+        with rounded_products(share_TF.dtype == torch.bfloat16):
+            return refine_softmax(router_ED, x_TD, kept_TE, router_steps, seed)
 
     alternate = partial(_alternate, x_TD, share_TF, experts, sizes, team=team)
     best = alternate(first_clusters(share_TF, experts, seed, team), None, rounds, by_ridge)
@@ -169,15 +172,17 @@ def predicted_patterns(x_TD: Tensor, share_TF: Tensor, ridge: float) -> Tensor:
 def first_clusters(share_TF: Tensor, experts: int, seed: int, team: Team = ALONE) -> Tensor:
     """Spherical k-means on the energy patterns (roots of the shares have length 1) from random tokens.
 
+    The centres are those of a sample: the rounds that follow move the tokens anyway (docs/lab-notes.md).
+
     Returns the cluster of each token, int64 [T].
     """
-    pattern_TF = share_TF.sqrt()
-    order_T = torch.randperm(len(pattern_TF), generator=torch.Generator().manual_seed(seed))
-    centre_EF = pattern_TF[order_T[torch.arange(experts) % len(order_T)].to(pattern_TF.device)]
+    sample_SF = share_TF[:: max(1, len(share_TF) // max(_FIRST_TOKENS, _FIRST_PER_EXPERT * experts))].sqrt()
+    order_S = torch.randperm(len(sample_SF), generator=torch.Generator().manual_seed(seed))
+    centre_EF = sample_SF[order_S[torch.arange(experts) % len(order_S)].to(sample_SF.device)]
     for _ in range(_FIRST_ROUNDS):
-        expert_T = _nearest(pattern_TF, centre_EF, team)
-        centre_EF = F.normalize(sums_by_expert(pattern_TF, expert_T, experts), dim=1)
-    return _nearest(pattern_TF, centre_EF, team)
+        expert_S = _nearest(sample_SF, centre_EF, team)
+        centre_EF = F.normalize(sums_by_expert(sample_SF, expert_S, experts), dim=1)
+    return _nearest(share_TF.sqrt(), centre_EF, team)
 
 
 def _nearest(pattern_TF: Tensor, centre_EF: Tensor, team: Team) -> Tensor:

@@ -37,7 +37,7 @@ from moesaic.nn.ffn import FFNWeights
 from moesaic.solvers.energy import mean_output_energy
 from moesaic.solvers.free_widths import cluster_tokens_freely
 from moesaic.solvers.kmeans import balanced_kmeans
-from moesaic.solvers.products import BLOCK, rounded_products
+from moesaic.solvers.products import BLOCK, check_finite, rounded_products, scale_rows
 from moesaic.solvers.refit import refit, refit_few, stream_weights, token_weights
 from moesaic.solvers.router_fit import energy_targets, fit_ridge, top_k_sets
 from moesaic.solvers.team import Team
@@ -65,7 +65,7 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     free) of the calibration's dtype and 3 F^2 floats.
 
     Raises:
-        InputError: no calibration tokens, or experts that do not fit.
+        InputError: no calibration tokens, outputs with NaN or Inf, or experts that do not fit.
     """
     parts = config.sizes(weights.d_ff)
     if inputs is None or inputs.tokens == 0:
@@ -73,9 +73,10 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     down_DF = weights.down_DF.float()
     x_TD = inputs.whole(torch.float32)
     h_TF, y_TD, share_TF = _activations(weights, inputs)
+    check_finite(y_TD)
     stream_T = inputs.stream_T if config.token_weight == "stream" else None
     weight_T = stream_weights(y_TD, stream_T)
-    share_TF *= weight_T[:, None]
+    scale_rows(share_TF, weight_T)
     if not parts.own:
         kept_F = _static_choice(share_TF, h_TF, down_DF, parts.shared)
         routing = _Routing(kept_F.nonzero().flatten(), (), STATIC, y_TD.new_zeros(len(y_TD), 0))
@@ -205,11 +206,11 @@ def _fewer_tokens(h_TF: Tensor) -> bool:
 
 def _used(h_TF: Tensor, y_TD: Tensor, w_T: Tensor, routing: _Routing) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches of activations, float32, with zeros for the neurons that a token does not use; outputs and weights."""
-    own_EF = y_TD.new_zeros(len(routing.experts), h_TF.shape[1])
+    own_EF = h_TF.new_zeros(len(routing.experts), h_TF.shape[1])
     for own_F, members in zip(own_EF, routing.experts, strict=True):
         own_F[members] = 1
     tokens = (tensor.split(_BATCH) for tensor in (h_TF, routing.chosen_TE, y_TD, w_T))
     for h_BF, chosen_BE, y_BD, w_B in zip(*tokens, strict=True):
-        used_BF = chosen_BE @ own_EF
+        used_BF = chosen_BE.to(own_EF.dtype) @ own_EF
         used_BF[:, routing.shared_S] = 1
-        yield used_BF.mul_(h_BF), y_BD, w_B
+        yield used_BF.mul_(h_BF).float(), y_BD, w_B
