@@ -38,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "static": {"method": "static", "options": {"active": 0.75}},
     "cmoe": {"method": "cmoe", "options": {"layout": "S3A3E8"}},
     "token_clusters": {"method": "token_clusters", "options": {"split": "union", "active": 0.75}},
-    "secret_moe": {"method": "secret_moe", "options": {}},
+    "secret_moe": {"method": "secret_moe", "options": {"steps": 20}},
     "tomoe": {"method": "tomoe", "options": {"train": {"steps": 4, "batch": 1, "held_out": 1}}},
 }
 LARGE = ("mlpmoe", "neuron_experts", "static", "cmoe", "token_clusters")
