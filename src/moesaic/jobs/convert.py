@@ -34,6 +34,7 @@ from moesaic.jobs.job import Job, prepare
 from moesaic.jobs.request import Request, check_request
 from moesaic.jobs.settings import ConvertSettings
 from moesaic.options import build
+from moesaic.options.memory import give_back_freed
 from moesaic.progress import Progress, Silent
 from moesaic.solvers.team import ALONE
 from moesaic.staging.placement import absolute, partial_of
@@ -116,6 +117,7 @@ def convert_request(
         team = ALONE if trains_whole_model(job) else start_team()
         made = decide_layers(job, staged, progress, check=lambda plans: _check_first(job, plans), team=team)
         end_team(team)
+        give_back_freed()
         blueprint_made = blueprint_of(job, made)
         split = read_split(job.checkpoint, job.anatomy, made.plans, blueprint_made.attention)
         split = replace(split, whole=job.split.whole)

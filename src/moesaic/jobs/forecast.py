@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from moesaic.train.config import TrainConfig
 
 _FP32, _FP16 = 4, 2
-_PROGRAM = 500e6
+_PROGRAM = 450e6
 """Bytes that the interpreter and torch take."""
 _SITE_JSON = 900
 """Bytes that one converted FFN takes in config.json and blueprint.json, about."""
@@ -116,8 +116,7 @@ def memory(outline: Outline, source: Source) -> MemoryForecast:
     """
     anatomy, config, settings = outline.anatomy, outline.config, outline.settings
     if config.training is not None:
-        needed = round(_training_memory(outline, config.training, source))
-        return MemoryForecast(needed, source.nbytes, needed)
+        return _training_memory(outline, config.training, source)
     neurons: dict[int, int] = {}
     for site in anatomy.sites:  # all experts of a MoE layer are held together
         neurons[site.layer] = neurons.get(site.layer, 0) + site.d_ff
@@ -162,18 +161,22 @@ def compute_bytes(outline: Outline) -> int:
     return 2 if low else _FP32
 
 
-def _training_memory(outline: Outline, train: TrainConfig, source: Source) -> float:
-    """The peak of training on the whole frozen model: its matrices, and what one forward pass keeps for the backward.
+def _training_memory(outline: Outline, train: TrainConfig, source: Source) -> MemoryForecast:
+    """The peak of training on the whole frozen model: what one forward pass keeps for the backward, and its matrices.
+    These stay pages of the files where no other precision is asked for, but not on a GPU.
 
     The activations of a token are logits of student and teacher with their gradient, and per layer two hidden and five
-    model-wide vectors, as measured on SmolLM2-135M at 256 and 1,024 tokens. ``auto`` precision counts as bf16.
+    model-wide vectors, as measured on three sizes (docs/results/scale.md). ``auto`` precision counts as bf16.
     """
     anatomy = outline.anatomy
     vocabulary = int(anatomy.config.get("vocab_size") or 0)
-    weights = source.nbytes / source.element * (_FP32 if train.precision == "fp32" else 2)
+    size = _FP32 if train.precision == "fp32" else 2
+    weights = source.nbytes / source.element * size
     tokens = outline.settings.calibration.window * train.batch / train.accumulate
     per_token = 3 * vocabulary + anatomy.num_layers * (2 * anatomy.d_ff + 5 * anatomy.d_model)
-    return weights + _FP32 * (vocabulary * anatomy.d_model + tokens * per_token) + _PROGRAM
+    passed = _FP32 * tokens * per_token + _PROGRAM
+    private = passed if size == source.element else passed + weights
+    return MemoryForecast(round(private), source.nbytes, round(passed + weights))
 
 
 def read_source(checkpoint: Checkpoint, anatomy: Anatomy) -> Source:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moesaic.anatomy.base import Anatomy
     from moesaic.jobs.request import Outline
 
-START = 3.0
+START = 2.2
 """Seconds in which libraries are loaded and the text is read."""
 FFN_SECONDS = 0.05
 """Of one FFN: many small steps that are neither products nor copies."""

@@ -16,6 +16,8 @@ from moesaic.solvers.limits import MIN_RIDGE
 
 _OVERLAPPING = 16
 _UNION = 128
+_FREE_ROUNDS = 4
+"""Rounds that experts of free widths take, about: they end when held-out tokens keep no more."""
 _DISJOINT = range(48, 129)
 """Numbers of disjoint experts among which the default is the one that needs least padding; of equal ones that nearest
 to the middle."""
@@ -110,12 +112,15 @@ class Config(MethodConfig):
         The refits of experts are left out: their tokens are few.
         """
         experts = len(self.sizes(d_ff).own)
+        # disjoint: k-means of D columns in place of rounds over the tokens; free widths end their rounds early
+        rounds = min(self.rounds, _FREE_ROUNDS) if self.sizes(d_ff).varied else self.rounds
         per_round = 2 * tokens * experts * (d_ff + 2 * d_model) if self.split != "disjoint" else 0
-        # two refinements, steps of 1,024 tokens, forward and backward (solvers/token_clusters, solvers/router_fit)
-        refined = 2 * 1024 * self.router_steps * 6 * d_model * experts if self.split != "disjoint" else 0
+        # two refinements, steps of 1,024 tokens, forward and backward (solvers/token_clusters, solvers/router_fit), in
+        # products of 16 bits, which count half
+        refined = 1024 * self.router_steps * 6 * d_model * experts if self.split != "disjoint" else 0
         few = min(tokens, d_ff)  # a refit is solved in the smaller of both numbers
         gram = 0 if self.refit == "none" else tokens * d_ff * few + few**3 / 3
-        return 6 * tokens * d_model * d_ff + 1.5 * self.rounds * per_round + refined + gram
+        return 6 * tokens * d_model * d_ff + 1.5 * rounds * per_round + refined + gram
 
     def held(self, d_ff: int, tokens: int) -> float:
         """See :class:`MethodConfig`: activations, shares and what is made of them, what experts keep of tokens.
