@@ -39,9 +39,7 @@ def clusters_of(active: int, tokens: int = 6000, steps: int = 0, experts: int = 
     st.integers(1, 6), st.integers(1, 12), st.floats(0.5, 12.0), st.sampled_from([1.0, 1e-4, 0.0]), st.integers(0, 99)
 )
 @settings(max_examples=120, deadline=None)
-def test_the_price_is_the_lowest_that_fits(
-    experts: int, neurons: int, active: float, spread: float, seed: int
-) -> None:
+def test_the_price_is_the_lowest_that_fits(experts: int, neurons: int, active: float, spread: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     mean_EF = 1 - spread * torch.rand(experts, neurons, generator=generator)  # near values differ in their last bits
     count_E = torch.randint(1, 50, (experts,), generator=generator)

@@ -50,8 +50,10 @@ def spill_bytes(allowed: int | None) -> int:
 
 
 def give_back_freed() -> None:
-    """Give the system what the C library keeps of freed blocks, where it can (glibc). Between two phases of a conversion
-    that is hundreds of megabytes, on top of which the next one would come."""
+    """Give the system what the C library keeps of freed blocks, where it can (glibc).
+
+    Between two phases of a conversion that is hundreds of megabytes, on top of which the next one would come.
+    """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)

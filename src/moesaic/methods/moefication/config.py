@@ -13,7 +13,6 @@ from moesaic.methods.base import MethodConfig
 from moesaic.methods.layout_option import LayoutText
 from moesaic.options import study
 
-
 _PER_PAIR = 21
 """Operations of an assignment for each pair of neurons and each expert, as measured with 1,536 to 8,960 neurons."""
 
