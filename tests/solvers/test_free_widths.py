@@ -58,6 +58,10 @@ def test_neurons_of_experts_without_tokens_cost_nothing() -> None:
     assert lowest_price(mean_EF, torch.tensor([5, 0]), 1.0) == pytest.approx(0.5)
 
 
+def test_a_zero_may_have_a_sign() -> None:
+    assert lowest_price(torch.tensor([[-0.0, 0.5, 0.25]]), torch.tensor([3]), 1.0) == 0.25
+
+
 def test_an_eighth_of_the_tokens_from_all_over_the_text_sets_the_price() -> None:
     held_T = held_out(16384)
     assert float(held_T.float().mean()) == 0.125

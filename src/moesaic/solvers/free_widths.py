@@ -63,7 +63,7 @@ def lowest_price(mean_EF: Tensor, count_E: Tensor, active: float) -> float:
     """
     # The largest value such that all of it or more cost too much. Floats >= 0 are ordered as their bits, so the value
     # is found by its upper bits, then by its lower ones.
-    bits_EF = mean_EF.float().contiguous().view(torch.int32)
+    bits_EF = mean_EF.float().abs().contiguous().view(torch.int32)  # a zero may have a sign
     upper, over = _first_over(bits_EF >> _LOWER, count_E, active * float(count_E.sum()))
     if over is None:
         return 0.0
