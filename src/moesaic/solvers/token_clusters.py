@@ -176,9 +176,10 @@ def first_clusters(share_TF: Tensor, experts: int, seed: int, team: Team = ALONE
 
     Returns the cluster of each token, int64 [T].
     """
-    sample_SF = share_TF[:: max(1, len(share_TF) // max(_FIRST_TOKENS, _FIRST_PER_EXPERT * experts))].sqrt()
-    order_S = torch.randperm(len(sample_SF), generator=torch.Generator().manual_seed(seed))
-    centre_EF = sample_SF[order_S[torch.arange(experts) % len(order_S)].to(sample_SF.device)]
+    # At random: every so many tokens could be the first ones of all windows, which are alike.
+    order_T = torch.randperm(len(share_TF), generator=torch.Generator().manual_seed(seed))
+    sample_SF = share_TF[order_T[: max(_FIRST_TOKENS, _FIRST_PER_EXPERT * experts)].to(share_TF.device)].sqrt()
+    centre_EF = sample_SF[torch.arange(experts, device=sample_SF.device) % len(sample_SF)]
     for _ in range(_FIRST_ROUNDS):
         expert_S = _nearest(sample_SF, centre_EF, team)
         centre_EF = F.normalize(sums_by_expert(sample_SF, expert_S, experts), dim=1)
