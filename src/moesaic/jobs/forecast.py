@@ -166,16 +166,18 @@ def _training_memory(outline: Outline, train: TrainConfig, source: Source) -> Me
     These stay pages of the files where no other precision is asked for, but not on a GPU.
 
     The activations of a token are logits of student and teacher with their gradient, and per layer two hidden and five
-    model-wide vectors, as measured on three sizes (docs/results/scale.md). ``auto`` precision counts as bf16.
+    model-wide vectors, as measured on three sizes (docs/results/scale.md).
     """
     anatomy = outline.anatomy
     vocabulary = int(anatomy.config.get("vocab_size") or 0)
-    size = _FP32 if train.precision == "fp32" else 2
+    low = train.precision != "fp32" and (train.precision != "auto" or native_bfloat16_by_name(outline.settings.device))
+    size, wanted = (2, "bfloat16") if low else (_FP32, "float32")
+    stored = str(anatomy.config.get("dtype") or anatomy.config.get("torch_dtype"))
     weights = source.nbytes / source.element * size
     tokens = outline.settings.calibration.window * train.batch / train.accumulate
     per_token = 3 * vocabulary + anatomy.num_layers * (2 * anatomy.d_ff + 5 * anatomy.d_model)
     passed = _FP32 * tokens * per_token + _PROGRAM
-    private = passed if size == source.element else passed + weights
+    private = passed if stored == wanted and size == source.element else passed + weights
     return MemoryForecast(round(private), source.nbytes, round(passed + weights))
 
 
