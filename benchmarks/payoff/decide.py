@@ -22,9 +22,9 @@ wait for (decoding, or reading prompts), and for the loss of perplexity that you
   own architecture in transformers. The number is the share of FFN neurons that a token uses, in percent.
 * Behind a point stands how many times as fast it is as the dense model in f16 or bf16 in the same engine.
 * In transformers the dense model in fewer bits is no point here. torch's int8 decodes 1.05 to 1.37 times as fast as
-  neuron experts of 50 %, and loses less ([decode](../results/decode.md)). Its prompts take two to five times as long as
-  those of the dense model. Where that does not matter, it takes the place of `neurons-50` on two threads. On one it was
-  not timed.
+  neuron experts of 50 %, and loses less ([decode](../results/decode.md)). Its prompts take two to eight times as long
+  as those of the dense model. Where that does not matter, it takes the place of `neurons-50` on two threads. On one it
+  was not timed.
 """
 
 ANY = "either engine"

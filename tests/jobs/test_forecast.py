@@ -284,6 +284,22 @@ def test_a_batch_of_a_training_shows_in_memory(wide: Callable[..., Path]) -> Non
     assert peak(64, batch=4, accumulate=4) == one < peak(64, batch=1, precision="fp32")
 
 
+def test_weights_of_a_training_stay_in_their_files_in_that_dtype_alone(wide: Callable[..., Path]) -> None:
+    def outside(precision: str, **model: Any) -> int:
+        report = moesaic.plan(wide("llama", **model), method="tomoe", options={"train": {"precision": precision}})
+        return report.device_bytes - report.peak_bytes  # a GPU holds them in any case
+
+    own = outside("bf16")
+    assert own > 0
+    assert outside("fp32", dtype="float32") == pytest.approx(2 * own, rel=1e-2)
+    assert outside("bf16", dtype="float16") == outside("bf16", dtype="float32") == outside("fp32") == 0
+
+
+def test_balanced_assignments_are_forecast(wide: Callable[..., Path]) -> None:
+    report, copied = (moesaic.plan(wide("llama"), method=method) for method in ("moefication", "mlpmoe"))
+    assert report.operations > copied.operations == 0
+
+
 def test_plan_counts_what_is_active_and_trained(wide: Callable[..., Path]) -> None:
     dense = wide("llama")
     report = moesaic.plan(dense, method="random", options={"layout": "S3A3E8"}, dense_layers=(0,))

@@ -231,10 +231,15 @@ def test_disjoint_experts_of_default_number_need_no_padding(d_ff: int, active: f
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_inputs_that_are_not_finite_are_refused(name: str) -> None:
-    x_TD = random_inputs(64)
-    x_TD[3, 2] = torch.nan
+    weights, x_TD = random_ffn(40, dtype=torch.float32), random_inputs(64, dtype=torch.float32)
+    spoiled_TD = x_TD.clone()
+    spoiled_TD[3, 2] = torch.nan
     with pytest.raises(InputError, match="NaN or Inf"):
-        plan_of(random_ffn(40), x_TD, **SPLITS[name])
+        plan_of(weights, spoiled_TD, **SPLITS[name])
+    x_TD[5] *= 1e10  # outputs are finite, squared activations are not
+    assert bool(weights(x_TD).isfinite().all())
+    with pytest.raises(InputError, match="NaN or Inf"):
+        plan_of(weights, x_TD, **SPLITS[name])
 
 
 def test_refusals() -> None:

@@ -37,6 +37,15 @@ def clusters_of(seed: int = 0, experts: int = GROUPS, rounds: int = 10, shared: 
     return tc.cluster_tokens(x_TD, share_TF, experts, sizes, rounds=rounds, ridge=1e-2, seed=seed)
 
 
+def test_first_clusters_are_no_ones_of_first_tokens() -> None:
+    # Of 16 times as many tokens as a sample has, every 16th is the first of its window, and all of these are alike.
+    generator = torch.Generator().manual_seed(0)
+    h_TF = torch.rand(16 * 4096, GROUPS * OWN, generator=generator)
+    h_TF[::16] = torch.arange(GROUPS * OWN).float()
+    counts_E = tc.first_clusters(tc.neuron_shares(h_TF, torch.ones(GROUPS * OWN)), 8, 0).bincount(minlength=8)
+    assert int(counts_E.max()) < len(h_TF) / 2
+
+
 def test_energy_shares_do_not_depend_on_the_size_of_a_token() -> None:
     h_TF = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     norm_F = torch.arange(1.0, 10)

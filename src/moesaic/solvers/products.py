@@ -41,7 +41,7 @@ def check_finite(rows_TN: Tensor) -> None:
     """Refuse what calibration text made of an FFN: raises InputError where it has NaN or Inf."""
     if not bool(torch.isfinite(rows_TN).all()):
         raise InputError(
-            "an FFN's inputs or outputs on the calibration text contain NaN or Inf",
+            "an FFN's inputs, outputs or energies on the calibration text contain NaN or Inf",
             "compute in float32, or check the model",
         )
 

@@ -65,7 +65,7 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     free) of the calibration's dtype and 3 F^2 floats.
 
     Raises:
-        InputError: no calibration tokens, outputs with NaN or Inf, or experts that do not fit.
+        InputError: no calibration tokens, outputs or energies with NaN or Inf, or experts that do not fit.
     """
     parts = config.sizes(weights.d_ff)
     if inputs is None or inputs.tokens == 0:
@@ -74,6 +74,7 @@ def plan_site(weights: FFNWeights, inputs: SiteInputs | None, config: Config, se
     x_TD = inputs.whole(torch.float32)
     h_TF, y_TD, share_TF = _activations(weights, inputs)
     check_finite(y_TD)
+    check_finite(share_TF.sum(dim=1))  # squares may overflow where outputs do not
     stream_T = inputs.stream_T if config.token_weight == "stream" else None
     weight_T = stream_weights(y_TD, stream_T)
     scale_rows(share_TF, weight_T)
